@@ -1,0 +1,140 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Layer-wise learning rate decay for any OpenMMLab model whose backbone knows its depth."""
+
+from typing import List
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Give each layer of the backbone its own learning rate.
+
+    A parameter of layer ``i`` out of ``n`` trains with ``lr * layer_decay_rate ** (n - 1 - i)``;
+    everything outside the backbone (necks, heads) trains with the full ``lr``. The backbone says
+    which layer a parameter belongs to: ``backbone.get_layer_depth(name) -> (i, n)``, the method
+    that mmpretrain's transformers have. So one constructor serves segmentors, classifiers and
+    detectors, plain or wrapped (DDP).
+
+    Parameters that share learning rate and weight decay share one parameter group: a few dozen
+    groups rather than one per tensor, which keeps the log short and lets the optimizer work on
+    many tensors at once.
+
+    A config chooses it by ``optim_wrapper.constructor``; ``optim_wrapper.paramwise_cfg`` may hold:
+
+    - ``layer_decay_rate`` (float): in (0, 1]. Defaults to 1, no decay, for which any backbone
+      will do.
+    - ``flat_decay_mult`` (float): factor on the weight decay of parameters with at most one
+      dimension, that is biases, norms and scales. Defaults to 1.
+    - ``custom_keys`` (dict): from a part of a parameter's name to ``dict(lr_mult=…,
+      decay_mult=…)``, factors that for this parameter come on top of the layer's learning rate
+      and replace ``flat_decay_mult``. The longest key found in the name wins.
+
+    Frozen parameters (``requires_grad=False``) are left out.
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper. Its ``optimizer`` needs ``lr``.
+        paramwise_cfg (dict, optional): The options above. Defaults to None.
+
+    Raises:
+        ValueError: For an unknown option, a rate outside (0, 1], or an optimizer without ``lr``.
+        TypeError: When decay is asked for and the backbone has no ``get_layer_depth``.
+
+    Example:
+        >>> optim_wrapper = dict(
+        ...     constructor='mmvil.LayerDecayOptimWrapperConstructor',
+        ...     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
+        ...     paramwise_cfg=dict(
+        ...         layer_decay_rate=0.65,
+        ...         flat_decay_mult=0.,
+        ...         custom_keys={'pos_embed': dict(decay_mult=0.)}))
+    """
+
+    OPTIONS = ('layer_decay_rate', 'flat_decay_mult', 'custom_keys')
+    CUSTOM_OPTIONS = ('lr_mult', 'decay_mult')
+
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        self.layer_decay_rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
+        self.flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult', 1.0)
+        self.custom_keys = self.paramwise_cfg.get('custom_keys', {})
+
+        _refuse_unknown('paramwise_cfg', self.paramwise_cfg, self.OPTIONS)
+        for key, options in self.custom_keys.items():
+            _refuse_unknown(f'paramwise_cfg.custom_keys[{key!r}]', options, self.CUSTOM_OPTIONS)
+        if not 0 < self.layer_decay_rate <= 1:
+            raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
+        if self.base_lr is None:
+            raise ValueError('the learning rate of each layer derives from optimizer.lr: set it')
+
+    def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
+        """Append the parameter groups of a model to ``params``.
+
+        Args:
+            params (list[dict]): The list to extend.
+            module (nn.Module): The whole model, not wrapped.
+        """
+        layers_above = self._layers_above(module)
+        groups = {}
+        for name, param in module.named_parameters():
+            if not param.requires_grad:
+                continue
+            above = layers_above.get(param, 0)
+            lr_mult, decay_mult = self._multipliers(name, param)
+            group = groups.setdefault((above, lr_mult, decay_mult), dict(params=[]))
+            group['params'].append(param)
+            group['lr'] = self.base_lr * lr_mult * self.layer_decay_rate**above
+            if self.base_wd is not None:
+                group['weight_decay'] = self.base_wd * decay_mult
+
+        # From the first layer to the head, as one reads a network.
+        for _, group in sorted(groups.items(), reverse=True, key=lambda item: item[0]):
+            params.append(group)
+            _log_group(group)
+
+    def _layers_above(self, model: nn.Module) -> dict:
+        """For each parameter of the backbone, how many layers lie between it and the head."""
+        if self.layer_decay_rate == 1:
+            return {}
+        backbone = getattr(model, 'backbone', None)
+        backbone = getattr(backbone, 'module', backbone)  # where only the backbone is wrapped
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise TypeError(
+                'layer_decay_rate needs a backbone with the method get_layer_depth(param_name), '
+                f'but the backbone of {type(model).__name__} is {type(backbone).__name__}. Use '
+                'mmvil.VisionLSTM, or take layer_decay_rate out of optim_wrapper.paramwise_cfg.'
+            )
+        above = {}
+        for name, param in backbone.named_parameters():
+            layer, num_layers = backbone.get_layer_depth(name)
+            above[param] = num_layers - 1 - layer
+        return above
+
+    def _multipliers(self, name: str, param: nn.Parameter) -> tuple:
+        """Factors of a parameter on the learning rate (before layer decay) and weight decay."""
+        found = [key for key in self.custom_keys if key in name]
+        if found:
+            custom = self.custom_keys[max(found, key=len)]
+            return custom.get('lr_mult', 1.0), custom.get('decay_mult', 1.0)
+        return 1.0, self.flat_decay_mult if param.ndim <= 1 else 1.0
+
+
+def _refuse_unknown(where: str, options: dict, known: tuple) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f'{where} has the unknown option(s) {unknown}, known are {list(known)}. '
+            'flat_decay_mult is the one for the weight decay of norms and biases.'
+        )
+
+
+def _log_group(group: dict) -> None:
+    numel = sum(param.numel() for param in group['params'])
+    print_log(
+        f'parameter group: lr {group["lr"]:.3g}, weight decay {group.get("weight_decay", 0):.3g}, '
+        f'{len(group["params"])} tensors, {numel:,} values',
+        logger='current',
+    )
