@@ -1,0 +1,10 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Vision-LSTM for OpenMMLab. Importing this package registers its components in mmengine's root registries."""
+from .version import __version__, check_versions
+
+check_versions()
+
+from .backbones import VisionLSTM  # noqa: E402
+from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
+
+__all__ = ['LayerDecayOptimWrapperConstructor', 'VisionLSTM', '__version__']
