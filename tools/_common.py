@@ -1,0 +1,358 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""What the command lines share: arguments, checks before the work starts, errors in one line."""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec('mmvil') is None:  # run from a checkout that is not pip-installed
+    sys.path.insert(0, str(ROOT))
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was wrong and what to do."""
+
+
+def run(main) -> None:
+    """Call ``main``; report what the user can put right in one line and exit with status 2.
+
+    That is a ``UserError``, or a ``ValueError`` that mmvil itself raises about a value it was
+    given. ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace.
+    """
+    try:
+        main()
+    except (UserError, ValueError) as error:
+        wants_trace = '--traceback' in sys.argv or os.environ.get('MMVIL_TRACEBACK', '0') != '0'
+        if wants_trace or not (isinstance(error, UserError) or _raised_in_mmvil(error)):
+            raise
+        if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
+            print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _raised_in_mmvil(error: Exception) -> bool:
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(innermost.filename).is_relative_to(Path(mmvil.__file__).parent)
+
+
+try:
+    import torch
+    from mmengine.config import Config, DictAction
+    from mmengine.device import get_device
+    from mmengine.hooks import Hook
+    from mmengine.model import BaseTTAModel, is_model_wrapper
+    from mmengine.registry import DATASETS, RUNNERS
+    from mmengine.runner import Runner
+
+    import mmvil  # registers the backbone, refuses versions that do not fit
+    from mmvil.converters import is_official
+except ImportError as import_error:
+    message = f'{import_error}\nHow to install mmvil beside OpenMMLab: see README.md.'
+
+    def fail(message=message):
+        raise UserError(message) from None
+
+    run(fail)
+
+
+# -- Arguments ------------------------------------------------------------------------------------
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that training and testing have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)'
+    )
+    parser.add_argument('--data-root', help="folder of the data, instead of the config's")
+    parser.add_argument(
+        '--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config: model.backbone.arch=base key="[a,b]" key=a,b '
+        'key="[(a,b),(c,d)]"; quotes are needed, white space is not allowed',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes were started',
+    )
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
+    )
+    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line and pass the local rank on where mmengine looks for it."""
+    try:
+        args = parser.parse_args()
+    except ValueError:  # from DictAction
+        parser.error('--cfg-options wants KEY=VALUE pairs without white space')
+    if hasattr(args, 'local_rank'):
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+# -- Config ---------------------------------------------------------------------------------------
+
+
+def load_config(path: str, options: dict) -> Config:
+    """Read a config file and merge the command line's options into it.
+
+    Raises:
+        UserError: If the file is missing or broken, or needs a library that is not installed.
+    """
+    if not os.path.isfile(path):
+        names = [str(config) for config in (ROOT / 'configs').glob('*.py')]
+        close = difflib.get_close_matches(str(ROOT / 'configs' / Path(path).name), names, n=1)
+        hint = f'Did you mean {os.path.relpath(close[0])}?' if close else 'See configs/.'
+        raise UserError(f'config not found: {path}. {hint}')
+    try:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(options)
+    except Exception as error:
+        raise UserError(f'cannot read {path}: {_one_line(error)}') from error
+
+    libraries = {cfg.get('default_scope', 'mmengine')}
+    libraries.update(node['type'].partition('.')[0] for node in _dicts(cfg) if _has_scope(node))
+    for library in sorted(libraries):
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
+    return cfg
+
+
+def apply_common_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Merge the arguments of ``make_parser`` into a config."""
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+
+    for loader in _loaders(cfg):
+        if args.no_pin_memory:
+            loader.pin_memory = False
+        if loader.get('num_workers', 0) == 0:  # else torch refuses persistent workers
+            loader.persistent_workers = False
+        if args.data_root is not None:
+            for dataset in _datasets(loader.dataset):
+                dataset.data_root = args.data_root
+
+
+def fit_to_cpu(cfg: Config) -> list:
+    """Replace what needs a GPU where there is none.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Returns:
+        list[str]: What was replaced, for the log. Empty on a machine with an accelerator.
+    """
+    if get_device() != 'cpu':
+        return []
+    notes = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        wrapper.type = 'OptimWrapper'
+        for option in ('dtype', 'loss_scale', 'use_fsdp'):
+            wrapper.pop(option, None)
+        notes.append(
+            'no GPU: training in float32, because mixed precision (AmpOptimWrapper) needs one'
+        )
+    sync_norms = [node for node in _dicts(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
+    for node in sync_norms:
+        node.type = 'BN'
+    if sync_norms and cfg.launcher != 'none':
+        notes.append(
+            'no GPU: BN stands in for SyncBN, which torch has for GPUs only, so each process '
+            'normalizes by its own images'
+        )
+    for loader in _loaders(cfg):
+        loader.pin_memory = False
+
+    if cfg.launcher == 'pytorch':
+        # mmengine would choose a CUDA device first; it leaves an existing process group alone.
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+        notes.append('no GPU: the processes communicate by gloo')
+    elif cfg.launcher != 'none':
+        raise UserError(f'--launcher {cfg.launcher} needs GPUs; on CPUs use tools/dist_train.sh')
+    return notes
+
+
+def build_runner(cfg: Config, notes=()) -> Runner:
+    """Build the runner that a config describes and write ``notes`` into its log.
+
+    Raises:
+        UserError: If some part of the config is refused by the class that it configures.
+    """
+    runner_type = cfg.get('runner_type')
+    try:
+        runner = RUNNERS.build(cfg) if runner_type else Runner.from_cfg(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'cannot build what the config describes: {_one_line(error)} (--traceback shows where)'
+        ) from error
+    for note in notes:
+        runner.logger.warning(note)
+    return runner
+
+
+# -- Checks: what would go wrong later with a worse message, or with none --------------------------
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Make sure that the folders which the named dataloaders read exist and hold images.
+
+    Raises:
+        UserError: If one is missing or empty.
+    """
+    for loader in filter(cfg.get, loaders):
+        for dataset_cfg in _datasets(cfg[loader].dataset):
+            root = dataset_cfg.get('data_root') or ''
+            dataset = _build_lazily(dataset_cfg, cfg.get('default_scope'))
+            prefix = getattr(dataset, 'data_prefix', {})
+            for folder in filter(None, (root, *prefix.values())):
+                if '://' not in folder and not os.path.isdir(folder):
+                    raise UserError(
+                        f'data not found: {os.path.abspath(folder)} ({loader} of the config reads '
+                        'it). Put or link the data there, or name its folder by --data-root.'
+                    )
+            # An empty segmentation data set would make mmengine's InfiniteSampler wait for ever.
+            suffix = getattr(dataset, 'img_suffix', '')
+            folder = prefix.get('img_path') or ''
+            if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
+                raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+
+
+def check_checkpoint(path: str) -> None:
+    """Make sure that a path is a PyTorch checkpoint. URLs are taken on trust.
+
+    Raises:
+        UserError: If it is missing or something else.
+    """
+    if '://' in path:
+        return
+    if not os.path.isfile(path):
+        raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if start[:1] != b'\x80' and start != b'PK':  # a pickle, a zip file
+        raise UserError(f'{path} is not a PyTorch checkpoint')
+
+
+def check_config_checkpoints(cfg: Config) -> None:
+    """Check the files that ``load_from`` and ``init_cfg`` name."""
+    named = [cfg.get('load_from')]
+    named += [node.get('checkpoint') for node in _dicts(cfg) if node.get('type') == 'Pretrained']
+    for path in named:
+        if path is not None:
+            check_checkpoint(path)
+
+
+def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
+    """Make sure that a checkpoint holds every tensor of a model in the right shape.
+
+    mmengine only warns about this, and goes on with random weights.
+
+    Raises:
+        UserError: If it does not.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    given = checkpoint.get('state_dict', checkpoint)
+    given = {name.removeprefix('module.'): tensor for name, tensor in given.items()}
+    if is_official(given):
+        raise UserError(
+            f"{path} has the authors' layout; convert it first, with mmvil.converters.vil_to_mmvil"
+        )
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in given]
+    misfits = [name for name in wanted if name in given and not _fits(name, given, wanted)]
+    complaints = []
+    if missing:
+        complaints.append(f'{len(missing)} of {len(wanted)} tensors are missing ({missing[0]}, …)')
+    if misfits:
+        name = misfits[0]
+        complaints.append(
+            f'{len(misfits)} have another shape ({name}: {tuple(given[name].shape)} in the file, '
+            f'{tuple(wanted[name].shape)} in the model)'
+        )
+    if complaints:
+        raise UserError(
+            f'{path} does not fit the config: {" and ".join(complaints)}. '
+            'Test and resume with the config that it was trained with.'
+        )
+
+
+class CheckFitHook(Hook):
+    """Refuses a checkpoint that does not fit, when the runner loads it."""
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')
+
+
+# -- Helpers ---------------------------------------------------------------------------------------
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _dicts(node):
+    """Every dict inside a config."""
+    if isinstance(node, (dict, Config)):
+        if isinstance(node, dict):
+            yield node
+        for _, value in node.items():
+            yield from _dicts(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _dicts(value)
+
+
+def _has_scope(node: dict) -> bool:
+    return isinstance(node.get('type'), str) and '.' in node['type']
+
+
+def _loaders(cfg: Config) -> list:
+    names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    return [cfg[name] for name in names if cfg.get(name) is not None]
+
+
+def _datasets(dataset: dict):
+    """The innermost datasets: wrappers such as RepeatDataset and ConcatDataset hold others."""
+    inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
+    if not inner:
+        yield dataset
+    for each in inner:
+        yield from _datasets(each)
+
+
+def _build_lazily(dataset_cfg: dict, scope: str):
+    """The dataset object, which knows its paths, without reading its list of files."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        try:
+            return registry.build({**dataset_cfg, 'lazy_init': True, 'pipeline': []})
+        except Exception:  # it will be built again in earnest, and complain then
+            return None
+
+
+def _fits(name: str, given: dict, wanted: dict) -> bool:
+    if name.endswith('pos_embed'):  # the backbone resizes its grid
+        return given[name].shape[-1] == wanted[name].shape[-1]
+    return given[name].shape == wanted[name].shape

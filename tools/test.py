@@ -1,0 +1,125 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Evaluate a checkpoint of a segmentor or a classifier.
+
+python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade20k/iter_160000.pth
+"""
+
+import os
+from copy import deepcopy
+from pathlib import Path
+
+from _common import (
+    CheckFitHook,
+    UserError,
+    apply_common_args,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    fit_to_cpu,
+    load_config,
+    make_parser,
+    parse_args,
+    run,
+)
+
+
+def add_arguments(parser):
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out',
+        help='segmentation: folder for the predicted label maps (PNG); '
+        'classification: .pkl or .json file for the results',
+    )
+    parser.add_argument(
+        '--out-item',
+        choices=['pred', 'metrics'],
+        default='pred',
+        help='classification: what goes to --out (default: pred)',
+    )
+    parser.add_argument('--dump', metavar='PKL', help='write all predictions to a pickle file')
+    parser.add_argument('--tta', action='store_true', help='multi-scale and flip, or flip only')
+    parser.add_argument('--amp', action='store_true', help='test with mixed precision')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument(
+        '--interval', type=int, default=1, help='classification: draw each n-th image only'
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds that --show shows a picture'
+    )
+    return parser
+
+
+def apply_args(cfg, args):
+    apply_common_args(cfg, args)
+    cfg.load_from = args.checkpoint
+    is_classifier = cfg.model.type.endswith('Classifier')
+    if args.amp:
+        cfg.test_cfg.fp16 = True
+    if args.show or args.show_dir is not None:
+        draw(cfg, args, is_classifier)
+    if args.tta:
+        use_tta(cfg, is_classifier)
+
+    evaluators = (
+        cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    )
+    if args.out is not None and not is_classifier:
+        for evaluator in evaluators:
+            evaluator.output_dir = args.out
+            evaluator.keep_results = True
+    dumps = [args.dump, args.out if is_classifier and args.out_item == 'pred' else None]
+    for path in filter(None, dumps):
+        if Path(path).suffix not in ('.pkl', '.pickle'):
+            raise UserError(f'predictions are written to a .pkl file, but {path} was asked for')
+        evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
+    cfg.test_evaluator = evaluators
+
+
+def draw(cfg, args, is_classifier):
+    """Let mmseg's or mmpretrain's hook draw the predictions."""
+    if 'visualization' not in cfg.default_hooks:
+        raise UserError('--show and --show-dir need default_hooks.visualization in the config')
+    hook = cfg.default_hooks.visualization
+    hook.update(show=args.show, wait_time=args.wait_time)
+    if is_classifier:
+        if args.tta:
+            raise UserError('--tta and --show-dir do not go together for classifiers')
+        hook.update(enable=True, out_dir=args.show_dir, interval=args.interval)
+    else:
+        hook.draw = True
+        if args.show_dir is not None:
+            cfg.visualizer.save_dir = os.path.abspath(args.show_dir)
+
+
+def use_tta(cfg, is_classifier):
+    """Test each image several times: as tta_pipeline says, or flipped and not."""
+    if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
+        if not is_classifier:
+            raise UserError('--tta needs tta_pipeline and tta_model in the config')
+        *pipeline, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+        cfg.tta_pipeline = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+        cfg.tta_model = dict(type='mmpretrain.AverageClsScoreTTA')
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def main():
+    args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
+    cfg = load_config(args.config, args.cfg_options)
+    apply_args(cfg, args)
+    check_data(cfg, 'test_dataloader')
+    check_checkpoint(args.checkpoint)
+
+    runner = build_runner(cfg, notes=fit_to_cpu(cfg))
+    runner.register_hook(CheckFitHook())
+    metrics = runner.test()
+    if args.out is not None and args.out_item == 'metrics':
+        from mmengine.fileio import dump
+
+        dump(metrics, args.out)
+
+
+if __name__ == '__main__':
+    run(main)
