@@ -1,0 +1,96 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Draw test images beside their ground truth and a segmentor's prediction, with a legend."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+import mmcv  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from mmseg.apis import inference_model, init_model  # noqa: E402
+from mmseg.datasets.transforms import LoadAnnotations  # noqa: E402
+from mmseg.registry import DATASETS  # noqa: E402
+
+IGNORED = 255
+
+
+def overlay(image, labels, palette, opacity=0.65):
+    """Paint the classes over an image; ignored pixels stay bare.
+
+    Args:
+        image (ndarray): (H, W, 3) uint8.
+        labels (ndarray): (H, W), class indices or 255.
+        palette (list): One RGB color per class.
+        opacity (float): Opacity of the paint.
+
+    Returns:
+        ndarray: (H, W, 3) uint8.
+    """
+    known = labels != IGNORED
+    out = image.astype(np.float32)
+    out[known] *= 1 - opacity
+    out[known] += opacity * np.array(palette, np.float32)[labels[known]]
+    return out.astype(np.uint8)
+
+
+def draw(model, samples, out):
+    """Write a picture with one column per sample: image, ground truth, prediction.
+
+    Args:
+        model (nn.Module): A segmentor, as ``mmseg.apis.init_model`` returns it.
+        samples (list[dict]): What ``dataset.get_data_info`` returns.
+        out (Path): Picture to write.
+    """
+    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
+    columns, shown = [], set()
+    for sample in samples:
+        image = mmcv.imread(sample['img_path'], channel_order='rgb')
+        truth = LoadAnnotations()(sample)['gt_seg_map']
+        prediction = inference_model(model, sample['img_path']).pred_sem_seg.data[0].cpu().numpy()
+        columns.append([image, overlay(image, truth, palette), overlay(image, prediction, palette)])
+        shown |= set(np.unique(truth)) | set(np.unique(prediction))
+
+    height, width = columns[0][0].shape[:2]
+    size = (2.6 * len(columns), 3 * 2.6 * height / width + 0.5)
+    figure, axes = plt.subplots(3, len(columns), figsize=size, squeeze=False, layout='constrained')
+    for column, pictures in zip(axes.T, columns):
+        for axis, picture in zip(column, pictures):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[:, 0], ('image', 'ground truth', 'prediction')):
+        axis.set_ylabel(title)
+    keys = [
+        Patch(color=np.array(palette[i]) / 255, label=classes[i]) for i in sorted(shown - {IGNORED})
+    ]
+    figure.legend(handles=keys, loc='outside lower center', ncols=10, frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of a segmentor')
+    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
+    parser.add_argument('--num', type=int, default=5, help='how many images (%(default)s)')
+    parser.add_argument('--device', default='cpu', help='(%(default)s)')
+    args = parser.parse_args()
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            sys.exit(f'{path} does not exist.')
+
+    model = init_model(args.config, args.checkpoint, device=args.device)
+    dataset = DATASETS.build(model.cfg.test_dataloader.dataset)
+    # Evenly spread over the data set.
+    indices = np.linspace(0, len(dataset) - 1, min(args.num, len(dataset))).round().astype(int)
+    draw(model, [dataset.get_data_info(int(i)) for i in indices], args.out)
+    print(f'Pictures: {args.out}')
+
+
+if __name__ == '__main__':
+    main()
