@@ -117,9 +117,9 @@ def load_config(path: str, options: dict) -> Config:
         UserError: If the file is missing or broken, or needs a library that is not installed.
     """
     if not os.path.isfile(path):
-        names = [str(config) for config in (ROOT / 'configs').glob('*.py')]
-        close = difflib.get_close_matches(str(ROOT / 'configs' / Path(path).name), names, n=1)
-        hint = f'Did you mean {os.path.relpath(close[0])}?' if close else 'See configs/.'
+        known = {config.name: config for config in (ROOT / 'configs').glob('*.py')}
+        close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
+        hint = f'Did you mean {os.path.relpath(known[close[0]])}?' if close else 'See configs/.'
         raise UserError(f'config not found: {path}. {hint}')
     try:
         cfg = Config.fromfile(path)
@@ -224,7 +224,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
     for loader in filter(cfg.get, loaders):
         for dataset_cfg in _datasets(cfg[loader].dataset):
             root = dataset_cfg.get('data_root') or ''
-            dataset = _build_lazily(dataset_cfg, cfg.get('default_scope'))
+            dataset = build_lazily(dataset_cfg, cfg.get('default_scope'))
             prefix = getattr(dataset, 'data_prefix', {})
             for folder in filter(None, (root, *prefix.values())):
                 if '://' not in folder and not os.path.isdir(folder):
@@ -343,7 +343,7 @@ def _datasets(dataset: dict):
         yield from _datasets(each)
 
 
-def _build_lazily(dataset_cfg: dict, scope: str):
+def build_lazily(dataset_cfg: dict, scope: str):
     """The dataset object, which knows its paths, without reading its list of files."""
     with DATASETS.switch_scope_and_registry(scope) as registry:
         try:

@@ -111,6 +111,8 @@ def main():
     apply_args(cfg, args)
     check_data(cfg, 'test_dataloader')
     check_checkpoint(args.checkpoint)
+    if args.check:
+        return
 
     runner = build_runner(cfg, notes=fit_to_cpu(cfg))
     runner.register_hook(CheckFitHook())

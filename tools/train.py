@@ -76,6 +76,8 @@ def main():
     apply_args(cfg, args)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     check_config_checkpoints(cfg)
+    if args.check:
+        return
 
     runner = build_runner(cfg, notes=fit_to_cpu(cfg))
     if cfg.get('resume'):

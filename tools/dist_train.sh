@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Train on several GPUs, or with several CPU processes where there is no GPU.
+#
+#   tools/dist_train.sh CONFIG N [arguments of train.py]
+#
+# N processes on this machine. On several machines, run it on each with the same NNODES, MASTER_ADDR
+# and PORT, and its own NODE_RANK. PYTHON names the interpreter.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+    echo "usage: $0 CONFIG N [arguments of train.py]" >&2
+    exit 2
+fi
+CONFIG=$1
+N=$2
+shift 2
+
+if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
+    RENDEZVOUS=(--standalone)  # finds a free port
+else
+    RENDEZVOUS=(
+        --nnodes="${NNODES:-1}"
+        --node_rank="${NODE_RANK:-0}"
+        --master_addr="${MASTER_ADDR:-127.0.0.1}"
+        --master_port="${PORT:-29500}"
+    )
+fi
+
+PYTHON=${PYTHON:-python}
+SCRIPT=$(dirname "$0")/train.py
+# What is missing is said once and in one line here, by every process and by torchrun later.
+"$PYTHON" "$SCRIPT" "$CONFIG" --check "$@" > /dev/null
+
+exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node="$N" \
+    "$SCRIPT" "$CONFIG" --launcher pytorch "$@"

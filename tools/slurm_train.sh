@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Train on a SLURM cluster, one process per GPU.
+#
+#   tools/slurm_train.sh PARTITION JOB_NAME CONFIG [arguments of train.py]
+#
+# GPUS (8 in all), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and PORT (29500) may be set in the
+# environment, SRUN_ARGS holds more arguments of srun, PYTHON names the interpreter.
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG [arguments of train.py]" >&2
+    exit 2
+fi
+PARTITION=$1
+JOB_NAME=$2
+CONFIG=$3
+shift 3
+
+GPUS=${GPUS:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
+export MASTER_PORT=${PORT:-29500}
+read -r -a MORE <<< "${SRUN_ARGS:-}"
+
+exec srun \
+    --partition="$PARTITION" \
+    --job-name="$JOB_NAME" \
+    --gres=gpu:"$GPUS_PER_NODE" \
+    --ntasks="$GPUS" \
+    --ntasks-per-node="$GPUS_PER_NODE" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    ${MORE[@]+"${MORE[@]}"} \
+    "${PYTHON:-python}" -u "$(dirname "$0")/train.py" "$CONFIG" --launcher slurm "$@"
