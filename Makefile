@@ -1,17 +1,20 @@
 # make demo: from nothing to a trained ViL segmentor. make test, make lint: what CI runs.
 
 PYTHON ?= python3
-VENV ?= .venv
-DATA ?= data/demo
-WORK_DIR ?= work_dirs/demo
 
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALLED := $(VENV)/installed
+
 CONFIG := configs/upernet_vil_t_demo.py
+DATA := data/demo
+WORK_DIR := work_dirs/demo
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full lint lock clean
+.PHONY: help install lock demo test test-full lint clean
 
 help:
 	@echo "make demo       train ViL-T + UperNet on a small data set, evaluate, draw pictures"
@@ -21,34 +24,52 @@ help:
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV), $(DATA) and $(WORK_DIR)"
 	@echo
-	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.13);"
+	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.13)."
 	@echo "UV_TORCH_BACKEND=cpu installs PyTorch without CUDA, which saves about 4 GB."
 
-# -- Environment ---------------------------------------------------------------------------------
+# -- Environment -----------------------------------------------------------------------------------
 
 install: $(INSTALLED)
 
 $(INSTALLED): requirements/dev.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "mmvil needs Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+		{ echo "mmvil needs Python 3.10 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --python $(BIN)/python -r requirements/dev.txt
-	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(UV) pip install --python $(BIN)/python --requirement requirements/dev.txt
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# CUDA's libraries are left out of the list: PyTorch pins them itself, and its CPU build has none.
+# The CUDA libraries are left out: PyTorch's GPU builds pin them, and its CPU build has none.
 lock: $(INSTALLED)
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate \
 		--custom-compile-command 'make lock' requirements/dev.in \
-		| grep -v -E '^(nvidia|cuda)-|^triton=' > requirements/dev.txt
+		| grep -v -E '^(nvidia|cuda)-|^triton=' > requirements/dev.txt.new
+	mv requirements/dev.txt.new requirements/dev.txt
 
-# -- Demo ----------------------------------------------------------------------------------------
+# -- Demo ------------------------------------------------------------------------------------------
 
-demo: $(INSTALLED)
-	$(BIN)/python tools/dataset_converters/make_demo_dataset.py $(DATA)
+# Data and training are kept: `make demo` again evaluates and draws again, and goes on with a
+# training that was interrupted. To train anew, remove $(WORK_DIR).
+demo: $(WORK_DIR)/trained
+	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" \
+		--work-dir $(WORK_DIR)
+	$(BIN)/python tools/visualization/plot_log.py $(WORK_DIR) --out $(WORK_DIR)/curve.png
+	$(BIN)/python tools/visualization/plot_predictions.py $(CONFIG) \
+		"$$(cat $(WORK_DIR)/last_checkpoint)" --out $(WORK_DIR)/predictions.png
+	@echo
+	@echo "IoU of each class: the table above.  Loss and mIoU: $(WORK_DIR)/curve.png"
+	@echo "Pictures: $(WORK_DIR)/predictions.png.  Checkpoint and log: $(WORK_DIR)"
 
-# -- Checks --------------------------------------------------------------------------------------
+$(DATA)/made: tools/dataset_converters/make_demo_dataset.py | $(INSTALLED)
+	$(BIN)/python $< $(DATA)
+	@touch $@
+
+$(WORK_DIR)/trained: | $(INSTALLED) $(DATA)/made
+	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK_DIR) --resume
+	@touch $@
+
+# -- Checks ----------------------------------------------------------------------------------------
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q --durations=10 -m 'not slow'

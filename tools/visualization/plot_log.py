@@ -12,44 +12,42 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def find_log(path):
-    """The newest ``vis_data/scalars.json`` of a work directory, or the file itself.
+def find_logs(path):
+    """The logs of one run: several if it was interrupted and resumed.
 
     Args:
-        path (Path): A work directory of mmengine, one of its time-stamped folders, or the file.
+        path (Path): A work directory of mmengine, one of its time-stamped folders, or a log.
 
     Returns:
-        Path: The file.
+        list[Path]: Files named ``scalars.json``, the oldest first.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    if path.is_file():
-        return path
-    logs = sorted(path.glob('**/vis_data/scalars.json'), key=lambda p: p.stat().st_mtime)
+    logs = [path] if path.is_file() else sorted(path.glob('**/vis_data/scalars.json'))
     if not logs:
         raise FileNotFoundError(
             f'No vis_data/scalars.json under {path}: give the --work-dir of a training run.'
         )
-    return logs[-1]
+    return logs
 
 
-def read_log(path):
-    """Collect every scalar of a log.
+def read_logs(paths):
+    """Collect every scalar of a run.
 
     Args:
-        path (Path): A ``scalars.json`` of mmengine, one JSON object per line.
+        paths (list[Path]): Logs with one JSON object per line. Where two tell of the same step, the
+            later one counts.
 
     Returns:
-        dict[str, tuple[list, list]]: Steps and values of each scalar.
+        dict[str, dict[int, float]]: Value by step of each scalar.
     """
     curves = {}
-    for line in path.read_text().splitlines():
-        scalars = json.loads(line)
-        for name, value in scalars.items():
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(scalars['step'])
-            values.append(value)
+    for path in paths:
+        for line in path.read_text().splitlines():
+            scalars = json.loads(line)
+            for name, value in scalars.items():
+                curves.setdefault(name, {})[scalars['step']] = value
     return curves
 
 
@@ -57,16 +55,16 @@ def plot(runs, metric, out):
     """Draw the loss (left axis, line) and the metric (right axis, dots) over the iterations.
 
     Args:
-        runs (dict[str, dict]): Curves as :func:`read_log` returns them, by the name of the run.
-        metric (str): Name of the validation metric, such as 'mIoU'.
+        runs (dict[str, dict]): Curves as :func:`read_logs` returns them, by the name of the run.
+        metric (str): Name of the validation metric, in percent, such as 'mIoU'.
         out (Path): Picture to write.
     """
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
     for i, (name, curves) in enumerate(runs.items()):
-        loss, values = curves.get('loss', ([], [])), curves.get(metric, ([], []))
-        left.plot(*loss, color=f'C{i}', alpha=0.6, label=f'{name}: loss')
-        right.plot(*values, color=f'C{i}', marker='o', label=f'{name}: {metric}')
+        loss, values = (sorted(curves.get(key, {}).items()) for key in ('loss', metric))
+        left.plot(*zip(*loss), color=f'C{i}', alpha=0.6, label=f'{name}: loss')
+        right.plot(*zip(*values), color=f'C{i}', marker='o', label=f'{name}: {metric}')
     left.set(xlabel='iteration', ylabel='training loss')
     left.set_ylim(bottom=0)
     right.set(ylabel=f'validation {metric}')
@@ -84,7 +82,7 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
     try:
-        runs = {path.name: read_log(find_log(path)) for path in args.runs}
+        runs = {path.name: read_logs(find_logs(path)) for path in args.runs}
     except FileNotFoundError as error:
         sys.exit(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
