@@ -10,7 +10,7 @@ With one chunk this is the parallel form. Nothing is flipped for the reverse dir
 last to the first, and inside a chunk the other triangle is used.
 """
 import math
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -53,14 +53,27 @@ def _split(stats: GateStatistics, chunk_size: int, reverse: bool, dtype: torch.d
     return chunks
 
 
-def _next_state(state, chunk: _Chunk, k: Tensor, v: Tensor):
-    """Write a chunk's keys (G, L, DH) and values (G, L, DH) into the memory (G, DH, DH) and normalizer (G, DH)."""
-    written = k * chunk.to_state
-    if state is None:
-        return torch.bmm(written.transpose(1, 2), v), written.sum(1)
-    memory, normalizer = state
-    return (torch.baddbmm(memory * chunk.decay, written.transpose(1, 2), v),
-            normalizer * chunk.decay.squeeze(-1) + written.sum(1))
+class _State(NamedTuple):
+    """What the chunks read so far leave behind: sums over their tokens."""
+    memory: Tensor  # (G, DH, DH)
+    normalizer: Tensor  # (G, DH)
+
+    @classmethod
+    def empty(cls, k: Tensor) -> '_State':
+        """The state before the first token."""
+        return cls(k.new_zeros(k.shape[0], k.shape[2], k.shape[2]), k.new_zeros(k.shape[0], k.shape[2]))
+
+    def update_(self, left: Tensor, right: Tensor, right_scalar: Optional[Tensor], decay: Tensor) -> None:
+        """Decay (G, 1, 1), then add the products of left (G, L, DH) with right (G, L, DH) and with right_scalar (G, L).
+
+        No scalar stands for ones.
+        """
+        self.memory.mul_(decay).baddbmm_(left.transpose(1, 2), right)
+        added = left.sum(1) if right_scalar is None else torch.bmm(right_scalar.unsqueeze(1), left).squeeze(1)
+        self.normalizer.mul_(decay.squeeze(-1)).add_(added)
+
+    def clone(self) -> '_State':
+        return _State(self.memory.clone(), self.normalizer.clone())
 
 
 def _denominator(normalizer: Tensor, stabilizer: Tensor) -> Tensor:
@@ -83,22 +96,21 @@ def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Ten
     """
     scale = q.shape[-1]**-0.5
     stats = gate_statistics(igate, fgate, reverse)
+    chunks = _split(stats, chunk_size, reverse, q.dtype)
     h = torch.empty_like(v)
     normalizer = v.new_empty(v.shape[:2])
-    state = None
-    chunks = _split(stats, chunk_size, reverse, q.dtype)
+    state = _State.empty(k) if len(chunks) > 1 else None
     for index, chunk in enumerate(chunks):
-        q_c, k_c, v_c = q[:, chunk.tokens], k[:, chunk.tokens], v[:, chunk.tokens]
+        q_c, k_c, v_c, h_c = (x[:, chunk.tokens] for x in (q, k, v, h))
         weights = decay_weights(chunk.source, chunk.running_max, reverse)
-        numerator_c, normalizer_c = parallel_forward(q_c, k_c, v_c, weights, scale)
-        if state is not None:
+        normalizer_c = parallel_forward(q_c, k_c, v_c, weights, scale, out=h_c)
+        if index > 0:
             reading = q_c * (chunk.from_state * scale)
-            numerator_c = numerator_c.baddbmm_(reading, state[0])
-            normalizer_c = normalizer_c + torch.bmm(reading, state[1].unsqueeze(-1)).squeeze(-1)
+            h_c.baddbmm_(reading, state.memory)
+            normalizer_c += torch.bmm(reading, state.normalizer.unsqueeze(-1)).squeeze(-1)
         if index + 1 < len(chunks):
-            state = _next_state(state, chunk, k_c, v_c)
-        denominator = _denominator(normalizer_c, stats.stabilizer[:, chunk.tokens])
-        torch.div(numerator_c, denominator.unsqueeze(-1), out=h[:, chunk.tokens])
+            state.update_(k_c * chunk.to_state, v_c, None, chunk.decay)
+        h_c.div_(_denominator(normalizer_c, stats.stabilizer[:, chunk.tokens]).unsqueeze(-1))
         normalizer[:, chunk.tokens] = normalizer_c
     return h, normalizer
 
@@ -123,47 +135,42 @@ def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: T
     scale = q.shape[-1]**-0.5
     stats = gate_statistics(igate, fgate, reverse)
     chunks = _split(stats, chunk_size, reverse, q.dtype)
-
     inverse = 1 / _denominator(normalizer, stats.stabilizer)  # (G, N)
-    numerator_grad = h_grad * inverse.unsqueeze(-1)
-    projection = torch.linalg.vecdot(h_grad, h)  # (G, N)
     by_normalizer = normalizer.abs() >= torch.exp(-stats.stabilizer)
-    normalizer_grad = torch.where(by_normalizer, -projection * inverse * normalizer.sign(), 0)
+    sign = torch.where(by_normalizer, -inverse * normalizer.sign(), 0)
 
-    states = [None]
+    # The states that the chunks read, for the second chunk and all after it.
+    states = [_State.empty(k)] if len(chunks) > 1 else []
     for chunk in chunks[:-1]:
-        states.append(_next_state(states[-1], chunk, k[:, chunk.tokens], v[:, chunk.tokens]))
+        states[-1].update_(k[:, chunk.tokens] * chunk.to_state, v[:, chunk.tokens], None, chunk.decay)
+        states.append(states[-1].clone())
 
     q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    memory_grad = None  # of the state after the chunk at hand; None: nobody reads that state
-    for chunk, state in zip(reversed(chunks), reversed(states)):
-        q_c, k_c, v_c = q[:, chunk.tokens], k[:, chunk.tokens], v[:, chunk.tokens]
-        numerator_grad_c, normalizer_grad_c = numerator_grad[:, chunk.tokens], normalizer_grad[:, chunk.tokens]
+    projection, source_grad = torch.empty_like(normalizer), torch.empty_like(normalizer)  # h . dh and k . dk
+    state_grad = _State.empty(k) if len(chunks) > 1 else None  # of the state after the chunk at hand
+    for index, chunk in reversed(list(enumerate(chunks))):
+        tokens = chunk.tokens
+        q_c, k_c, v_c, q_grad_c, k_grad_c, v_grad_c = (x[:, tokens] for x in (q, k, v, q_grad, k_grad, v_grad))
+        torch.sum(h_grad[:, tokens] * h[:, tokens], -1, out=projection[:, tokens])
+        numerator_grad = h_grad[:, tokens] * inverse[:, tokens].unsqueeze(-1)
+        normalizer_grad = projection[:, tokens] * sign[:, tokens]
         weights = decay_weights(chunk.source, chunk.running_max, reverse)
-        q_grad_c, k_grad_c, v_grad_c = parallel_backward(numerator_grad_c, normalizer_grad_c, q_c, k_c, v_c, weights,
-                                                         scale)
-        if memory_grad is not None:  # through the state that this chunk writes
-            written_grad = torch.baddbmm(state_normalizer_grad.unsqueeze(1), v_c, memory_grad.transpose(1, 2))
-            k_grad_c = k_grad_c.addcmul_(written_grad, chunk.to_state)
-            v_grad_c = v_grad_c.baddbmm_(k_c * chunk.to_state, memory_grad)
-        if state is not None:  # through the state that this chunk reads
-            reading = q_c * (chunk.from_state * scale)
-            reading_grad = torch.bmm(numerator_grad_c, state[0].transpose(1, 2))
-            reading_grad = reading_grad.addcmul_(normalizer_grad_c.unsqueeze(-1), state[1].unsqueeze(1))
-            q_grad_c = q_grad_c.addcmul_(reading_grad, chunk.from_state, value=scale)
-            normalizer_part = torch.bmm(normalizer_grad_c.unsqueeze(1), reading).squeeze(1)
-            if memory_grad is None:
-                memory_grad = torch.bmm(reading.transpose(1, 2), numerator_grad_c)
-                state_normalizer_grad = normalizer_part
-            else:
-                memory_grad = torch.baddbmm(memory_grad * chunk.decay, reading.transpose(1, 2), numerator_grad_c)
-                state_normalizer_grad = state_normalizer_grad * chunk.decay.squeeze(-1) + normalizer_part
-        q_grad[:, chunk.tokens] = q_grad_c
-        k_grad[:, chunk.tokens] = k_grad_c
-        v_grad[:, chunk.tokens] = v_grad_c
+        parallel_backward(numerator_grad, normalizer_grad, q_c, k_c, v_c, weights, scale,
+                          out=(q_grad_c, k_grad_c, v_grad_c))
+        if index + 1 < len(chunks):  # through the state that this chunk writes
+            written_grad = torch.bmm(v_c, state_grad.memory.transpose(1, 2)).add_(state_grad.normalizer.unsqueeze(1))
+            k_grad_c.addcmul_(written_grad, chunk.to_state)
+            v_grad_c.baddbmm_(torch.mul(k_c, chunk.to_state, out=written_grad), state_grad.memory)
+        if index > 0:  # through the state that this chunk reads
+            state = states[index - 1]
+            reading_grad = torch.bmm(numerator_grad, state.memory.transpose(1, 2))
+            reading_grad.addcmul_(normalizer_grad.unsqueeze(-1), state.normalizer.unsqueeze(1))
+            q_grad_c.addcmul_(reading_grad, chunk.from_state, value=scale)
+            reading = torch.mul(q_c, chunk.from_state * scale, out=reading_grad)
+            state_grad.update_(reading, numerator_grad, normalizer_grad, chunk.decay)
+        torch.sum(torch.mul(k_c, k_grad_c, out=numerator_grad), -1, out=source_grad[:, tokens])
 
     eps_part = projection * inverse * EPS  # the stabilizer matters only relative to eps
     row_grad = torch.where(by_normalizer, 0, projection - eps_part)
-    igate_grad, fgate_grad = gate_gradients(
-        torch.linalg.vecdot(k_grad, k), -eps_part, row_grad, fgate, stats, reverse)
+    igate_grad, fgate_grad = gate_gradients(source_grad, -eps_part, row_grad, fgate, stats, reverse)
     return q_grad, k_grad, v_grad, igate_grad, fgate_grad
