@@ -92,6 +92,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
     )
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='only check that config, data and checkpoints are in place',
+    )
     parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
 
