@@ -7,11 +7,11 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, by_epoch=False, begin=50, end=500),
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=30),
+    dict(type='CosineAnnealingLR', eta_min_ratio=1e-2, by_epoch=False, begin=30, end=300),
 ]
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=500, val_interval=100)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=300, val_interval=100)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
