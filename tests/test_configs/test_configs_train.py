@@ -1,0 +1,78 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Every config builds its model, and one training step reaches every parameter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
+
+CONFIGS = sorted((Path(__file__).parents[2] / 'configs').glob('*.py'))
+
+SIZE = (52, 70)  # neither square nor multiples of the patch
+
+# As published: segmentors in millions, and without the auxiliary head, which only trains.
+PARAMETERS = dict(
+    upernet_vil_t_ade20k=11e6,
+    upernet_vil_s_ade20k=42e6,
+    upernet_vil_b_ade20k=115e6,
+    vil_t_imagenet=6_391_528,
+    vil_s_imagenet=23_398_696,
+    vil_b_imagenet=89_263_528,
+)
+
+
+def build_model(cfg):
+    pytest.importorskip(cfg.default_scope)
+    init_default_scope(cfg.default_scope)
+    return revert_sync_batchnorm(MODELS.build(cfg.model))
+
+
+def make_batch(cfg):
+    """Two images with labels, as the data loader gives them."""
+    images = [torch.randint(256, (3, *SIZE), dtype=torch.uint8) for _ in range(2)]
+    samples = []
+    for _ in images:
+        if cfg.default_scope == 'mmseg':
+            from mmseg.structures import SegDataSample
+
+            labels = torch.randint(cfg.model.decode_head.num_classes, (1, *SIZE))
+            samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
+        else:
+            from mmpretrain.structures import DataSample
+
+            samples.append(DataSample().set_gt_label(7))
+    return dict(inputs=images, data_samples=samples)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_config_trains_every_parameter(path):
+    cfg = Config.fromfile(path)
+    if 'size' in cfg.model.data_preprocessor:
+        cfg.model.data_preprocessor.size = SIZE  # the crop size, to which images are padded
+    model = build_model(cfg)
+    if path.stem in PARAMETERS:
+        count = sum(
+            param.numel()
+            for name, param in model.named_parameters()
+            if not name.startswith('auxiliary_head.')
+        )
+        tolerance = 0.5e6 if cfg.default_scope == 'mmseg' else 0
+        assert abs(count - PARAMETERS[path.stem]) <= tolerance
+
+    model.train()
+    batch = model.data_preprocessor(make_batch(cfg), training=True)
+    losses = model(**batch, mode='loss')
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    assert torch.isfinite(total)
+    lacking = [name for name, param in model.named_parameters() if param.grad is None]
+    assert not lacking

@@ -1,0 +1,161 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The configs say what was published, number by number."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+NO_DECAY = dict(flat_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0)))
+
+
+def load(name):
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def step(pipeline, kind):
+    (found,) = [transform for transform in pipeline if transform['type'] == kind]
+    return {key: value for key, value in found.items() if key != 'type'}
+
+
+def assert_adamw(optim_wrapper, lr, paramwise):
+    assert optim_wrapper.optimizer == dict(
+        type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05
+    )
+    assert optim_wrapper.paramwise_cfg == paramwise
+    assert optim_wrapper.type == 'AmpOptimWrapper'
+
+
+@pytest.mark.parametrize(
+    'size, arch, width, channels, drop_path',
+    [('t', 'tiny', 192, 192, 0), ('s', 'small', 384, 384, 0.05), ('b', 'base', 768, 384, 0.1)],
+)
+def test_ade20k_model_is_as_published(size, arch, width, channels, drop_path):
+    model = load(f'upernet_vil_{size}_ade20k').model
+    assert (model.data_preprocessor.mean, model.data_preprocessor.std) == (MEAN, STD)
+
+    backbone = model.backbone
+    assert backbone.arch == arch and backbone.img_size == 512
+    assert backbone.out_indices == (7, 11, 15, 23) and backbone.final_norm is False
+    assert backbone.pyramid.strides == (4, 8, 16, 32)
+    assert (backbone.drop_path_rate, backbone.drop_path_mode) == (drop_path, 'linear')
+
+    head, auxiliary = model.decode_head, model.auxiliary_head
+    assert head.in_channels == [width] * 4 and head.channels == channels
+    assert head.pool_scales == (1, 2, 3, 6)
+    assert auxiliary.in_channels == width and auxiliary.channels == channels
+    assert (auxiliary.in_index, auxiliary.num_convs, auxiliary.concat_input) == (2, 1, False)
+    for each, weight in ((head, 1.0), (auxiliary, 0.4)):
+        assert each.num_classes == 150 and each.dropout_ratio == 0
+        assert each.norm_cfg.type == 'SyncBN' and each.align_corners is False
+        assert each.loss_decode.avg_non_ignore and each.loss_decode.loss_weight == weight
+    assert model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+
+
+@pytest.mark.parametrize('size', 'tsb')
+def test_ade20k_schedule_is_as_published(size):
+    cfg = load(f'upernet_vil_{size}_ade20k')
+    assert_adamw(cfg.optim_wrapper, 5e-4, dict(layer_decay_rate=0.65, **NO_DECAY))
+    assert cfg.optim_wrapper.get('dtype') is None  # float16
+    assert 'clip_grad' not in cfg.optim_wrapper
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.type, warm_up.begin, warm_up.end) == ('LinearLR', 0, 1500)
+    assert (cosine.type, cosine.begin, cosine.end) == ('CosineAnnealingLR', 1500, 160000)
+    assert cosine.eta_min_ratio * cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-6)
+    assert cfg.train_cfg.max_iters == 160000
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
+
+
+def test_ade20k_pipelines_are_as_published():
+    cfg = load('upernet_vil_t_ade20k')
+    bicubic = dict(keep_ratio=True, interpolation='bicubic', backend='pillow')
+    train = cfg.train_dataloader.dataset.pipeline
+    assert step(train, 'RandomResize') == dict(scale=(2048, 512), ratio_range=(0.5, 2.0), **bicubic)
+    assert step(train, 'RandomCrop') == dict(crop_size=(512, 512), cat_max_ratio=0.75)
+    assert step(train, 'mmpretrain.ColorJitter') == dict(
+        brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25
+    )
+    assert step(cfg.test_dataloader.dataset.pipeline, 'Resize') == dict(
+        scale=(2048, 512), **bicubic
+    )
+    sizes, flips, *_ = step(cfg.tta_pipeline, 'TestTimeAug')['transforms']
+    assert [size.scale[1] / 512 for size in sizes] == [0.75, 1, 1.25, 1.5, 1.75]
+    assert [size.scale[0] / 2048 for size in sizes] == [0.75, 1, 1.25, 1.5, 1.75]
+    assert [flip.prob for flip in flips] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    'size, arch, width, drop_path',
+    [('t', 'tiny', 192, 0), ('s', 'small', 384, 0.05), ('b', 'base', 768, 0.2)],
+)
+@pytest.mark.parametrize('stage, img_size', [('', 224), ('_pretrain192', 192)])
+def test_imagenet_model_is_as_published(size, arch, width, drop_path, stage, img_size):
+    model = load(f'vil_{size}_imagenet{stage}').model
+    preprocessor, backbone = model.data_preprocessor, model.backbone
+    assert (preprocessor.mean, preprocessor.std) == (MEAN, STD)
+    assert (backbone.arch, backbone.img_size) == (arch, img_size)
+    assert backbone.out_type == 'bilateral_concat'
+    assert backbone.get('drop_path_rate', 0) == drop_path
+    assert backbone.get('drop_path_mode', 'uniform') == 'uniform'
+    assert model.head.in_channels == 2 * width
+    assert model.head.loss == dict(type='CrossEntropyLoss', use_soft=True)  # no smoothing
+    assert model.train_cfg.augments == [
+        dict(type='Mixup', alpha=0.8),
+        dict(type='CutMix', alpha=1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    'name, lr, epochs, warm_up_epochs, batch, clip',
+    [
+        ('vil_t_imagenet_pretrain192', 2e-3, 800, 5, 2048, dict(max_norm=1.0)),
+        ('vil_s_imagenet_pretrain192', 2e-3, 400, 5, 2048, dict(max_norm=1.0)),
+        ('vil_b_imagenet_pretrain192', 2e-3, 400, 5, 2048, dict(max_norm=1.0)),
+        ('vil_t_imagenet', 1e-5, 20, 5, 1024, None),
+        ('vil_s_imagenet', 1e-5, 20, 5, 1024, None),
+        ('vil_b_imagenet', 1e-5, 5, 1, 1024, None),
+    ],
+)
+def test_imagenet_schedule_is_as_published(name, lr, epochs, warm_up_epochs, batch, clip):
+    cfg = load(name)
+    assert_adamw(cfg.optim_wrapper, lr, NO_DECAY)
+    assert cfg.optim_wrapper.dtype == 'bfloat16'
+    assert cfg.optim_wrapper.get('clip_grad') == clip
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.type, warm_up.begin, warm_up.end) == ('LinearLR', 0, warm_up_epochs)
+    assert cosine.type == 'CosineAnnealingLR' and cosine.eta_min == 1e-6
+    assert (cosine.begin, cosine.end) == (warm_up_epochs, epochs)
+    assert warm_up.convert_to_iter_based and cosine.convert_to_iter_based
+    assert cfg.train_cfg.max_epochs == epochs
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == batch
+
+
+@pytest.mark.parametrize(
+    'name, size', [('vil_t_imagenet', 224), ('vil_t_imagenet_pretrain192', 192)]
+)
+def test_imagenet_pipelines_are_as_published(name, size):
+    cfg = load(name)
+    train = cfg.train_dataloader.dataset.pipeline
+    test = cfg.test_dataloader.dataset.pipeline
+    bicubic = dict(backend='pillow', interpolation='bicubic')
+    assert step(train, 'RandomResizedCrop') == dict(
+        scale=size, crop_ratio_range=(0.08, 1.0), **bicubic
+    )
+    assert step(train, 'ColorJitter') == dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)
+    (gray,), (solarize,), (blur,) = step(train, 'RandomChoice')['transforms']
+    assert gray.prob == solarize.prob == blur.prob == 1  # always one of the three
+    assert solarize.thr == 128
+    assert blur.magnitude_range == (0.1, 2.0) and blur.magnitude_std == 'inf'
+    assert step(test, 'ResizeEdge') == dict(scale=size, edge='short', **bicubic)
+    assert step(test, 'CenterCrop') == dict(crop_size=size)
+
+
+def test_camvid_networks_are_compared_under_equal_conditions():
+    vil, resnet = load('upernet_vil_t_camvid'), load('upernet_r18_camvid')
+    for key in ('train_dataloader', 'val_dataloader', 'optim_wrapper', 'param_scheduler'):
+        assert vil[key] == resnet[key]
+    for key in ('channels', 'num_classes', 'loss_decode', 'norm_cfg'):
+        assert vil.model.decode_head[key] == resnet.model.decode_head[key]
+    assert len(vil.val_dataloader.dataset.metainfo.classes) == vil.model.decode_head.num_classes
