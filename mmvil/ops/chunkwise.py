@@ -1,18 +1,22 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The chunkwise form of the mLSTM: parallel inside a chunk, recurrent from chunk to chunk, linear in N.
+r"""The chunkwise form of the mLSTM: parallel inside chunks, recurrent from chunk to chunk, linear in N.
 
-What chunk c leaves behind is a memory and a normalizer, scaled by the running maximum :math:`M_c` at its last token read,
+The chunks read before chunk c leave behind a memory and a normalizer, scaled by the running maximum :math:`M` at their end:
 
-.. math:: C_c = \sum_{j \le c} e^{g_j - M_c} k_j v_j^\top, \qquad n_c = \sum_{j \le c} e^{g_j - M_c} k_j,
+.. math:: C = \sum_j e^{g_j - M} k_j v_j^\top, \qquad n = \sum_j e^{g_j - M} k_j,
 
-and token t of the next chunk sees it with the weight :math:`e^{M_c - M_t} \le 1` (see :mod:`mmvil.ops.gates` for g and M).
-With one chunk this is the parallel form. Nothing is flipped for the reverse direction: the chunks are taken from the
-last to the first, and inside a chunk the other triangle is used.
+and token t of chunk c sees them with the weight :math:`e^{M - M_t} \le 1` (see :mod:`mmvil.ops.gates` for g and M). All
+chunks are computed side by side; only the states pass through a loop. With one chunk this is the parallel form.
+Nothing is flipped for the reverse direction: states go from the last chunk to the first, and inside chunks the other
+triangle is used.
+
+Shapes: batch and heads are flattened to G, and n chunks of L tokens make (G, n, L, DH).
 """
 import math
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import GateStatistics, gate_gradients, gate_statistics
@@ -20,65 +24,89 @@ from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
 
 
-class _Chunk(NamedTuple):
-    """One chunk's place in the sequence and its gate weights, in the dtype of the features."""
-    tokens: slice
-    source: Tensor  # (G, L) g_j - M_c
-    running_max: Tensor  # (G, L) M_t - M_c
-    from_state: Tensor  # (G, L, 1) exp(M_{c-1} - M_t): what of the incoming state reaches token t
-    to_state: Tensor  # (G, L, 1) exp(g_j - M_c): what of token j the outgoing state keeps
-    decay: Tensor  # (G, 1, 1) exp(M_{c-1} - M_c): what of the incoming state the outgoing state keeps
+def chunk_length(length: int, chunk_size: int) -> int:
+    """Tokens per chunk: at most ``chunk_size``, and such that they tile the sequence if that takes less than twice the chunks."""
+    fewest = math.ceil(length / chunk_size)
+    for count in range(fewest, 2 * fewest):
+        if length % count == 0:
+            return length // count
+    return math.ceil(length / fewest)  # the last chunk is padded
 
 
-def _split(stats: GateStatistics, chunk_size: int, reverse: bool, dtype: torch.dtype) -> List[_Chunk]:
-    """Cut a sequence into chunks of nearly equal length, listed in reading order."""
-    length = stats.source.shape[-1]
-    count = math.ceil(length / chunk_size)
-    starts = [round(i * length / count) for i in range(count + 1)]
-    slices = [slice(a, b) for a, b in zip(starts, starts[1:])]
-    chunks = []
-    previous = None  # before the first chunk there is no state
-    for tokens in reversed(slices) if reverse else slices:
-        source, running_max = stats.source[:, tokens], stats.running_max[:, tokens]
-        final = running_max[:, :1] if reverse else running_max[:, -1:]
-        if previous is None:
-            previous = torch.full_like(final, -math.inf)
-        # Differences are taken in float64, relative to this chunk; only then the precision is lowered.
-        chunks.append(
-            _Chunk(tokens, (source - final).to(dtype), (running_max - final).to(dtype),
-                   torch.exp(previous - running_max).to(dtype).unsqueeze(-1),
-                   torch.exp(source - final).to(dtype).unsqueeze(-1),
-                   torch.exp(previous - final).to(dtype).unsqueeze(-1)))
-        previous = final
-    return chunks
+class _ChunkGates(NamedTuple):
+    """The gates' weights by chunk, in the dtype of the features."""
+    weights: Tensor  # (G * n, L, L) exp(g_j - M_t) inside a chunk
+    from_state: Tensor  # (G * n, L, 1) exp(M_before - M_t): what of the incoming state reaches token t
+    to_state: Tensor  # (G * n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
+    decay: Tensor  # (G, n, 1, 1) exp(M_before - M_end): what of the incoming state is left at the chunk's end
 
 
-class _State(NamedTuple):
-    """What the chunks read so far leave behind: sums over their tokens."""
-    memory: Tensor  # (G, DH, DH)
-    normalizer: Tensor  # (G, DH)
+def _chunk_gates(stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype) -> _ChunkGates:
+    # Padding stands after the last token and weighs nothing.
+    padding = -stats.source.shape[1] % length
+    source, running_max = stats.source, stats.running_max
+    if padding:
+        source = F.pad(source, (0, padding), value=-math.inf)
+        running_max = torch.cat([running_max, running_max[:, -1:].expand(-1, padding)], dim=1)
+    source, running_max = source.unflatten(1, (-1, length)), running_max.unflatten(1, (-1, length))  # (G, n, L)
+    end = running_max[..., :1] if reverse else running_max[..., -1:]
+    before = end.roll(-1 if reverse else 1, 1)
+    before[:, -1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
+    # Differences are taken in float64, relative to the chunk; only then the precision is lowered.
+    to_state = (source - end).to(dtype)
+    weights = decay_weights(to_state.flatten(0, 1), (running_max - end).to(dtype).flatten(0, 1), reverse)
+    return _ChunkGates(weights,
+                       torch.exp(before - running_max).to(dtype).flatten(0, 1).unsqueeze(-1),
+                       to_state.exp_().flatten(0, 1).unsqueeze(-1),
+                       torch.exp(before - end).to(dtype).unsqueeze(-1))
 
-    @classmethod
-    def empty(cls, k: Tensor) -> '_State':
-        """The state before the first token."""
-        return cls(k.new_zeros(k.shape[0], k.shape[2], k.shape[2]), k.new_zeros(k.shape[0], k.shape[2]))
 
-    def update_(self, left: Tensor, right: Tensor, right_scalar: Optional[Tensor], decay: Tensor) -> None:
-        """Decay (G, 1, 1), then add the products of left (G, L, DH) with right (G, L, DH) and with right_scalar (G, L).
+def _scan_(memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool) -> Tuple[Tensor, Tensor]:
+    """Turn what every chunk adds to the state into the state that it finds.
 
-        No scalar stands for ones.
-        """
-        self.memory.mul_(decay).baddbmm_(left.transpose(1, 2), right)
-        added = left.sum(1) if right_scalar is None else torch.bmm(right_scalar.unsqueeze(1), left).squeeze(1)
-        self.normalizer.mul_(decay.squeeze(-1)).add_(added)
+    Args:
+        memory (Tensor): Added by each chunk, shape (G * n, DH, DH); overwritten.
+        normalizer (Tensor): Likewise, shape (G * n, DH); overwritten.
+        decay (Tensor): What of the incoming state is left after a chunk, shape (G, n, 1, 1).
+        reverse (bool): From the last chunk to the first.
 
-    def clone(self) -> '_State':
-        return _State(self.memory.clone(), self.normalizer.clone())
+    Returns:
+        tuple[Tensor, Tensor]: Memory and normalizer before each chunk, in the shapes of the arguments.
+    """
+    chunks = decay.shape[1]
+    memory, normalizer = memory.unflatten(0, (-1, chunks)), normalizer.unflatten(0, (-1, chunks))
+    order = range(chunks)[::-1] if reverse else range(chunks)
+    memory_before, normalizer_before = torch.empty_like(memory), torch.empty_like(normalizer)
+    memory_before[:, order[0]] = 0
+    normalizer_before[:, order[0]] = 0
+    for last, this in zip(order, order[1:]):
+        torch.addcmul(memory[:, last], memory_before[:, last], decay[:, last], out=memory_before[:, this])
+        torch.addcmul(normalizer[:, last], normalizer_before[:, last], decay[:, last, 0], out=normalizer_before[:, this])
+    return memory_before.flatten(0, 1), normalizer_before.flatten(0, 1)
+
+
+def _states(k: Tensor, v: Tensor, gates: _ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
+    """Memory (G * n, DH, DH) and normalizer (G * n, DH) that each chunk finds."""
+    written = k * gates.to_state
+    return _scan_(torch.bmm(written.transpose(1, 2), v), written.sum(1), gates.decay, reverse)
 
 
 def _denominator(normalizer: Tensor, stabilizer: Tensor) -> Tensor:
     """max(abs(n_t), exp(-m_t)) + eps, shape (G, N); infinite where nothing was ever written, so that h is 0."""
-    return torch.maximum(normalizer.abs(), torch.exp(-stabilizer).to(normalizer.dtype)) + EPS
+    return torch.maximum(normalizer.abs(), torch.exp(-stabilizer).to(normalizer.dtype)).add_(EPS)
+
+
+def _to_chunks(length: int, *features: Tensor):
+    """(G, N, DH) to (G * n, L, DH), padded with zeros if need be."""
+    padding = -features[0].shape[1] % length
+    if padding:
+        features = tuple(F.pad(x, (0, 0, 0, padding)) for x in features)
+    return tuple(x.unflatten(1, (-1, length)).flatten(0, 1) for x in features)
+
+
+def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
+    """(G * n, L, ...) to (G, N, ...), without the padding."""
+    return x.view(shape[0], -1, *shape[2:])[:, :shape[1]]
 
 
 def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool,
@@ -94,24 +122,19 @@ def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Ten
     Returns:
         tuple[Tensor, Tensor]: h, shape (G, N, DH), and the signed normalizer, shape (G, N), needed for backward.
     """
-    scale = q.shape[-1]**-0.5
+    shape, scale = q.shape, q.shape[-1]**-0.5
     stats = gate_statistics(igate, fgate, reverse)
-    chunks = _split(stats, chunk_size, reverse, q.dtype)
-    h = torch.empty_like(v)
-    normalizer = v.new_empty(v.shape[:2])
-    state = _State.empty(k) if len(chunks) > 1 else None
-    for index, chunk in enumerate(chunks):
-        q_c, k_c, v_c, h_c = (x[:, chunk.tokens] for x in (q, k, v, h))
-        weights = decay_weights(chunk.source, chunk.running_max, reverse)
-        normalizer_c = parallel_forward(q_c, k_c, v_c, weights, scale, out=h_c)
-        if index > 0:
-            reading = q_c * (chunk.from_state * scale)
-            h_c.baddbmm_(reading, state.memory)
-            normalizer_c += torch.bmm(reading, state.normalizer.unsqueeze(-1)).squeeze(-1)
-        if index + 1 < len(chunks):
-            state.update_(k_c * chunk.to_state, v_c, None, chunk.decay)
-        h_c.div_(_denominator(normalizer_c, stats.stabilizer[:, chunk.tokens]).unsqueeze(-1))
-        normalizer[:, chunk.tokens] = normalizer_c
+    length = chunk_length(shape[1], chunk_size)
+    gates = _chunk_gates(stats, length, reverse, q.dtype)
+    q, k, v = _to_chunks(length, q, k, v)
+    numerator, normalizer = parallel_forward(q, k, v, gates.weights, scale)
+    if length < shape[1]:
+        memory, state_normalizer = _states(k, v, gates, reverse)
+        reading = q * (gates.from_state * scale)
+        numerator.baddbmm_(reading, memory)
+        normalizer += torch.bmm(reading, state_normalizer.unsqueeze(-1)).squeeze(-1)
+    normalizer = _from_chunks(normalizer, shape[:2])
+    h = _from_chunks(numerator, shape).div_(_denominator(normalizer, stats.stabilizer).unsqueeze(-1))
     return h, normalizer
 
 
@@ -132,43 +155,36 @@ def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: T
     Returns:
         tuple[Tensor, ...]: Gradients of q, k, v (G, N, DH) and of igate, fgate (G, N).
     """
-    scale = q.shape[-1]**-0.5
+    shape, scale = q.shape, q.shape[-1]**-0.5
     stats = gate_statistics(igate, fgate, reverse)
-    chunks = _split(stats, chunk_size, reverse, q.dtype)
-    inverse = 1 / _denominator(normalizer, stats.stabilizer)  # (G, N)
+    length = chunk_length(shape[1], chunk_size)
+    gates = _chunk_gates(stats, length, reverse, q.dtype)
+
+    projection = (h_grad * h).sum(-1)  # (G, N)
+    inverse = _denominator(normalizer, stats.stabilizer).reciprocal_()
     by_normalizer = normalizer.abs() >= torch.exp(-stats.stabilizer)
-    sign = torch.where(by_normalizer, -inverse * normalizer.sign(), 0)
-
-    # The states that the chunks read, for the second chunk and all after it.
-    states = [_State.empty(k)] if len(chunks) > 1 else []
-    for chunk in chunks[:-1]:
-        states[-1].update_(k[:, chunk.tokens] * chunk.to_state, v[:, chunk.tokens], None, chunk.decay)
-        states.append(states[-1].clone())
-
-    q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    projection, source_grad = torch.empty_like(normalizer), torch.empty_like(normalizer)  # h . dh and k . dk
-    state_grad = _State.empty(k) if len(chunks) > 1 else None  # of the state after the chunk at hand
-    for index, chunk in reversed(list(enumerate(chunks))):
-        tokens = chunk.tokens
-        q_c, k_c, v_c, q_grad_c, k_grad_c, v_grad_c = (x[:, tokens] for x in (q, k, v, q_grad, k_grad, v_grad))
-        torch.sum(h_grad[:, tokens] * h[:, tokens], -1, out=projection[:, tokens])
-        numerator_grad = h_grad[:, tokens] * inverse[:, tokens].unsqueeze(-1)
-        normalizer_grad = projection[:, tokens] * sign[:, tokens]
-        weights = decay_weights(chunk.source, chunk.running_max, reverse)
-        parallel_backward(numerator_grad, normalizer_grad, q_c, k_c, v_c, weights, scale,
-                          out=(q_grad_c, k_grad_c, v_grad_c))
-        if index + 1 < len(chunks):  # through the state that this chunk writes
-            written_grad = torch.bmm(v_c, state_grad.memory.transpose(1, 2)).add_(state_grad.normalizer.unsqueeze(1))
-            k_grad_c.addcmul_(written_grad, chunk.to_state)
-            v_grad_c.baddbmm_(torch.mul(k_c, chunk.to_state, out=written_grad), state_grad.memory)
-        if index > 0:  # through the state that this chunk reads
-            state = states[index - 1]
-            reading_grad = torch.bmm(numerator_grad, state.memory.transpose(1, 2))
-            reading_grad.addcmul_(normalizer_grad.unsqueeze(-1), state.normalizer.unsqueeze(1))
-            q_grad_c.addcmul_(reading_grad, chunk.from_state, value=scale)
-            reading = torch.mul(q_c, chunk.from_state * scale, out=reading_grad)
-            state_grad.update_(reading, numerator_grad, normalizer_grad, chunk.decay)
-        torch.sum(torch.mul(k_c, k_grad_c, out=numerator_grad), -1, out=source_grad[:, tokens])
+    normalizer_grad = torch.where(by_normalizer, projection * inverse * -normalizer.sign(), 0)
+    q, k, v, numerator_grad = _to_chunks(length, q, k, v, h_grad * inverse.unsqueeze(-1))
+    normalizer_grad = _to_chunks(length, normalizer_grad.unsqueeze(-1))[0]  # (G * n, L, 1)
+    q_grad, k_grad, v_grad = parallel_backward(numerator_grad, normalizer_grad, q, k, v, gates.weights, scale)
+    if length < shape[1]:
+        # Through the state that a chunk reads ...
+        memory, state_normalizer = _states(k, v, gates, reverse)
+        reading_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
+        reading_grad.addcmul_(normalizer_grad, state_normalizer.unsqueeze(1))
+        from_state = gates.from_state * scale
+        q_grad.addcmul_(reading_grad, from_state)
+        # ... whose gradients run from chunk to chunk in the opposite direction ...
+        reading = torch.mul(q, from_state, out=reading_grad)
+        memory_grad, state_normalizer_grad = _scan_(
+            torch.bmm(reading.transpose(1, 2), numerator_grad),
+            torch.bmm(normalizer_grad.transpose(1, 2), reading).squeeze(1), gates.decay, not reverse)
+        # ... and through the state that it writes.
+        written_grad = torch.baddbmm(state_normalizer_grad.unsqueeze(1), v, memory_grad.transpose(1, 2))
+        k_grad.addcmul_(written_grad, gates.to_state)
+        v_grad.baddbmm_(torch.mul(k, gates.to_state, out=written_grad), memory_grad)
+    source_grad = _from_chunks((k * k_grad).sum(-1), shape[:2])
+    q_grad, k_grad, v_grad = (_from_chunks(grad, shape) for grad in (q_grad, k_grad, v_grad))
 
     eps_part = projection * inverse * EPS  # the stabilizer matters only relative to eps
     row_grad = torch.where(by_normalizer, 0, projection - eps_part)

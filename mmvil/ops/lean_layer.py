@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .projections import (gate_preactivations, gate_weights, headwise_linear, headwise_linear_backward, token_conv,
-                          token_conv_backward)
+from .projections import (dense_blocks, diagonal_blocks, gate_preactivations, gate_weights, headwise_linear,
+                          headwise_linear_backward, token_conv, token_conv_backward)
 
 
 class LayerWeights(NamedTuple):
@@ -82,14 +82,21 @@ def _normalize(x: Tensor, w: LayerWeights, settings: LayerSettings):
     return x_norm.to(settings.dtype), mean, rstd
 
 
-def _before_cell(x_m: Tensor, w: LayerWeights, settings: LayerSettings):
-    """From x_m (B, N, E) to what the cell reads: a and c = SiLU(a) (B, N, E), q, k and v (B, NH, N, DH)."""
-    a = token_conv(x_m, _to(w.conv_weight, settings), _to(w.conv_bias, settings), settings.grid, settings.reverse)
-    c = F.silu(a)
-    q = headwise_linear(c, _to(w.q_weight, settings), _to(w.q_bias, settings), settings.heads)
-    k = headwise_linear(c, _to(w.k_weight, settings), _to(w.k_bias, settings), settings.heads)
-    v = headwise_linear(x_m, _to(w.v_weight, settings), _to(w.v_bias, settings), settings.heads)
-    return a, c, q, k, v
+def _dense_weights(w: LayerWeights, settings: LayerSettings):
+    """Weights of the projections to q, k and v, each (groups, width, width)."""
+    head_width = len(w.skip) // settings.heads
+    return dense_blocks(torch.cat([w.q_weight, w.k_weight, w.v_weight]).to(settings.dtype), head_width).chunk(3)
+
+
+def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
+    return token_conv(x_m, _to(w.conv_weight, settings), _to(w.conv_bias, settings), settings.grid, settings.reverse)
+
+
+def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSettings):
+    """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
+    biases = (w.q_bias, w.k_bias, w.v_bias)
+    return tuple(headwise_linear(x, weight, _to(bias, settings), settings.heads)
+                 for x, weight, bias in zip((c, c, x_m), dense, biases))
 
 
 def _after_cell(h: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings):
@@ -118,7 +125,8 @@ class _LeanLayer(torch.autograd.Function):
             up_m, up_z = _to(w.up_weight, settings).chunk(2)
             bias_m, bias_z = (None, None) if w.up_bias is None else _to(w.up_bias, settings).chunk(2)
             x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
-            _, c, q, k, v = _before_cell(x_m, w, settings)
+            c = F.silu(_convolve(x_m, w, settings), inplace=True)
+            q, k, v = _project(c, x_m, _dense_weights(w, settings), w, settings)
 
             igate, fgate = gate_preactivations(q, k, v, *_gate_parameters(w, settings))
             h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, settings.chunk_size)
@@ -136,7 +144,10 @@ class _LeanLayer(torch.autograd.Function):
         x, x_m, z, h, igate, fgate, normalizer = ctx.saved_tensors[:7]
         w = LayerWeights(*ctx.saved_tensors[7:])
         y_grad = y_grad.to(settings.dtype)
-        a, c, q, k, v = _before_cell(x_m, w, settings)
+        a = _convolve(x_m, w, settings)
+        c = F.silu(a)
+        dense = _dense_weights(w, settings)
+        q, k, v = _project(c, x_m, dense, w, settings)
         mixed, h_norm, mean, rstd = _after_cell(h, c, w, settings)
 
         # Down-projection and output gate.
@@ -171,16 +182,16 @@ class _LeanLayer(torch.autograd.Function):
         gates_weight_grad = torch.cat(gate_weight_grads, dim=1)  # (2 NH, 3 E)
 
         # Projections, convolution, up-projection, norm.
-        q_x_grad, q_weight_grad, q_bias_grad = headwise_linear_backward(
-            qkv_grads[0], c, _to(w.q_weight, settings), w.q_bias is not None)
-        k_x_grad, k_weight_grad, k_bias_grad = headwise_linear_backward(
-            qkv_grads[1], c, _to(w.k_weight, settings), w.k_bias is not None)
-        v_x_grad, v_weight_grad, v_bias_grad = headwise_linear_backward(
-            qkv_grads[2], x_m, _to(w.v_weight, settings), w.v_bias is not None)
-        a_grad = torch.ops.aten.silu_backward(c_grad.add_(q_x_grad).add_(k_x_grad), a)
+        q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(qkv_grads[0], c, dense[0], w.q_bias is not None)
+        k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(qkv_grads[1], c, dense[1], w.k_bias is not None)
+        v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(qkv_grads[2], x_m, dense[2], w.v_bias is not None)
+        q_weight_grad, k_weight_grad, v_weight_grad = diagonal_blocks(
+            torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]).chunk(3)
+        c_grad.view(q_x_grad.shape).add_(q_x_grad).add_(k_x_grad)
+        a_grad = torch.ops.aten.silu_backward(c_grad, a)
         x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
             a_grad, x_m, _to(w.conv_weight, settings), w.conv_bias is not None, settings.grid, settings.reverse)
-        x_m_grad = x_m_grad.add_(v_x_grad)
+        x_m_grad.view(v_x_grad.shape).add_(v_x_grad)
 
         x_norm, mean, rstd = _normalize(x, w, settings)
         up_m, up_z = _to(w.up_weight, settings).chunk(2)

@@ -17,8 +17,12 @@ BACKENDS = ('auto', 'parallel', 'chunkwise', 'reference')
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
-    """Chunk length in tokens that balances the work inside chunks against that on the (DH, DH) states."""
-    return min(length, max(64, min(256, head_width // 2)))
+    """Tokens in a chunk, by what is fastest.
+
+    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks (proportional to their length) is balanced
+    against that on the (DH, DH) states between them.
+    """
+    return length if length <= max(256, head_width) else max(64, head_width // 2)
 
 
 def mlstm(q: Tensor,
@@ -117,7 +121,7 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int):
         return torch.empty_like(v, memory_format=torch.contiguous_format), _new_normalizer(q)
     h, normalizer = chunkwise_forward(*_flatten(q, k, v, dtype=_working_dtype(q.dtype)), *_flatten(igate, fgate),
                                       reverse, chunk_size)
-    return h.view(q.shape).to(q.dtype), normalizer.view(q.shape[:3])
+    return h.reshape(q.shape).to(q.dtype), normalizer.reshape(q.shape[:3])
 
 
 def _mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse: bool, chunk_size: int):
@@ -127,7 +131,7 @@ def _mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse: bool,
     dtype = _working_dtype(q.dtype)
     grads = chunkwise_backward(*_flatten(h_grad, q, k, v, dtype=dtype), *_flatten(igate, fgate),
                                *_flatten(h, dtype=dtype), *_flatten(normalizer), reverse, chunk_size)
-    return tuple(grad.view(x.shape).to(x.dtype) for grad, x in zip(grads, inputs))
+    return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in zip(grads, inputs))
 
 
 def _new_normalizer(q):

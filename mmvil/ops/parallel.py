@@ -3,7 +3,7 @@
 
 The functions work on one stretch of L tokens. Taken alone, with L = N, they are the whole parallel form (quadratic in N);
 :mod:`mmvil.ops.chunkwise` adds to them what a chunk receives from the chunks read before it.
-Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L). Results are written into views of the caller's tensors.
+Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L).
 """
 from typing import Tuple
 
@@ -29,41 +29,43 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool) -> Tensor:
 
 def scaled_scores(q: Tensor, k: Tensor, weights: Tensor, scale: float) -> Tensor:
     r"""Gated scores :math:`S_{tj} = D_{tj}\, q_t \cdot k_j\, scale`, shape (G, L, L)."""
-    scores = q.new_empty(weights.shape)
-    return scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=scale).mul_(weights)
+    return _scaled_product(q, k.transpose(1, 2), scale).mul_(weights)
 
 
-def parallel_forward(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, out: Tensor) -> Tensor:
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale * a @ b`` with the factor inside the matrix product; shapes (G, L, K) and (G, K, M)."""
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
+
+
+def parallel_forward(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> Tuple[Tensor, Tensor]:
     """Sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
         q, k, v (Tensor): Shape (G, L, DH).
         weights (Tensor): Of :func:`decay_weights`, shape (G, L, L).
         scale (float): Factor of the scores, 1 / sqrt(DH).
-        out (Tensor): Receives the numerator, before division, shape (G, L, DH).
 
     Returns:
-        Tensor: The signed normalizer, shape (G, L).
+        tuple[Tensor, Tensor]: Numerator (G, L, DH) and signed normalizer (G, L) before division.
     """
     scores = scaled_scores(q, k, weights, scale)
-    out.baddbmm_(scores, v, beta=0)
-    return scores.sum(-1)
+    return torch.bmm(scores, v), scores.sum(-1)
 
 
 def parallel_backward(numerator_grad: Tensor, normalizer_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor,
-                      scale: float, out: Tuple[Tensor, Tensor, Tensor]) -> None:
+                      scale: float) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`parallel_forward` with respect to q, k and v; the scores are computed again.
 
     Args:
         numerator_grad (Tensor): Shape (G, L, DH).
-        normalizer_grad (Tensor): Shape (G, L).
+        normalizer_grad (Tensor): Shape (G, L, 1).
         q, k, v, weights, scale: As in the forward pass.
-        out (tuple[Tensor, Tensor, Tensor]): Receive the gradients of q, k and v, each (G, L, DH).
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Gradients of q, k and v, each (G, L, DH).
     """
-    q_grad, k_grad, v_grad = out
     scores = scaled_scores(q, k, weights, scale)
-    v_grad.baddbmm_(scores.transpose(1, 2), numerator_grad, beta=0)
-    scores_grad = scores.copy_(normalizer_grad.unsqueeze(-1))  # the scores are not needed any more
-    scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
-    q_grad.baddbmm_(scores_grad, k, beta=0, alpha=scale)
-    k_grad.baddbmm_(scores_grad.transpose(1, 2), q, beta=0, alpha=scale)
+    v_grad = torch.bmm(scores.transpose(1, 2), numerator_grad)
+    scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # the scores themselves are not needed any more
+    scores_grad = scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
+    return _scaled_product(scores_grad, k, scale), _scaled_product(scores_grad.transpose(1, 2), q, scale), v_grad

@@ -15,7 +15,7 @@ def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
     """Join diagonal blocks, so that a block-diagonal product becomes a batch of decent matrix products.
 
     Args:
-        weight (Tensor): Shape (blocks, out, in), with out = in = block size.
+        weight (Tensor): Shape (blocks, out, in), with out = in = block size. Several weights may follow each other.
         head_width (int): DH, a multiple of the block size; joined blocks do not cross heads.
 
     Returns:
@@ -61,45 +61,46 @@ def _groups_to_heads(x: Tensor, batch: int, heads: int) -> Tensor:
     return x.reshape(batch, heads, tokens // batch, -1)
 
 
-def headwise_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], heads: int) -> Tensor:
+def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor], heads: int) -> Tensor:
     """Block-diagonal linear map whose result comes out by head.
 
     Args:
         x (Tensor): Tokens, shape (B, N, E).
-        weight (Tensor): Diagonal blocks, shape (blocks, out, in) with blocks * in = E and out = in.
+        dense (Tensor): Weight of :func:`dense_blocks`, shape (groups, width, width) with groups * width = E.
         bias (Tensor, optional): Shape (E, ).
-        heads (int): NH; E / NH is a multiple of the block size.
+        heads (int): NH; E / NH is a multiple of the width.
 
     Returns:
         Tensor: Shape (B, NH, N, DH), contiguous, DH = E / NH.
     """
-    dense = dense_blocks(weight, x.shape[-1] // heads)
-    y = torch.bmm(_tokens_to_groups(x, dense.shape[-1]), dense)
-    if bias is not None:
-        y = y + bias.view(len(dense), 1, -1)
+    groups, width, _ = dense.shape
+    x_groups = _tokens_to_groups(x, width)
+    if bias is None:
+        y = torch.bmm(x_groups, dense)
+    else:
+        y = torch.baddbmm(bias.view(groups, 1, width), x_groups, dense)
     return _groups_to_heads(y, len(x), heads)
 
 
-def headwise_linear_backward(y_grad: Tensor, x: Tensor, weight: Tensor,
+def headwise_linear_backward(y_grad: Tensor, x: Tensor, dense: Tensor,
                              with_bias: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """Gradients of :func:`headwise_linear`.
 
     Args:
         y_grad (Tensor): Shape (B, NH, N, DH).
         x (Tensor): The tokens of the forward pass, shape (B, N, E).
-        weight (Tensor): Shape (blocks, out, in).
+        dense (Tensor): Shape (groups, width, width).
         with_bias (bool): Whether there is a bias.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor | None]: Gradients of x (a view of shape (B, N, E), not contiguous), weight and bias.
+        tuple[Tensor, Tensor, Tensor | None]: Gradients of x (a view of shape (B, N, groups, width), not contiguous), of dense
+        and of the bias (E, ).
     """
-    dense = dense_blocks(weight, y_grad.shape[-1])
-    width = dense.shape[-1]
+    groups, width, _ = dense.shape
     y_grad = _heads_to_groups(y_grad, width)
-    x_grad = torch.bmm(y_grad, dense.transpose(1, 2))  # (groups, B * N, width)
-    x_grad = x_grad.view(len(dense), *x.shape[:2], width).permute(1, 2, 0, 3)
-    weight_grad = torch.bmm(_tokens_to_groups(x, width).transpose(1, 2), y_grad)
-    return x_grad.flatten(2), diagonal_blocks(weight_grad, weight.shape[-1]), y_grad.sum(1).view(-1) if with_bias else None
+    x_grad = torch.bmm(y_grad, dense.transpose(1, 2)).view(groups, *x.shape[:2], width).permute(1, 2, 0, 3)
+    dense_grad = torch.bmm(_tokens_to_groups(x, width).transpose(1, 2), y_grad)
+    return x_grad, dense_grad, y_grad.sum(1).view(-1) if with_bias else None
 
 
 def gate_weights(igate_weight: Tensor, fgate_weight: Tensor, heads: int) -> Tensor:
