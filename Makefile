@@ -69,7 +69,8 @@ $(DATA)/made: tools/dataset_converters/make_demo_dataset.py | $(INSTALLED)
 	@touch $@
 
 $(WORK_DIR)/trained: | $(INSTALLED) $(DATA)/made
-	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK_DIR) --resume
+	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(WORK_DIR) \
+		$(if $(wildcard $(WORK_DIR)/last_checkpoint),--resume)
 	@touch $@
 
 # -- Checks ----------------------------------------------------------------------------------------
