@@ -7,9 +7,9 @@ _base_ = [
 ]
 
 model = dict(
-    data_preprocessor=dict(size=(240, 320)),
-    backbone=dict(img_size=(240, 320)),
-    decode_head=dict(num_classes=11),
-    auxiliary_head=dict(num_classes=11),
+    data_preprocessor=dict(size=(192, 256)),
+    backbone=dict(img_size=(192, 256)),
+    decode_head=dict(num_classes=11, channels=64),
+    auxiliary_head=dict(num_classes=11, channels=64),
     test_cfg=dict(mode='whole', _delete_=True),
 )

@@ -1,4 +1,4 @@
-# From scratch, about half an hour on two CPU cores.
+# From scratch, about half an hour on one CPU core.
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='mmvil.LayerDecayOptimWrapperConstructor',
@@ -8,10 +8,10 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=50, end=1000),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=50, end=1300),
 ]
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=250)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1300, val_interval=325)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -20,9 +20,9 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=250, max_keep_ckpts=1, save_best='mIoU'
+        type='CheckpointHook', by_epoch=False, interval=325, max_keep_ckpts=1, save_best='mIoU'
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-auto_scale_lr = dict(enable=False, base_batch_size=8)
+auto_scale_lr = dict(enable=False, base_batch_size=4)
