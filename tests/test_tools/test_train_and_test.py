@@ -1,0 +1,267 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The command lines, as users call them, on data sets of a few small images."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tool_process import call_tool
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools'
+
+SEGMENTOR = """
+_base_ = '{configs}/upernet_vil_t_camvid.py'
+
+# A small network, and nothing random in the data, so that two runs can be compared.
+model = dict(
+    data_preprocessor=dict(size=(48, 64)),
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dims=16, depth=4),
+        img_size=(48, 64),
+        out_indices=(0, 1, 2, 3),
+    ),
+    decode_head=dict(in_channels=[16] * 4, channels=16),
+    auxiliary_head=dict(in_channels=16, channels=16),
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='PackSegInputs'),
+]
+data_root = '{data}'
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
+)
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root)
+)
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=4, val_interval=2)
+param_scheduler = []
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, max_keep_ckpts=-1))
+randomness = dict(seed=0)
+"""
+
+CLASSIFIER = """
+_base_ = '{configs}/vil_t_imagenet_pretrain192.py'
+
+model = dict(
+    data_preprocessor=dict(num_classes=2),
+    backbone=dict(arch=dict(_delete_=True, embed_dims=16, depth=2)),
+    head=dict(num_classes=2, in_channels=32),
+)
+dataset = dict(
+    type='CustomDataset', data_root='{data}', classes=['dark', 'bright'], _delete_=True
+)
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    dataset=dict(data_prefix='train', pipeline=_base_.train_pipeline, **dataset),
+)
+val_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    dataset=dict(data_prefix='val', pipeline=_base_.test_pipeline, **dataset),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1,))
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+param_scheduler = []
+"""
+
+
+def shell(*command, status=0):
+    """Run a shell script; return what it printed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def losses(work_dir):
+    """{iteration: training loss}, from the newest log."""
+    log = max(Path(work_dir).glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+
+def write_image(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory):
+    """A trained segmentor: its config, data and work dir."""
+    pytest.importorskip('mmseg')
+    folder = tmp_path_factory.mktemp('segmentor')
+    rng = np.random.default_rng(0)
+    for split, number in (('training', 4), ('validation', 2)):
+        for i in range(number):
+            labels = np.kron(rng.integers(0, 12, (3, 4)), np.ones((16, 16)))
+            image = labels[..., None] * 20 + rng.integers(0, 15, (48, 64, 3))
+            write_image(folder / f'data/images/{split}/{i}.jpg', image)
+            write_image(folder / f'data/annotations/{split}/{i}.png', labels)
+    config = folder / 'tiny_segmentor.py'
+    config.write_text(SEGMENTOR.format(configs=ROOT / 'configs', data=folder / 'data'))
+    log = call_tool(TOOLS / 'train.py', config, '--work-dir', folder / 'work')
+    assert 'mIoU' in log
+    return config, folder / 'data', folder / 'work'
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """A trained classifier: its config and work dir."""
+    pytest.importorskip('mmpretrain')
+    folder = tmp_path_factory.mktemp('classifier')
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for i, name in enumerate(('bright', 'dark', 'bright', 'dark')):
+            image = rng.integers(0, 100, (40, 50, 3)) + 100 * (name == 'bright')
+            write_image(folder / f'data/{split}/{name}/{i}.png', image)
+    config = folder / 'tiny_classifier.py'
+    config.write_text(CLASSIFIER.format(configs=ROOT / 'configs', data=folder / 'data'))
+    call_tool(TOOLS / 'train.py', config, '--work-dir', folder / 'work')
+    return config, folder / 'work'
+
+
+def test_train_resumes_to_the_same_losses(segmentor, tmp_path):
+    config, _, work_dir = segmentor
+    resume = ('--resume', work_dir / 'iter_2.pth')
+    call_tool(TOOLS / 'train.py', config, '--work-dir', tmp_path, '--no-validate', *resume)
+    straight, resumed = losses(work_dir), losses(tmp_path)
+    assert list(straight) == [1, 2, 3, 4] and list(resumed) == [3, 4]
+    for iteration in (3, 4):
+        assert resumed[iteration] == pytest.approx(straight[iteration], rel=1e-5)
+
+
+def test_segmentor_is_tested_with_pictures_and_label_maps(segmentor, tmp_path):
+    config, data, work_dir = segmentor
+    log = call_tool(
+        *(TOOLS / 'test.py', config, work_dir / 'iter_4.pth', '--data-root', data),
+        *('--work-dir', tmp_path, '--out', tmp_path / 'maps', '--show-dir', tmp_path / 'shown'),
+        *('--dump', tmp_path / 'all.pkl', '--no-pin-memory'),
+    )
+    assert 'mIoU' in log
+    assert len(list((tmp_path / 'maps').glob('*.png'))) == 2
+    assert len(list((tmp_path / 'shown').rglob('*.png'))) == 2
+    assert len(pickle.loads((tmp_path / 'all.pkl').read_bytes())) == 2
+
+
+def test_test_with_tta_flips_and_rescales(segmentor, tmp_path):
+    config, _, work_dir = segmentor
+    flip = tmp_path / 'flip.py'
+    flip.write_text(
+        f"_base_ = '{config}'\n"
+        "tta_model = dict(type='SegTTAModel')\n"
+        "tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=["
+        "[dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)],"
+        "[dict(type='LoadAnnotations', reduce_zero_label=True)], [dict(type='PackSegInputs')]])]\n"
+    )
+    checkpoint = work_dir / 'iter_4.pth'
+    assert 'mIoU' in call_tool(TOOLS / 'test.py', flip, checkpoint, '--tta', '--work-dir', tmp_path)
+    said = call_tool(TOOLS / 'test.py', config, checkpoint, '--tta', status=2)
+    assert '--tta needs tta_pipeline' in said
+
+
+def test_classifier_is_tested_with_and_without_tta(classifier, tmp_path):
+    config, work_dir = classifier
+    checkpoint = work_dir / 'epoch_1.pth'
+    log = call_tool(
+        *(TOOLS / 'test.py', config, checkpoint, '--work-dir', tmp_path, '--tta'),
+        *('--out', tmp_path / 'metrics.json', '--out-item', 'metrics'),
+    )
+    assert 'accuracy/top1' in log
+    assert 'accuracy/top1' in json.loads((tmp_path / 'metrics.json').read_text())
+    said = call_tool(
+        *(TOOLS / 'test.py', config, checkpoint, '--work-dir', tmp_path),
+        *('--show-dir', tmp_path / 'shown', '--out', tmp_path / 'all.pkl'),
+    )
+    assert 'accuracy/top1' in said
+    assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
+    assert len(pickle.loads((tmp_path / 'all.pkl').read_bytes())) == 4
+
+
+def test_demo_draws_segmentation(segmentor, tmp_path):
+    config, data, work_dir = segmentor
+    images = data / 'images/validation'
+    said = call_tool(
+        TOOLS / 'demo.py', images, config, work_dir / 'iter_4.pth', '--out-dir', tmp_path
+    )
+    assert '0.jpg' in said and '%' in said
+    picture = Image.open(tmp_path / '0.png')
+    assert picture.size == Image.open(images / '0.jpg').size
+    assert np.asarray(picture).std() > 0
+
+
+def test_demo_draws_classification(classifier, tmp_path):
+    config, work_dir = classifier
+    image = next((config.parent / 'data/val').rglob('*.png'))
+    said = call_tool(
+        TOOLS / 'demo.py', image, config, work_dir / 'epoch_1.pth', '--out-dir', tmp_path / 'new'
+    )
+    assert 'bright' in said or 'dark' in said
+    assert (tmp_path / 'new' / image.name).exists()
+
+
+def test_dist_train_runs_two_processes_and_says_what_stands_in(segmentor, tmp_path):
+    config, _, _ = segmentor
+    log = shell(TOOLS / 'dist_train.sh', config, 2, '--work-dir', tmp_path, '--auto-scale-lr')
+    assert 'the current batch size is 4' in log  # 2 processes x 2 images
+    assert (tmp_path / 'iter_4.pth').exists()
+    if 'no GPU' in log:
+        assert 'BN stands in for SyncBN' in log and 'gloo' in log
+
+
+@pytest.mark.slow
+def test_dist_test_runs_two_processes(segmentor, tmp_path):
+    config, _, work_dir = segmentor
+    checkpoint = work_dir / 'iter_4.pth'
+    log = shell(TOOLS / 'dist_test.sh', config, checkpoint, 2, '--work-dir', tmp_path)
+    assert 'mIoU' in log
+
+
+def test_dist_scripts_report_errors_in_one_line(tmp_path):
+    assert 'usage' in shell(TOOLS / 'dist_train.sh', status=2)
+    said = shell(TOOLS / 'dist_train.sh', tmp_path / 'none.py', 2, status=2)
+    assert said.count('error:') == 1 and 'Traceback' not in said
+
+
+def test_slurm_scripts_quote_and_honour_their_variables(tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/bash\nprintf "[%s] " "$@"; echo "port $MASTER_PORT"\n')
+    srun.chmod(0o755)
+    environment = {
+        **os.environ,
+        **dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16', GPUS_PER_NODE='4', PORT='1234'),
+        **dict(CPUS_PER_TASK='9', SRUN_ARGS='--qos=high --time=1:00', PYTHON='my python'),
+    }
+    said = subprocess.run(
+        [TOOLS / 'slurm_train.sh', 'part one', 'job', 'a config.py', '--work-dir', 'b c'],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    ).stdout
+    for argument in (
+        *('--partition=part one', '--gres=gpu:4', '--ntasks=16', '--ntasks-per-node=4'),
+        *('--cpus-per-task=9', '--qos=high', '--time=1:00', 'my python', 'a config.py', 'b c'),
+    ):
+        assert f'[{argument}]' in said
+    assert 'port 1234' in said

@@ -1,0 +1,54 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Call a script of tools/ as a command line does, without paying for its imports each time."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+# A server imports the libraries once; each call is a fork of it, which knows nothing of the others
+# and nothing of the test session (its threads, its CUDA context, its registries).
+_SERVER = multiprocessing.get_context('forkserver')
+_SERVER.set_forkserver_preload(
+    ['mmengine.runner', 'mmseg.apis', 'mmseg.models', 'mmseg.datasets', 'mmpretrain']
+)
+
+
+def call_tool(script, *arguments, status=0):
+    """Run a script in a process of its own.
+
+    Args:
+        script (Path): The script.
+        *arguments: Its command line, converted to strings.
+        status (int): The expected exit status.
+
+    Returns:
+        str: What it printed, stdout and stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, 'output')
+        command = [str(part) for part in (script, *arguments)]
+        process = _SERVER.Process(target=_run, args=(command, output))
+        process.start()
+        process.join(timeout=300)
+        printed = output.read_text()
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f'{command} ran for 300 seconds and printed:\n{printed}')
+    assert process.exitcode == status, printed[-6000:]
+    return printed
+
+
+def _run(command, output):
+    """In the new process: become `python script arguments > output 2>&1`."""
+    import torch
+
+    torch.set_num_threads(1)
+    with output.open('w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    runpy.run_path(command[0], run_name='__main__')
