@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import load
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
-CONFIGS = sorted((Path(__file__).parents[2] / 'configs').glob('*.py'))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 
 SIZE = (52, 70)  # neither square nor multiples of the patch
 
@@ -23,6 +25,13 @@ PARAMETERS = dict(
     vil_s_imagenet=23_398_696,
     vil_b_imagenet=89_263_528,
 )
+
+
+METAFILES = {
+    Path(model['Config']).stem: model
+    for metafile in load(ROOT / 'model-index.yml')['Import']
+    for model in load(ROOT / metafile)['Models']
+}
 
 
 def build_model(cfg):
@@ -67,6 +76,7 @@ def test_config_trains_every_parameter(path):
         )
         tolerance = 0.5e6 if cfg.default_scope == 'mmseg' else 0
         assert abs(count - PARAMETERS[path.stem]) <= tolerance
+        assert count == METAFILES[path.stem]['Metadata']['Parameters']
 
     model.train()
     batch = model.data_preprocessor(make_batch(cfg), training=True)
@@ -76,3 +86,15 @@ def test_config_trains_every_parameter(path):
     assert torch.isfinite(total)
     lacking = [name for name, param in model.named_parameters() if param.grad is None]
     assert not lacking
+
+
+def test_metafiles_name_configs_that_exist():
+    assert set(METAFILES) <= {path.stem for path in CONFIGS}
+    assert set(PARAMETERS) <= set(METAFILES)
+
+
+def test_metafiles_reach_the_model_listing_of_mmpretrain():
+    model = pytest.importorskip('mmpretrain.apis.model')
+    model.ModelHub.register_model_index(ROOT / 'configs/metafile_imagenet.yml', config_prefix=ROOT)
+    assert 'vil-tiny_in1k' in model.list_models('vil', task='Image Classification')
+    assert model.ModelHub.get('vil-base_in1k').config.model.backbone.arch == 'base'
