@@ -54,6 +54,7 @@ lock: $(INSTALLED)
 
 # Data and training are kept: `make demo` again evaluates and draws again, and goes on with a
 # training that was interrupted. To train anew, remove $(WORK_DIR).
+demo: export PYTHONWARNINGS ?= ignore
 demo: $(WORK_DIR)/trained
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" \
 		--work-dir $(WORK_DIR)
