@@ -40,10 +40,11 @@ def add_arguments(parser):
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip, or flip only')
     parser.add_argument('--amp', action='store_true', help='test with mixed precision')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument(
-        '--interval', type=int, default=1, help='classification: draw each n-th image only'
+        '--show-dir',
+        help='folder for pictures of the predictions, which segmentors put into vis_data/vis_image',
     )
+    parser.add_argument('--interval', type=int, default=1, help='draw each n-th image only')
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds that --show shows a picture'
     )
@@ -81,11 +82,11 @@ def draw(cfg, args, is_classifier):
     if 'visualization' not in cfg.default_hooks:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     hook = cfg.default_hooks.visualization
-    hook.update(show=args.show, wait_time=args.wait_time)
+    hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
     if is_classifier:
         if args.tta:
             raise UserError('--tta and --show-dir do not go together for classifiers')
-        hook.update(enable=True, out_dir=args.show_dir, interval=args.interval)
+        hook.update(enable=True, out_dir=args.show_dir)
     else:
         hook.draw = True
         if args.show_dir is not None:
