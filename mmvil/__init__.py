@@ -1,5 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM for OpenMMLab. Importing this package registers its components in mmengine's root registries."""
+"""Vision-LSTM for OpenMMLab. Importing this package registers its components in mmengine's root
+registries.
+"""
+
 from .version import __version__, check_versions
 
 check_versions()

@@ -51,7 +51,7 @@ def check_versions() -> None:
                 continue
             wanted = f'{name}>={minimum}' + (f',<{too_new}' if too_new else '')
             clashes.append(
-                f"{name} {found} is installed, but mmvil {__version__} needs {wanted}: "
+                f'{name} {found} is installed, but mmvil {__version__} needs {wanted}: '
                 f"pip install '{wanted}'"
             )
     if clashes:

@@ -1,8 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Vision-LSTM as an OpenMMLab backbone.
 
-Alkin, Beck, Poeppel, Hochreiter, Brandstetter: Vision-LSTM: xLSTM as Generic Vision Backbone, ICLR 2025 (arXiv 2406.04303).
+Alkin, Beck, Poeppel, Hochreiter, Brandstetter: Vision-LSTM: xLSTM as Generic Vision Backbone, ICLR
+2025 (arXiv 2406.04303).
 """
+
 import re
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
@@ -24,45 +26,57 @@ from ..layers.vil_block import without_bias
 class VisionLSTM(BaseModule):
     """Vision-LSTM (ViL).
 
-    A stack of mLSTM blocks over image patches; blocks 0, 2, 4 ... read the tokens from the top left to the bottom right, blocks
-    1, 3, 5 ... in the opposite direction. Images may have any size of at least one patch: where patches do not tile an
-    image, zeros are added on the right and at the bottom, and the position embedding is resized to the token grid.
+    A stack of mLSTM blocks over image patches; blocks 0, 2, 4 ... read the tokens from the top left
+    to the bottom right, blocks 1, 3, 5 ... in the opposite direction. Images may have any size of
+    at least one patch: where patches do not tile an image, zeros are added on the right and at the
+    bottom, and the position embedding is resized to the token grid.
 
-    Parameter names: ``patch_embed.projection.*``, ``pos_embed`` (1, gh, gw, D), ``layers.{i}.{norm, proj_up, conv, q_proj, k_proj,
-    v_proj, igate, fgate, out_norm, proj_down}.*``, ``layers.{i}.skip``, ``norm.*`` (with ``final_norm``), ``pool_norm.*`` (with a
-    bilateral ``out_type``), ``pyramid.levels.{i}.*`` (with ``pyramid``).
+    Parameter names, which stay: ``patch_embed.projection.*``, ``pos_embed`` (1, gh, gw, D),
+    ``layers.{i}.skip`` and ``layers.{i}.{norm, proj_up, conv, q_proj, k_proj, v_proj, igate, fgate,
+    out_norm, proj_down}.*``, ``norm.*`` (with ``final_norm``), ``pool_norm.*`` (with a bilateral
+    ``out_type``), ``pyramid.levels.{i}.*`` (with ``pyramid``).
 
     Args:
-        arch (str | dict): 'tiny' ('t'), 'small' ('s'), 'base' ('b'), 'tiny_plus' or 'small_plus'; or a dict with ``embed_dims``
-            (a multiple of 8) and ``depth``, the number of mLSTM blocks. Default: 'base'.
+        arch (str | dict): 'tiny' ('t'), 'small' ('s'), 'base' ('b'), 'tiny_plus' or 'small_plus';
+            or a dict with ``embed_dims`` (a multiple of 8) and ``depth``, the number of mLSTM
+            blocks. Default: 'base'.
         version (int): 2, the paper's final model, or 1, its first. Default: 2.
-        img_size (int | tuple[int, int]): Image size, height first, for which position embeddings are made. Default: 224.
+        img_size (int | tuple[int, int]): Image size, height first, for which position embeddings
+            are made. Default: 224.
         patch_size (int): Side of a patch in pixels. Default: 16.
-        stride (int, optional): Pixels from patch to patch; 8 gives the long-sequence models. Default: ``patch_size``.
+        stride (int, optional): Pixels from patch to patch; 8 gives the long-sequence models.
+            Default: ``patch_size``.
         in_channels (int): Default: 3.
-        out_indices (int | Sequence[int]): Blocks whose output is returned, ascending, 0-based, negative ones from the end.
-            Blocks after the last one are not built. Default: -1.
-        final_norm (bool): LayerNorm on the last output. The UperNet recipe goes without. Default: True.
-        out_type (str): 'featmap' (B, D, gh, gw), 'raw' (B, N, D), 'bilateral_concat' (B, 2D): first and last token side by side,
-            or 'bilateral_avg' (B, D): their mean. On the last output the bilateral types end with their own norm, so
-            that a linear head completes the classifier (v2 was trained with 'bilateral_concat', v1 with
-            'bilateral_avg'). Default: 'featmap'.
-        pyramid (dict, optional): Rescale the feature maps to different strides. Keys: ``strides``, one per output, such as
-            (4, 8, 16, 32), their ratios to the stride of the patches are powers of two; ``out_channels`` (None | int |
-            Sequence[int]), projects to these widths; ``norm_cfg``, default ``dict(type='BN')``. Maps are cropped to the
-            image size divided by the stride, rounded up. Default: None.
+        out_indices (int | Sequence[int]): Blocks whose output is returned, ascending, 0-based,
+            negative ones from the end. Blocks after the last one are not built. Default: -1.
+        final_norm (bool): LayerNorm on the last output. The UperNet recipe goes without. Default:
+            True.
+        out_type (str): 'featmap' (B, D, gh, gw), 'raw' (B, N, D), 'bilateral_concat' (B, 2D): first
+            and last token side by side, or 'bilateral_avg' (B, D): their mean. On the last output
+            the bilateral types end with their own norm, so that a linear head completes the
+            classifier (v2 was trained with 'bilateral_concat', v1 with 'bilateral_avg'). Default:
+            'featmap'.
+        pyramid (dict, optional): Rescale the feature maps to different strides. Keys: ``strides``,
+            one per output, such as (4, 8, 16, 32), their ratios to the stride of the patches are
+            powers of two; ``out_channels`` (None | int | Sequence[int]), projects to these widths;
+            ``norm_cfg``, default ``dict(type='BN')``. Maps are cropped to the image size divided by
+            the stride, rounded up. Default: None.
         drop_path_rate (float): Stochastic depth. Default: 0.
-        drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the rate in the last. Default: 'uniform'.
-        frozen_stages (int): Freeze the embeddings and that many blocks; 0 freezes the embeddings only, -1 nothing. Frozen blocks
-            stay in evaluation mode. Default: -1.
-        with_cp (bool): Activation checkpointing: keep only the inputs of blocks for backward. Default: False.
+        drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the rate in the
+            last. Default: 'uniform'.
+        frozen_stages (int): Freeze the embeddings and that many blocks; 0 freezes the embeddings
+            only, -1 nothing. Frozen blocks stay in evaluation mode. Default: -1.
+        with_cp (bool): Activation checkpointing: keep only the inputs of blocks for backward.
+            Default: False.
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         lean (bool): Keep little for backward, see :class:`mmvil.layers.ViLBlock`. Default: True.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our checkpoints (of a backbone, or of
-            a whole model) and the official ones, and resizes position embeddings. Default: None.
+        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our
+            checkpoints (of a backbone, or of a whole model) and the official ones, and resizes
+            position embeddings. Default: None.
 
     Raises:
-        ValueError: For unknown choices and sizes that do not fit, naming both the value and what is possible.
+        ValueError: For unknown choices and sizes that do not fit, naming both the value and what is
+            possible.
     """
 
     num_heads = 4
@@ -77,24 +91,26 @@ class VisionLSTM(BaseModule):
 
     OUT_TYPES = ('featmap', 'raw', 'bilateral_concat', 'bilateral_avg')
 
-    def __init__(self,
-                 arch: Union[str, dict] = 'base',
-                 version: int = 2,
-                 img_size: Union[int, Sequence[int]] = 224,
-                 patch_size: int = 16,
-                 stride: Optional[int] = None,
-                 in_channels: int = 3,
-                 out_indices: Union[int, Sequence[int]] = -1,
-                 final_norm: bool = True,
-                 out_type: str = 'featmap',
-                 pyramid: Optional[dict] = None,
-                 drop_path_rate: float = 0.,
-                 drop_path_mode: str = 'uniform',
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 backend: str = 'auto',
-                 lean: bool = True,
-                 init_cfg: Optional[Union[dict, List[dict]]] = None) -> None:
+    def __init__(
+        self,
+        arch: Union[str, dict] = 'base',
+        version: int = 2,
+        img_size: Union[int, Sequence[int]] = 224,
+        patch_size: int = 16,
+        stride: Optional[int] = None,
+        in_channels: int = 3,
+        out_indices: Union[int, Sequence[int]] = -1,
+        final_norm: bool = True,
+        out_type: str = 'featmap',
+        pyramid: Optional[dict] = None,
+        drop_path_rate: float = 0.0,
+        drop_path_mode: str = 'uniform',
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        backend: str = 'auto',
+        lean: bool = True,
+        init_cfg: Optional[Union[dict, List[dict]]] = None,
+    ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.embed_dims, depth = self._parse_arch(arch)
         if version not in (1, 2):
@@ -102,12 +118,16 @@ class VisionLSTM(BaseModule):
         if out_type not in self.OUT_TYPES:
             raise ValueError(f'Unknown out_type {out_type!r}; choose from {self.OUT_TYPES}.')
         if drop_path_mode not in ('uniform', 'linear'):
-            raise ValueError(f"drop_path_mode must be 'uniform' or 'linear', but is {drop_path_mode!r}.")
+            raise ValueError(
+                f"drop_path_mode must be 'uniform' or 'linear', but is {drop_path_mode!r}."
+            )
         self.version = version
         self.patch_size = patch_size
         self.stride = patch_size if stride is None else stride
         if self.stride < 1 or self.stride > patch_size:
-            raise ValueError(f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.')
+            raise ValueError(
+                f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.'
+            )
         self.in_channels = in_channels
         self.out_indices = self._parse_out_indices(out_indices, depth)
         self.out_type = out_type
@@ -117,16 +137,27 @@ class VisionLSTM(BaseModule):
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, self.stride)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < patch_size:
-            raise ValueError(f'img_size must be at least one patch ({patch_size}), but is {img_size}.')
-        # One embedding per patch of an image cut without overlap, in the models with overlap too: they resize it.
-        self.pos_embed = nn.Parameter(torch.empty(1, height // patch_size, width // patch_size, self.embed_dims))
+            raise ValueError(
+                f'img_size must be at least one patch ({patch_size}), but is {img_size}.'
+            )
+        # One embedding per patch of an image cut without overlap, in the models with overlap too:
+        # they resize it.
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, height // patch_size, width // patch_size, self.embed_dims)
+        )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
         built = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= built:
-            raise ValueError(f'frozen_stages must be between -1 and the number of blocks {built}, but is {frozen_stages}.')
-        rates = [drop_path_rate] * depth if drop_path_mode == 'uniform' else torch.linspace(
-            0, drop_path_rate, depth).tolist()
+            raise ValueError(
+                f'frozen_stages must be between -1 and the number of blocks {built}, '
+                f'but is {frozen_stages}.'
+            )
+        rates = (
+            [drop_path_rate] * depth
+            if drop_path_mode == 'uniform'
+            else torch.linspace(0, drop_path_rate, depth).tolist()
+        )
         self.layers = nn.ModuleList(
             ViLBlock(
                 self.embed_dims,
@@ -135,7 +166,10 @@ class VisionLSTM(BaseModule):
                 version=version,
                 drop_path_rate=rates[i],
                 backend=backend,
-                lean=lean) for i in range(built))
+                lean=lean,
+            )
+            for i in range(built)
+        )
 
         self.norm = None
         if final_norm:
@@ -152,53 +186,75 @@ class VisionLSTM(BaseModule):
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze()
 
-    # ------------------------------------------------------------------------------------------------------ arguments
+    # ---------------------------------------------------------------- arguments
 
     @classmethod
     def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, int]:
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
-                raise ValueError(f'Unknown arch {arch!r}; choose from {sorted(cls.arch_settings)} or give a dict with '
-                                 "'embed_dims' and 'depth'.")
+                raise ValueError(
+                    f'Unknown arch {arch!r}; choose from {sorted(cls.arch_settings)} '
+                    'or give a dict with '
+                    "'embed_dims' and 'depth'."
+                )
             arch = cls.arch_settings[arch]
         if set(arch) != {'embed_dims', 'depth'}:
-            raise ValueError(f"A custom arch is a dict with the keys 'embed_dims' and 'depth', but has {sorted(arch)}.")
+            raise ValueError(
+                "A custom arch is a dict with the keys 'embed_dims' and 'depth', "
+                f'but has {sorted(arch)}.'
+            )
         if arch['depth'] < 1:
-            raise ValueError(f"depth must be at least 1 block, but is {arch['depth']}.")
+            raise ValueError(f'depth must be at least 1 block, but is {arch["depth"]}.')
         return arch['embed_dims'], arch['depth']
 
     @staticmethod
     def _parse_out_indices(out_indices: Union[int, Sequence[int]], depth: int) -> Tuple[int, ...]:
-        given = (out_indices, ) if isinstance(out_indices, int) else tuple(out_indices)
+        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         indices = tuple(index + depth if index < 0 else index for index in given)
         if not indices or min(indices) < 0 or max(indices) >= depth:
-            raise ValueError(f'out_indices must name blocks between 0 and {depth - 1} (or {-depth} to -1), but are {given}.')
+            raise ValueError(
+                f'out_indices must name blocks between 0 and {depth - 1} (or {-depth} to -1), '
+                f'but are {given}.'
+            )
         if list(indices) != sorted(set(indices)):
             raise ValueError(f'out_indices must be ascending without repeats, but are {given}.')
         return indices
 
-    def _build_pyramid(self,
-                       strides: Sequence[int],
-                       out_channels: Optional[Union[int, Sequence[int]]] = None,
-                       norm_cfg: Optional[dict] = None):
+    def _build_pyramid(
+        self,
+        strides: Sequence[int],
+        out_channels: Optional[Union[int, Sequence[int]]] = None,
+        norm_cfg: Optional[dict] = None,
+    ):
         if self.out_type != 'featmap':
-            raise ValueError(f"A pyramid is made of feature maps: it needs out_type='featmap', not {self.out_type!r}.")
+            raise ValueError(
+                "A pyramid is made of feature maps: it needs out_type='featmap', "
+                f'not {self.out_type!r}.'
+            )
         outputs = len(self.out_indices)
         if len(strides) != outputs:
-            raise ValueError(f'pyramid.strides must name one stride for each of the {outputs} out_indices, but is {strides}.')
+            raise ValueError(
+                f'pyramid.strides must name one stride for each of the {outputs} out_indices, '
+                f'but is {strides}.'
+            )
         if isinstance(out_channels, int):
-            out_channels = (out_channels, ) * outputs
+            out_channels = (out_channels,) * outputs
         if out_channels is not None and len(out_channels) != outputs:
-            raise ValueError(f'pyramid.out_channels must be one number or {outputs} of them, but is {out_channels}.')
+            raise ValueError(
+                f'pyramid.out_channels must be one number or {outputs} of them, '
+                f'but is {out_channels}.'
+            )
         from mmcv.cnn import build_norm_layer  # only pyramids need mmcv
+
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
         return tuple(strides), FeaturePyramid(
             self.embed_dims,
             scales=[self.stride / stride for stride in strides],
             out_channels=out_channels,
-            norm_layer=lambda channels: build_norm_layer(norm_cfg, channels)[1])
+            norm_layer=lambda channels: build_norm_layer(norm_cfg, channels)[1],
+        )
 
-    # -------------------------------------------------------------------------------------------------------- forward
+    # ---------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Extract features.
@@ -207,10 +263,12 @@ class VisionLSTM(BaseModule):
             x (Tensor): Images, shape (B, C, H, W).
 
         Returns:
-            tuple[Tensor]: One output per entry of ``out_indices``, in the shape that ``out_type`` and ``pyramid`` say.
+            tuple[Tensor]: One output per entry of ``out_indices``, in the shape that ``out_type``
+            and ``pyramid`` say.
 
         Raises:
-            ValueError: If x is no batch of images of ``in_channels`` channels and at least one patch.
+            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
+                patch.
         """
         self._check_image(x)
         image_size = x.shape[2:]
@@ -218,7 +276,7 @@ class VisionLSTM(BaseModule):
         x = x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2)
         outputs = []
         for index, layer in enumerate(self.layers):
-            if self.with_cp and x.requires_grad:
+            if self.with_cp and torch.is_grad_enabled():
                 x = checkpoint(layer, x, grid, use_reentrant=False)
             else:
                 x = layer(x, grid)
@@ -226,20 +284,27 @@ class VisionLSTM(BaseModule):
                 outputs.append(self._format(x, grid, last=index == self.out_indices[-1]))
         if self.pyramid is not None:
             outputs = [
-                y[:, :, :-(-image_size[0] // stride), :-(-image_size[1] // stride)]
+                y[:, :, : -(-image_size[0] // stride), : -(-image_size[1] // stride)]
                 for y, stride in zip(self.pyramid(outputs), self.pyramid_strides)
             ]
         return tuple(outputs)
 
     def _check_image(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'Expected images of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}.')
+            raise ValueError(
+                f'Expected images of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}.'
+            )
         if min(x.shape[2:]) < self.patch_size:
-            raise ValueError(f'Images must be at least one patch ({self.patch_size} x {self.patch_size}) large, but are '
-                             f'{x.shape[2]} x {x.shape[3]}.')
+            raise ValueError(
+                'Images must be at least one patch '
+                f'({self.patch_size} x {self.patch_size}) large, but are '
+                f'{x.shape[2]} x {x.shape[3]}.'
+            )
 
     def _format(self, x: Tensor, grid: Tuple[int, int], last: bool) -> Tensor:
-        """Bring the tokens (B, N, D) after a block into the shape that was asked for; norms belong to the last output."""
+        """Bring the tokens (B, N, D) after a block into the shape that was asked for; norms belong
+        to the last output.
+        """
         if last and self.norm is not None:
             x = self.norm(x)
         if self.out_type == 'raw':
@@ -247,17 +312,21 @@ class VisionLSTM(BaseModule):
         if self.out_type == 'featmap':
             return tokens_to_map(x, grid)
         first, final = x[:, 0], x[:, -1]
-        x = torch.cat([first, final], dim=1) if self.out_type == 'bilateral_concat' else (first + final) / 2
+        x = (
+            torch.cat([first, final], dim=1)
+            if self.out_type == 'bilateral_concat'
+            else (first + final) / 2
+        )
         return self.pool_norm(x) if last else x
 
-    # ------------------------------------------------------------------------------------------------------- training
+    # ---------------------------------------------------------------- training
 
     def _freeze(self) -> None:
         """Stop gradients into the frozen part, and keep it in evaluation mode."""
         if self.frozen_stages < 0:
             return
         self.pos_embed.requires_grad_(False)
-        for module in (self.patch_embed, *self.layers[:self.frozen_stages]):
+        for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
             module.eval()
             module.requires_grad_(False)
 
@@ -275,11 +344,12 @@ class VisionLSTM(BaseModule):
             prefix (str): Prefix of the backbone's parameters in that name. Default: ''.
 
         Returns:
-            tuple[int, int]: Layer id and number of layers. Embeddings are layer 0, pair p is layer p + 1, all else belongs to
-            the last; a parameter's learning rate is ``decay ** (number - 1 - id)`` times the base.
+            tuple[int, int]: Layer id and number of layers. Embeddings are layer 0, pair p is layer
+            p + 1, all else belongs to the last; a parameter's learning rate is ``decay ** (number -
+            1 - id)`` times the base.
         """
         num_layers = (len(self.layers) + 1) // 2 + 2
-        name = param_name[len(prefix):] if param_name.startswith(prefix) else None
+        name = param_name[len(prefix) :] if param_name.startswith(prefix) else None
         if name is None:
             return num_layers - 1, num_layers
         if name == 'pos_embed' or name.startswith('patch_embed.'):
@@ -287,10 +357,12 @@ class VisionLSTM(BaseModule):
         block = re.match(r'layers\.(\d+)\.', name)
         return (int(block[1]) // 2 + 1 if block else num_layers - 1), num_layers
 
-    # -------------------------------------------------------------------------------------------------------- weights
+    # ---------------------------------------------------------------- weights
 
     def init_weights(self) -> None:
-        """Load a checkpoint if ``init_cfg`` names one; otherwise the constructor has initialized everything."""
+        """Load a checkpoint if ``init_cfg`` names one; otherwise the constructor has initialized
+        everything.
+        """
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
             self._load_pretrained(self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
             self._is_init = True
@@ -298,7 +370,9 @@ class VisionLSTM(BaseModule):
             super().init_weights()
 
     def _load_pretrained(self, filename: str, prefix: Optional[str]) -> None:
-        """Load a backbone from ours or an official checkpoint, and log what was loaded and what was not."""
+        """Load a backbone from ours or an official checkpoint, and log what was loaded and what was
+        not.
+        """
         logger = MMLogger.get_current_instance()
         source = _load_checkpoint(filename, map_location='cpu', logger=logger)
         source = source.get('state_dict', source)
@@ -307,26 +381,39 @@ class VisionLSTM(BaseModule):
         if prefix is None and any(key.startswith('backbone.') for key in source):
             prefix = 'backbone.'
         prefix = (prefix.rstrip('.') + '.') if prefix else ''
-        state = {key[len(prefix):]: value for key, value in source.items() if key.startswith(prefix)}
+        state = {
+            key[len(prefix) :]: value for key, value in source.items() if key.startswith(prefix)
+        }
 
         own = self.state_dict()
         misshapen = [
-            f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} here' for key, value in state.items()
+            f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} here'
+            for key, value in state.items()
             if key in own and key != 'pos_embed' and value.shape != own[key].shape
         ]
         if misshapen or not any(key.startswith('layers.') for key in state):
-            reason = 'its shapes differ: ' + '; '.join(misshapen[:3]) if misshapen else 'it has no ViL blocks' + (
-                f' under the prefix {prefix!r}' if prefix else '')
-            raise ValueError(f'{filename} does not fit this VisionLSTM (embed_dims={self.embed_dims}, version={self.version}): '
-                             f'{reason}. Choose the arch and version of the checkpoint, or another checkpoint.')
+            reason = (
+                'its shapes differ: ' + '; '.join(misshapen[:3])
+                if misshapen
+                else 'it has no ViL blocks' + (f' under the prefix {prefix!r}' if prefix else '')
+            )
+            raise ValueError(
+                f'{filename} does not fit this VisionLSTM '
+                f'(embed_dims={self.embed_dims}, version={self.version}): '
+                f'{reason}. Choose the arch and version of the checkpoint, or another checkpoint.'
+            )
         missing, unexpected = self.load_state_dict(state, strict=False)
         needed = [key for key in missing if not key.startswith('pyramid.')]
-        logger.info(f'Loaded {len(own) - len(missing)} of {len(own)} backbone tensors from {filename}. '
-                    f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
-                    f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.')
+        logger.info(
+            f'Loaded {len(own) - len(missing)} of {len(own)} backbone tensors from {filename}. '
+            f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
+            f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
+        )
         if any(key.startswith('layers.') for key in needed):
-            raise ValueError(f'{filename} lacks weights of blocks that this VisionLSTM has: {_summary(needed)}. '
-                             'Choose the arch and version of the checkpoint, or another checkpoint.')
+            raise ValueError(
+                f'{filename} lacks weights of blocks that this VisionLSTM has: {_summary(needed)}. '
+                'Choose the arch and version of the checkpoint, or another checkpoint.'
+            )
 
     def _resize_loaded_pos_embed(self, state_dict: dict, prefix: str, *args) -> None:
         """Let checkpoints of another image size load."""
@@ -337,11 +424,14 @@ class VisionLSTM(BaseModule):
         grid = tuple(self.pos_embed.shape[1:3])
         if loaded.shape[-1] == self.embed_dims:
             MMLogger.get_current_instance().info(
-                f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.')
+                f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
+            )
             state_dict[name] = resize_pos_embed(loaded, grid)
 
 
 def _summary(names: Sequence[str], limit: int = 4) -> str:
     if not names:
         return 'nothing'
-    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+    return ', '.join(names[:limit]) + (
+        f' and {len(names) - limit} more' if len(names) > limit else ''
+    )

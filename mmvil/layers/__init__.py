@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Building blocks as plain ``nn.Module``; nothing here is registered."""
+
 from .drop_path import DropPath
 from .embed import PatchEmbed, resize_pos_embed
 from .projections import HeadwiseLinear, TokenConv
@@ -7,5 +8,11 @@ from .pyramid import FeaturePyramid
 from .vil_block import ViLBlock
 
 __all__ = [
-    'DropPath', 'FeaturePyramid', 'HeadwiseLinear', 'PatchEmbed', 'TokenConv', 'ViLBlock', 'resize_pos_embed'
+    'DropPath',
+    'FeaturePyramid',
+    'HeadwiseLinear',
+    'PatchEmbed',
+    'TokenConv',
+    'ViLBlock',
+    'resize_pos_embed',
 ]

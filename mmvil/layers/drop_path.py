@@ -1,22 +1,27 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Stochastic depth that does not compute what it drops."""
+
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.compat import is_compiling
+
 
 class DropPath(nn.Module):
-    """Residual connection whose branch is dropped per sample (Huang et al., Deep Networks with Stochastic Depth, 2016).
+    """Residual connection whose branch is dropped per sample (Huang et al., Deep Networks with
+    Stochastic Depth, 2016).
 
-    The branch runs on the kept samples only. Every sample is dropped independently with probability ``drop_prob``,
-    whatever the batch size, so the expected output does not depend on how a batch is spread over devices.
+    The branch runs on the kept samples only. Every sample is dropped independently with probability
+    ``drop_prob``, whatever the batch size, so the expected output does not depend on how a batch is
+    spread over devices.
 
     Args:
         drop_prob (float): Probability in [0, 1) that a sample skips the branch. Default: 0.
     """
 
-    def __init__(self, drop_prob: float = 0.) -> None:
+    def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
             raise ValueError(f'drop_prob must be in [0, 1), but is {drop_prob}.')
@@ -35,13 +40,16 @@ class DropPath(nn.Module):
         if self.drop_prob == 0 or not self.training:
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
-        if torch.compiler.is_compiling():  # static shapes for the compiler
-            return x + branch(x) * (x.new_empty(len(x), 1, 1).bernoulli_(keep_prob) / keep_prob)
-        # Drawn on the CPU: the number of kept samples is needed there, and asking a GPU for it would wait for the GPU.
-        kept = torch.rand(len(x)).lt(keep_prob).nonzero().squeeze(1)
-        if len(kept) == 0:  # the branch's parameters need a gradient all the same, or data parallel training waits for it
+        if is_compiling():  # static shapes for the compiler
+            return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
+        # Drawn on the CPU: the number of kept samples is needed there, and asking a GPU for it
+        # would wait for the GPU.
+        kept = torch.rand(x.shape[0]).lt(keep_prob).nonzero().squeeze(1)
+        if len(kept) == 0:
+            # The branch's parameters need a gradient all the same: data parallel training waits
+            # for it.
             return x + branch(x) * 0
-        if len(kept) == len(x):
+        if len(kept) == x.shape[0]:
             return x.add(branch(x), alpha=1 / keep_prob)
         kept = kept.to(x.device, non_blocking=True)
         return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=1 / keep_prob)

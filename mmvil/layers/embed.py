@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """From images to tokens with a place."""
+
 from typing import Tuple
 
 import torch
@@ -62,4 +63,4 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
 
 def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
     """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
-    return x.view(len(x), *grid, -1).permute(0, 3, 1, 2)
+    return x.view(x.shape[0], *grid, -1).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Modules that hold the parameters of the layer's sparse linear maps."""
+
 from typing import Tuple
 
 import torch
@@ -18,7 +19,9 @@ class HeadwiseLinear(nn.Module):
         bias (bool): Default: True.
     """
 
-    def __init__(self, channels: int, num_heads: int, block_size: int = 4, bias: bool = True) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, block_size: int = 4, bias: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.weight = nn.Parameter(torch.empty(channels // block_size, block_size, block_size))
@@ -31,22 +34,28 @@ class HeadwiseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         blocks, size, _ = self.weight.shape
-        return f'{blocks * size}, heads={self.num_heads}, block_size={size}, bias={self.bias is not None}'
+        bias = self.bias is not None
+        return f'{blocks * size}, heads={self.num_heads}, block_size={size}, bias={bias}'
 
 
 class TokenConv(nn.Module):
-    """Depthwise convolution of tokens: 3x3 over the token grid (ViL v2) or causal along the sequence (ViL v1).
+    """Depthwise convolution of tokens: 3x3 over the token grid (ViL v2) or causal along the
+    sequence (ViL v1).
 
     Args:
         channels (int): E.
-        causal (bool): One-dimensional and causal in reading direction, kernel size 4. Default: False.
+        causal (bool): One-dimensional and causal in reading direction, kernel size 4. Default:
+            False.
     """
 
     def __init__(self, channels: int, causal: bool = False) -> None:
         super().__init__()
         # Parameters and their default initialization are those of the convolutions of torch.
-        conv = nn.Conv1d(channels, channels, 4, groups=channels) if causal else nn.Conv2d(
-            channels, channels, 3, groups=channels)
+        conv = (
+            nn.Conv1d(channels, channels, 4, groups=channels)
+            if causal
+            else nn.Conv2d(channels, channels, 3, groups=channels)
+        )
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: Tensor, grid: Tuple[int, int], reverse: bool) -> Tensor:

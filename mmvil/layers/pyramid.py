@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """From plain feature maps, all of one stride, to a pyramid."""
+
 import math
 from typing import Callable, List, Optional, Sequence
 
@@ -7,36 +8,43 @@ from torch import Tensor, nn
 
 
 class FeaturePyramid(nn.Module):
-    """Rescale each map of a plain backbone to a stride of its own (the necks of the ADE20K recipe, as in BEiT).
+    """Rescale each map of a plain backbone to a stride of its own (the necks of the ADE20K recipe,
+    as in BEiT).
 
-    A map goes up by one transposed convolution for every doubling, with norm and GELU between two of them, and down by max
-    pooling. Odd sizes are rounded up, as convolutional backbones do.
+    A map goes up by one transposed convolution for every doubling, with norm and GELU between two
+    of them, and down by max pooling. Odd sizes are rounded up, as convolutional backbones do.
 
     Args:
         channels (int): D, width of all incoming maps.
-        scales (Sequence[float]): Size of each outgoing map relative to the incoming one, powers of two: 4, 2, 1, 0.5.
-        out_channels (Sequence[int], optional): Width of each outgoing map, by a 1x1 convolution. Default: D, without one.
+        scales (Sequence[float]): Size of each outgoing map relative to the incoming one, powers of
+            two: 4, 2, 1, 0.5.
+        out_channels (Sequence[int], optional): Width of each outgoing map, by a 1x1 convolution.
+            Default: D, without one.
         norm_layer (Callable): Makes the norm of a number of channels. Default: ``nn.BatchNorm2d``.
     """
 
-    def __init__(self,
-                 channels: int,
-                 scales: Sequence[float],
-                 out_channels: Optional[Sequence[int]] = None,
-                 norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(
+        self,
+        channels: int,
+        scales: Sequence[float],
+        out_channels: Optional[Sequence[int]] = None,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         for level, scale in enumerate(scales):
             octave = math.log2(scale)
             if octave != int(octave):
-                raise ValueError(f'Feature maps are rescaled by powers of two only, but {scale:g} was asked for.')
+                raise ValueError(
+                    f'Feature maps are rescaled by powers of two only, but {scale:g} was asked for.'
+                )
             layers: List[nn.Module] = []
             for step in range(int(octave)):
                 if step:
                     layers += [norm_layer(channels), nn.GELU()]
                 layers.append(nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2))
             if octave < 0:
-                layers.append(nn.MaxPool2d(kernel_size=2**int(-octave), ceil_mode=True))
+                layers.append(nn.MaxPool2d(kernel_size=2 ** int(-octave), ceil_mode=True))
             if out_channels is not None:
                 layers.append(nn.Conv2d(channels, out_channels[level], kernel_size=1))
             self.levels.append(nn.Sequential(*layers))

@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL block: x + layer(norm(x)), read in one direction."""
+
 import math
 from typing import Optional, Tuple
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mlstm
+from ..ops.compat import autocast_dtype, without_autocast
 from ..ops.lean_layer import LayerSettings, LayerWeights, lean_layer
 from ..ops.mlstm import BACKENDS, resolve_chunk_size
 from ..ops.projections import gate_preactivations, gate_weights
@@ -22,27 +24,34 @@ class ViLBlock(nn.Module):
         embed_dims (int): D, a multiple of 2 * num_heads; the block works E = 2D wide inside.
         num_heads (int): NH. Default: 4.
         reverse (bool): Read the tokens from last to first. Default: False.
-        version (int): 2 (3x3 convolution over the grid, biases) or 1 (causal convolution, no biases). Default: 2.
+        version (int): 2 (3x3 convolution over the grid, biases) or 1 (causal convolution, no
+            biases). Default: 2.
         drop_path_rate (float): Default: 0.
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         chunk_size (int, optional): See :func:`mmvil.ops.mlstm`.
-        lean (bool): Keep about 7 D values per token for backward and compute the rest again, instead of everything.
-            Equal results. False is for second derivatives up to the cell, or where memory is plentiful. Default: True.
+        lean (bool): Keep about 7 D values per token for backward and compute the rest again,
+            instead of everything. Equal results. False is for second derivatives up to the cell, or
+            where memory is plentiful. Default: True.
     """
 
-    def __init__(self,
-                 embed_dims: int,
-                 num_heads: int = 4,
-                 reverse: bool = False,
-                 version: int = 2,
-                 drop_path_rate: float = 0.,
-                 backend: str = 'auto',
-                 chunk_size: Optional[int] = None,
-                 lean: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int = 4,
+        reverse: bool = False,
+        version: int = 2,
+        drop_path_rate: float = 0.0,
+        backend: str = 'auto',
+        chunk_size: Optional[int] = None,
+        lean: bool = True,
+    ) -> None:
         super().__init__()
         if embed_dims % (2 * num_heads):
-            raise ValueError(f'embed_dims must be a multiple of 2 * num_heads = {2 * num_heads}, so that heads consist of '
-                             f'blocks of 4 channels, but is {embed_dims}.')
+            raise ValueError(
+                f'embed_dims must be a multiple of 2 * num_heads = {2 * num_heads}, so that heads '
+                'consist of '
+                f'blocks of 4 channels, but is {embed_dims}.'
+            )
         if backend not in BACKENDS:
             raise ValueError(f'Unknown mLSTM backend {backend!r}; choose from {BACKENDS}.')
         inner = 2 * embed_dims
@@ -68,7 +77,8 @@ class ViLBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize as the released models were (section 1 of the model's published configuration).
+        """Initialize as the released models were (section 1 of the model's published
+        configuration).
 
         The down-projection's deviation is Wang's 2 / (L sqrt(D)) with L = 1.
         """
@@ -104,14 +114,25 @@ class ViLBlock(nn.Module):
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)  # (B, NH, N, DH)
-        with torch.autocast(x.device.type, enabled=False):  # gates are never computed in half precision
+        with without_autocast(x):  # gates are never computed in half precision
             dtype = torch.promote_types(q.dtype, torch.float32)
             igate, fgate = gate_preactivations(
-                q, k, v,
+                q,
+                k,
+                v,
                 gate_weights(self.igate.weight, self.fgate.weight, self.num_heads).to(dtype),
-                torch.cat([self.igate.bias, self.fgate.bias]).to(dtype))
-        h = mlstm(q, k, v, igate=igate, fgate=fgate, reverse=self.reverse, backend=self.backend,
-                  chunk_size=self.chunk_size)
+                torch.cat([self.igate.bias, self.fgate.bias]).to(dtype),
+            )
+        h = mlstm(
+            q,
+            k,
+            v,
+            igate=igate,
+            fgate=fgate,
+            reverse=self.reverse,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+        )
         h = h.transpose(1, 2).flatten(2)  # (B, N, E)
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
@@ -119,10 +140,28 @@ class ViLBlock(nn.Module):
     def _lean_layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
         """The same in one function with a small backward state."""
         weights = LayerWeights(
-            self.norm.weight, self.norm.bias, self.proj_up.weight, self.proj_up.bias, self.conv.weight, self.conv.bias,
-            self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.k_proj.bias, self.v_proj.weight,
-            self.v_proj.bias, self.igate.weight, self.igate.bias, self.fgate.weight, self.fgate.bias,
-            self.out_norm.weight, self.out_norm.bias, self.skip, self.proj_down.weight, self.proj_down.bias)
+            self.norm.weight,
+            self.norm.bias,
+            self.proj_up.weight,
+            self.proj_up.bias,
+            self.conv.weight,
+            self.conv.bias,
+            self.q_proj.weight,
+            self.q_proj.bias,
+            self.k_proj.weight,
+            self.k_proj.bias,
+            self.v_proj.weight,
+            self.v_proj.bias,
+            self.igate.weight,
+            self.igate.bias,
+            self.fgate.weight,
+            self.fgate.bias,
+            self.out_norm.weight,
+            self.out_norm.bias,
+            self.skip,
+            self.proj_down.weight,
+            self.proj_down.bias,
+        )
         head_width = len(self.skip) // self.num_heads
         settings = LayerSettings(
             grid=grid,
@@ -131,7 +170,8 @@ class ViLBlock(nn.Module):
             chunk_size=resolve_chunk_size(x.shape[1], head_width, self.backend, self.chunk_size),
             norm_eps=self.norm.eps,
             out_norm_eps=self.out_norm.eps,
-            dtype=_autocast_dtype(x))
+            dtype=autocast_dtype(x),
+        )
         return lean_layer(x, weights, settings)
 
 
@@ -140,12 +180,3 @@ def without_bias(norm: nn.Module, remove: bool = True) -> nn.Module:
     if remove:
         norm.register_parameter('bias', None)
     return norm
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if it is on, would compute matrix products of x."""
-    if x.dtype == torch.float64:
-        return x.dtype
-    if x.device.type == 'cpu':
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype

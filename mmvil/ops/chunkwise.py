@@ -1,19 +1,22 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The chunkwise form of the mLSTM: parallel inside chunks, recurrent from chunk to chunk, linear in N.
+r"""The chunkwise form of the mLSTM: parallel inside chunks, recurrent from chunk to chunk, linear
+in N.
 
-The chunks read before chunk c leave behind a memory and a normalizer, scaled by the running maximum :math:`M` at their end:
+The chunks read before chunk c leave behind a memory and a normalizer, scaled by the running maximum
+:math:`M` at their end:
 
 .. math:: C = \sum_j e^{g_j - M} k_j v_j^\top, \qquad n = \sum_j e^{g_j - M} k_j,
 
-and token t of chunk c sees them with the weight :math:`e^{M - M_t} \le 1` (see :mod:`mmvil.ops.gates` for g and M). All
-chunks are computed side by side; only the states pass through a loop. With one chunk this is the parallel form.
-Nothing is flipped for the reverse direction: states go from the last chunk to the first, and inside chunks the other
-triangle is used.
+and token t of chunk c sees them with the weight :math:`e^{M - M_t} \le 1` (see
+:mod:`mmvil.ops.gates` for g and M). All chunks are computed side by side; only the states pass
+through a loop. With one chunk this is the parallel form. Nothing is flipped for the reverse
+direction: states go from the last chunk to the first, and inside chunks the other triangle is used.
 
 Shapes: batch and heads are flattened to G, and n chunks of L tokens make (G, n, L, DH).
 """
+
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,9 @@ from .reference import EPS
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
-    """Tokens per chunk: at most ``chunk_size``, and such that they tile the sequence if that takes less than twice the chunks."""
+    """Tokens per chunk: at most ``chunk_size``, and such that they tile the sequence if that takes
+    less than twice the chunks.
+    """
     fewest = math.ceil(length / chunk_size)
     for count in range(fewest, 2 * fewest):
         if length % count == 0:
@@ -35,33 +40,47 @@ def chunk_length(length: int, chunk_size: int) -> int:
 
 class _ChunkGates(NamedTuple):
     """The gates' weights by chunk, in the dtype of the features."""
+
     weights: Tensor  # (G * n, L, L) exp(g_j - M_t) inside a chunk
-    from_state: Tensor  # (G * n, L, 1) exp(M_before - M_t): what of the incoming state reaches token t
+    from_state: (
+        Tensor  # (G * n, L, 1) exp(M_before - M_t): what of the incoming state reaches token t
+    )
     to_state: Tensor  # (G * n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
-    decay: Tensor  # (G, n, 1, 1) exp(M_before - M_end): what of the incoming state is left at the chunk's end
+    decay: Tensor  # (G, n, 1, 1) exp(M_before - M_end): what of it is left at the chunk's end
 
 
-def _chunk_gates(stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype) -> _ChunkGates:
+def _chunk_gates(
+    stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype
+) -> _ChunkGates:
     # Padding stands after the last token and weighs nothing.
     padding = -stats.source.shape[1] % length
     source, running_max = stats.source, stats.running_max
     if padding:
         source = F.pad(source, (0, padding), value=-math.inf)
         running_max = torch.cat([running_max, running_max[:, -1:].expand(-1, padding)], dim=1)
-    source, running_max = source.unflatten(1, (-1, length)), running_max.unflatten(1, (-1, length))  # (G, n, L)
+    source, running_max = (
+        source.unflatten(1, (-1, length)),
+        running_max.unflatten(1, (-1, length)),
+    )  # (G, n, L)
     end = running_max[..., :1] if reverse else running_max[..., -1:]
     before = end.roll(-1 if reverse else 1, 1)
     before[:, -1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
     # Differences are taken in float64, relative to the chunk; only then the precision is lowered.
     to_state = (source - end).to(dtype)
-    weights = decay_weights(to_state.flatten(0, 1), (running_max - end).to(dtype).flatten(0, 1), reverse)
-    return _ChunkGates(weights,
-                       torch.exp(before - running_max).to(dtype).flatten(0, 1).unsqueeze(-1),
-                       to_state.exp_().flatten(0, 1).unsqueeze(-1),
-                       torch.exp(before - end).to(dtype).unsqueeze(-1))
+    weights = decay_weights(
+        to_state.flatten(0, 1), (running_max - end).to(dtype).flatten(0, 1), reverse
+    )
+    return _ChunkGates(
+        weights,
+        torch.exp(before - running_max).to(dtype).flatten(0, 1).unsqueeze(-1),
+        to_state.exp_().flatten(0, 1).unsqueeze(-1),
+        torch.exp(before - end).to(dtype).unsqueeze(-1),
+    )
 
 
-def _scan_(memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool) -> Tuple[Tensor, Tensor]:
+def _scan_(
+    memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool
+) -> Tuple[Tensor, Tensor]:
     """Turn what every chunk adds to the state into the state that it finds.
 
     Args:
@@ -71,7 +90,8 @@ def _scan_(memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool) -> 
         reverse (bool): From the last chunk to the first.
 
     Returns:
-        tuple[Tensor, Tensor]: Memory and normalizer before each chunk, in the shapes of the arguments.
+        tuple[Tensor, Tensor]: Memory and normalizer before each chunk, in the shapes of the
+        arguments.
     """
     chunks = decay.shape[1]
     memory, normalizer = memory.unflatten(0, (-1, chunks)), normalizer.unflatten(0, (-1, chunks))
@@ -80,8 +100,15 @@ def _scan_(memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool) -> 
     memory_before[:, order[0]] = 0
     normalizer_before[:, order[0]] = 0
     for last, this in zip(order, order[1:]):
-        torch.addcmul(memory[:, last], memory_before[:, last], decay[:, last], out=memory_before[:, this])
-        torch.addcmul(normalizer[:, last], normalizer_before[:, last], decay[:, last, 0], out=normalizer_before[:, this])
+        torch.addcmul(
+            memory[:, last], memory_before[:, last], decay[:, last], out=memory_before[:, this]
+        )
+        torch.addcmul(
+            normalizer[:, last],
+            normalizer_before[:, last],
+            decay[:, last, 0],
+            out=normalizer_before[:, this],
+        )
     return memory_before.flatten(0, 1), normalizer_before.flatten(0, 1)
 
 
@@ -92,7 +119,9 @@ def _states(k: Tensor, v: Tensor, gates: _ChunkGates, reverse: bool) -> Tuple[Te
 
 
 def _denominator(normalizer: Tensor, stabilizer: Tensor) -> Tensor:
-    """max(abs(n_t), exp(-m_t)) + eps, shape (G, N); infinite where nothing was ever written, so that h is 0."""
+    """max(abs(n_t), exp(-m_t)) + eps, shape (G, N); infinite where nothing was ever written, so
+    that h is 0.
+    """
     return torch.maximum(normalizer.abs(), torch.exp(-stabilizer).to(normalizer.dtype)).add_(EPS)
 
 
@@ -106,11 +135,12 @@ def _to_chunks(length: int, *features: Tensor):
 
 def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
     """(G * n, L, ...) to (G, N, ...), without the padding."""
-    return x.view(shape[0], -1, *shape[2:])[:, :shape[1]]
+    return x.view(shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
-def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool,
-                      chunk_size: int) -> Tuple[Tensor, Tensor]:
+def chunkwise_forward(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, chunk_size: int
+) -> Tuple[Tensor, Tensor]:
     """mLSTM over a sequence, O(N * (chunk_size + DH)) per head and channel.
 
     Args:
@@ -120,9 +150,10 @@ def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Ten
         chunk_size (int): Largest number of tokens in a chunk.
 
     Returns:
-        tuple[Tensor, Tensor]: h, shape (G, N, DH), and the signed normalizer, shape (G, N), needed for backward.
+        tuple[Tensor, Tensor]: h, shape (G, N, DH), and the signed normalizer, shape (G, N), needed
+        for backward.
     """
-    shape, scale = q.shape, q.shape[-1]**-0.5
+    shape, scale = q.shape, q.shape[-1] ** -0.5
     stats = gate_statistics(igate, fgate, reverse)
     length = chunk_length(shape[1], chunk_size)
     gates = _chunk_gates(stats, length, reverse, q.dtype)
@@ -134,18 +165,31 @@ def chunkwise_forward(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Ten
         numerator.baddbmm_(reading, memory)
         normalizer += torch.bmm(reading, state_normalizer.unsqueeze(-1)).squeeze(-1)
     normalizer = _from_chunks(normalizer, shape[:2])
-    h = _from_chunks(numerator, shape).div_(_denominator(normalizer, stats.stabilizer).unsqueeze(-1))
+    h = _from_chunks(numerator, shape).div_(
+        _denominator(normalizer, stats.stabilizer).unsqueeze(-1)
+    )
     return h, normalizer
 
 
-def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor,
-                       normalizer: Tensor, reverse: bool, chunk_size: int):
+def chunkwise_backward(
+    h_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    h: Tensor,
+    normalizer: Tensor,
+    reverse: bool,
+    chunk_size: int,
+):
     r"""Gradients of :func:`chunkwise_forward`, with scores and states computed again.
 
-    No gradient passes through an exponential or a cumulative sum over pairs of tokens. Because the weights enter only through
-    the scores, :math:`\sum_t \partial a_{tj} = k_j \cdot \partial k_j`; because h is invariant to a common factor of
-    numerator and normalizer, :math:`\sum_j \partial a_{tj}` is 0 where :math:`|n_t|` is the denominator, and
-    :math:`h_t \cdot \partial h_t` (up to eps) where :math:`e^{-m_t}` is.
+    No gradient passes through an exponential or a cumulative sum over pairs of tokens. Because the
+    weights enter only through the scores, :math:`\sum_t \partial a_{tj} = k_j \cdot \partial k_j`;
+    because h is invariant to a common factor of numerator and normalizer, :math:`\sum_j \partial
+    a_{tj}` is 0 where :math:`|n_t|` is the denominator, and :math:`h_t \cdot \partial h_t` (up to
+    eps) where :math:`e^{-m_t}` is.
 
     Args:
         h_grad (Tensor): Gradient of h, shape (G, N, DH).
@@ -155,7 +199,7 @@ def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: T
     Returns:
         tuple[Tensor, ...]: Gradients of q, k, v (G, N, DH) and of igate, fgate (G, N).
     """
-    shape, scale = q.shape, q.shape[-1]**-0.5
+    shape, scale = q.shape, q.shape[-1] ** -0.5
     stats = gate_statistics(igate, fgate, reverse)
     length = chunk_length(shape[1], chunk_size)
     gates = _chunk_gates(stats, length, reverse, q.dtype)
@@ -166,7 +210,9 @@ def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: T
     normalizer_grad = torch.where(by_normalizer, projection * inverse * -normalizer.sign(), 0)
     q, k, v, numerator_grad = _to_chunks(length, q, k, v, h_grad * inverse.unsqueeze(-1))
     normalizer_grad = _to_chunks(length, normalizer_grad.unsqueeze(-1))[0]  # (G * n, L, 1)
-    q_grad, k_grad, v_grad = parallel_backward(numerator_grad, normalizer_grad, q, k, v, gates.weights, scale)
+    q_grad, k_grad, v_grad = parallel_backward(
+        numerator_grad, normalizer_grad, q, k, v, gates.weights, scale
+    )
     if length < shape[1]:
         # Through the state that a chunk reads ...
         memory, state_normalizer = _states(k, v, gates, reverse)
@@ -178,9 +224,14 @@ def chunkwise_backward(h_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: T
         reading = torch.mul(q, from_state, out=reading_grad)
         memory_grad, state_normalizer_grad = _scan_(
             torch.bmm(reading.transpose(1, 2), numerator_grad),
-            torch.bmm(normalizer_grad.transpose(1, 2), reading).squeeze(1), gates.decay, not reverse)
+            torch.bmm(normalizer_grad.transpose(1, 2), reading).squeeze(1),
+            gates.decay,
+            not reverse,
+        )
         # ... and through the state that it writes.
-        written_grad = torch.baddbmm(state_normalizer_grad.unsqueeze(1), v, memory_grad.transpose(1, 2))
+        written_grad = torch.baddbmm(
+            state_normalizer_grad.unsqueeze(1), v, memory_grad.transpose(1, 2)
+        )
         k_grad.addcmul_(written_grad, gates.to_state)
         v_grad.baddbmm_(torch.mul(k, gates.to_state, out=written_grad), memory_grad)
     source_grad = _from_chunks((k * k_grad).sum(-1), shape[:2])

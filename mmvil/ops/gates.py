@@ -1,15 +1,18 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 r"""What the gates of an mLSTM say about a sequence: a few scalars per token and head.
 
-With :math:`F_t = \sum_{s \le t} \log\sigma(\tilde f_s)` the weight of token j in the output of token t is
-:math:`\exp(a_{tj} - m_t)`, where :math:`a_{tj} = F_t - F_j + \tilde i_j` and :math:`m_t = \max_{j \le t} a_{tj}`.
-As :math:`F_t` is in both, it cancels. What remains is a difference of two vectors,
+With :math:`F_t = \sum_{s \le t} \log\sigma(\tilde f_s)` the weight of token j in the output of
+token t is :math:`\exp(a_{tj} - m_t)`, where :math:`a_{tj} = F_t - F_j + \tilde i_j` and :math:`m_t
+= \max_{j \le t} a_{tj}`. As :math:`F_t` is in both, it cancels. What remains is a difference of two
+vectors,
 
 .. math:: \exp(g_j - M_t), \qquad g_j = \tilde i_j - F_j, \qquad M_t = \max_{j \le t} g_j,
 
-so the stabilizer costs O(N), and :math:`F_t` is needed for :math:`m_t = F_t + M_t` alone. F grows with the sequence
-while only differences between neighbours matter, hence these scalars (never the features) are kept in float64.
+so the stabilizer costs O(N), and :math:`F_t` is needed for :math:`m_t = F_t + M_t` alone. F grows
+with the sequence while only differences between neighbours matter, hence these scalars (never the
+features) are kept in float64.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -18,7 +21,10 @@ from torch import Tensor
 
 
 class GateStatistics(NamedTuple):
-    """Scalars per token, each of shape (B, NH, N) (or with B and NH flattened) and in natural token order."""
+    """Scalars per token, each of shape (B, NH, N) (or with B and NH flattened) and in natural token
+    order.
+    """
+
     source: Tensor
     """g: input gate minus cumulative log forget gate; how strongly a token was written."""
     running_max: Tensor
@@ -56,24 +62,34 @@ def gate_statistics(igate: Tensor, fgate: Tensor, reverse: bool = False) -> Gate
     return GateStatistics(source, running_max, argmax, cumulative + running_max)
 
 
-def gate_gradients(source_grad: Tensor, stabilizer_grad: Tensor, row_grad: Tensor, fgate: Tensor,
-                   stats: GateStatistics, reverse: bool):
+def gate_gradients(
+    source_grad: Tensor,
+    stabilizer_grad: Tensor,
+    row_grad: Tensor,
+    fgate: Tensor,
+    stats: GateStatistics,
+    reverse: bool,
+):
     r"""Carry gradients from the weights' logarithms :math:`a_{tj}` to the gate pre-activations.
 
     Args:
-        source_grad (Tensor): :math:`\sum_t \partial a_{tj}` without the stabilizer's part, shape (..., N).
+        source_grad (Tensor): :math:`\sum_t \partial a_{tj}` without the stabilizer's part, shape
+            (..., N).
         stabilizer_grad (Tensor): Gradient of m_t, shape (..., N).
-        row_grad (Tensor): :math:`\sum_j \partial a_{tj}`, the stabilizer's part included, shape (..., N).
+        row_grad (Tensor): :math:`\sum_j \partial a_{tj}`, the stabilizer's part included, shape
+            (..., N).
         fgate (Tensor): Forget gate pre-activations, shape (..., N).
         stats (GateStatistics): Of the same gates.
         reverse (bool): The reading direction of the forward pass.
 
     Returns:
-        tuple[Tensor, Tensor]: Gradients of igate and fgate, shape (..., N), in the dtype of ``stats``.
+        tuple[Tensor, Tensor]: Gradients of igate and fgate, shape (..., N), in the dtype of
+        ``stats``.
     """
     dtype = stats.source.dtype
     # m_t is a copy of the a_tj that is the largest: its gradient goes to that token j.
     igate_grad = source_grad.to(dtype).scatter_add(-1, stats.argmax, stabilizer_grad.to(dtype))
-    # F_t appears in row t with a plus and in column t with a minus, and log f_s in all F_t from s onwards.
+    # F_t appears in row t with a plus and in column t with a minus, and log f_s in all F_t from s
+    # onwards.
     log_forget_grad = cumsum(row_grad.to(dtype) - igate_grad, not reverse)
     return igate_grad, log_forget_grad * torch.sigmoid(-fgate.to(dtype))

@@ -1,24 +1,39 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The whole ViL layer as one differentiable function that keeps little for its backward pass.
 
-Autograd over the single operations keeps about thirty widths of the model per token. Here the backward pass keeps the
-layer's input (D values per token), both halves of the up-projection (2D each), the cell's output (2D) and a few scalars, about
-7 D in all. Norm, convolution, SiLU, q, k, v and the gated product are cheap next to the matrix products and are computed again.
+Autograd over the single operations keeps about thirty widths of the model per token. Here the
+backward pass keeps the layer's input (D values per token), both halves of the up-projection (2D
+each), the cell's output (2D) and a few scalars, about 7 D in all. Norm, convolution, SiLU, q, k, v
+and the gated product are cheap next to the matrix products and are computed again.
 
 The equations are those of :class:`mmvil.layers.ViLLayer`, in the same order.
 """
+
 from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .projections import (dense_blocks, diagonal_blocks, gate_preactivations, gate_weights, headwise_linear,
-                          headwise_linear_backward, token_conv, token_conv_backward)
+from .compat import without_autocast
+from .mlstm import refuse_second_derivatives
+from .projections import (
+    dense_blocks,
+    diagonal_blocks,
+    gate_preactivations,
+    gate_weights,
+    headwise_linear,
+    headwise_linear_backward,
+    token_conv,
+    token_conv_backward,
+)
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of a ViL layer, D wide outside and E wide inside, with NH heads. Biases may be None."""
+    """The parameters of a ViL layer, D wide outside and E wide inside, with NH heads. Biases may be
+    None.
+    """
+
     norm_weight: Tensor  # (D, )
     norm_bias: Optional[Tensor]
     up_weight: Tensor  # (2E, D)
@@ -44,6 +59,7 @@ class LayerWeights(NamedTuple):
 
 class LayerSettings(NamedTuple):
     """What is constant for one call of a layer."""
+
     grid: Tuple[int, int]
     heads: int
     reverse: bool
@@ -55,7 +71,8 @@ class LayerSettings(NamedTuple):
 
 
 def lean_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tensor:
-    """Norm, up-projection, convolution, mLSTM, gated product and down-projection (ViL, arXiv 2406.04303, figure 2).
+    """Norm, up-projection, convolution, mLSTM, gated product and down-projection (ViL, arXiv
+    2406.04303, figure 2).
 
     Args:
         x (Tensor): Tokens, shape (B, N, D).
@@ -63,7 +80,8 @@ def lean_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Ten
         settings (LayerSettings): Token grid, direction, dtype.
 
     Returns:
-        Tensor: Shape (B, N, D) in ``settings.dtype``, without the residual connection. First derivatives only.
+        Tensor: Shape (B, N, D) in ``settings.dtype``, without the residual connection. First
+            derivatives only.
     """
     return _LeanLayer.apply(settings, x, *weights)
 
@@ -76,31 +94,46 @@ def _gate_parameters(w: LayerWeights, settings: LayerSettings):
 
 
 def _normalize(x: Tensor, w: LayerWeights, settings: LayerSettings):
-    """LayerNorm of the input in the dtype of its weights; returns it with mean and inverse deviation (B, N, 1)."""
+    """LayerNorm of the input in the dtype of its weights; returns it with mean and inverse
+    deviation (B, N, 1).
+    """
     x_norm, mean, rstd = torch.native_layer_norm(
-        x.to(w.norm_weight.dtype), x.shape[-1:], w.norm_weight, w.norm_bias, settings.norm_eps)
+        x.to(w.norm_weight.dtype), x.shape[-1:], w.norm_weight, w.norm_bias, settings.norm_eps
+    )
     return x_norm.to(settings.dtype), mean, rstd
 
 
 def _dense_weights(w: LayerWeights, settings: LayerSettings):
     """Weights of the projections to q, k and v, each (groups, width, width)."""
     head_width = len(w.skip) // settings.heads
-    return dense_blocks(torch.cat([w.q_weight, w.k_weight, w.v_weight]).to(settings.dtype), head_width).chunk(3)
+    return dense_blocks(
+        torch.cat([w.q_weight, w.k_weight, w.v_weight]).to(settings.dtype), head_width
+    ).chunk(3)
 
 
 def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
-    return token_conv(x_m, _to(w.conv_weight, settings), _to(w.conv_bias, settings), settings.grid, settings.reverse)
+    return token_conv(
+        x_m,
+        _to(w.conv_weight, settings),
+        _to(w.conv_bias, settings),
+        settings.grid,
+        settings.reverse,
+    )
 
 
 def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSettings):
     """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
     biases = (w.q_bias, w.k_bias, w.v_bias)
-    return tuple(headwise_linear(x, weight, _to(bias, settings), settings.heads)
-                 for x, weight, bias in zip((c, c, x_m), dense, biases))
+    return tuple(
+        headwise_linear(x, weight, _to(bias, settings), settings.heads)
+        for x, weight, bias in zip((c, c, x_m), dense, biases)
+    )
 
 
 def _after_cell(h: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings):
-    """Head-wise norm and skip: the sum before the output gate (B, N, E), then what the norm's backward needs."""
+    """Head-wise norm and skip: the sum before the output gate (B, N, E), then what the norm's
+    backward needs.
+    """
     h_norm, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, settings.out_norm_eps)
     h_norm = h_norm.to(settings.dtype)
     mixed = torch.mul(c, _to(w.skip, settings))
@@ -115,34 +148,40 @@ def _to(parameter: Optional[Tensor], settings: LayerSettings) -> Optional[Tensor
 
 
 class _LeanLayer(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, settings, x, *weights):
         w = LayerWeights(*weights)
-        with torch.autocast(x.device.type, enabled=False):  # dtypes are explicit here
+        with without_autocast(x):  # dtypes are explicit here
             x_norm, _, _ = _normalize(x, w, settings)
-            # Two products instead of one and a split: both halves come out contiguous at the same cost.
+            # Two products instead of one and a split: both halves come out contiguous at the same
+            # cost.
             up_m, up_z = _to(w.up_weight, settings).chunk(2)
-            bias_m, bias_z = (None, None) if w.up_bias is None else _to(w.up_bias, settings).chunk(2)
+            bias_m, bias_z = (
+                (None, None) if w.up_bias is None else _to(w.up_bias, settings).chunk(2)
+            )
             x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
             c = F.silu(_convolve(x_m, w, settings), inplace=True)
             q, k, v = _project(c, x_m, _dense_weights(w, settings), w, settings)
 
             igate, fgate = gate_preactivations(q, k, v, *_gate_parameters(w, settings))
-            h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, settings.chunk_size)
+            h, normalizer = torch.ops.mmvil.mlstm(
+                q, k, v, igate, fgate, settings.reverse, settings.chunk_size
+            )
 
             mixed = _after_cell(h, c, w, settings)[0]
-            y = F.linear(mixed.mul_(F.silu(z)), _to(w.down_weight, settings), _to(w.down_bias, settings))
+            y = F.linear(
+                mixed.mul_(F.silu(z)), _to(w.down_weight, settings), _to(w.down_bias, settings)
+            )
         ctx.settings = settings
         ctx.save_for_backward(x, x_m, z, h, igate, fgate, normalizer, *weights)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, y_grad):
+        refuse_second_derivatives()
         settings: LayerSettings = ctx.settings
-        x, x_m, z, h, igate, fgate, normalizer = ctx.saved_tensors[:7]
-        w = LayerWeights(*ctx.saved_tensors[7:])
+        x, x_m, z, h, igate, fgate, normalizer, *weights = ctx.saved_tensors
+        w = LayerWeights(*weights)
         y_grad = y_grad.to(settings.dtype)
         a = _convolve(x_m, w, settings)
         c = F.silu(a)
@@ -163,55 +202,117 @@ class _LeanLayer(torch.autograd.Function):
         c_grad = mixed_grad * _to(w.skip, settings)
         out_norm_weight_grad = (mixed_grad * h_norm.transpose(1, 2).flatten(2)).sum((0, 1))
         out_norm_bias_grad = None if w.out_norm_bias is None else mixed_grad.sum((0, 1))
-        h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings)).unflatten(2, (settings.heads, -1))
+        h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings)).unflatten(
+            2, (settings.heads, -1)
+        )
         h_grad = torch.ops.aten.native_layer_norm_backward(
-            h_norm_grad.transpose(1, 2).contiguous(), h, h.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+            h_norm_grad.transpose(1, 2).contiguous(),
+            h,
+            h.shape[-1:],
+            mean,
+            rstd,
+            None,
+            None,
+            [True, False, False],
+        )[0]
 
         # Cell.
         *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
-            h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size)
+            h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
+        )
 
         # Gates: scalars from all of q, k and v.
         by_operand, _ = _gate_parameters(w, settings)
-        gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).contiguous()  # (B, N, 2 NH)
+        gates_grad = (
+            torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).contiguous()
+        )  # (B, N, 2 NH)
         gates_bias_grad = gates_grad.sum((0, 1))
         gate_weight_grads = []
         for index, (y, weight) in enumerate(zip((q, k, v), by_operand)):
             gate_weight_grads.append(_gate_weight_grad(y, gates_grad))
-            qkv_grads[index] = _add_gate_part(qkv_grads[index], gates_grad, weight).to(settings.dtype)
+            qkv_grads[index] = _add_gate_part(qkv_grads[index], gates_grad, weight).to(
+                settings.dtype
+            )
         gates_weight_grad = torch.cat(gate_weight_grads, dim=1)  # (2 NH, 3 E)
 
         # Projections, convolution, up-projection, norm.
-        q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(qkv_grads[0], c, dense[0], w.q_bias is not None)
-        k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(qkv_grads[1], c, dense[1], w.k_bias is not None)
-        v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(qkv_grads[2], x_m, dense[2], w.v_bias is not None)
+        q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(
+            qkv_grads[0], c, dense[0], w.q_bias is not None
+        )
+        k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(
+            qkv_grads[1], c, dense[1], w.k_bias is not None
+        )
+        v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(
+            qkv_grads[2], x_m, dense[2], w.v_bias is not None
+        )
         q_weight_grad, k_weight_grad, v_weight_grad = diagonal_blocks(
-            torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]).chunk(3)
+            torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]
+        ).chunk(3)
         c_grad.view(q_x_grad.shape).add_(q_x_grad).add_(k_x_grad)
         a_grad = torch.ops.aten.silu_backward(c_grad, a)
         x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
-            a_grad, x_m, _to(w.conv_weight, settings), w.conv_bias is not None, settings.grid, settings.reverse)
+            a_grad,
+            x_m,
+            _to(w.conv_weight, settings),
+            w.conv_bias is not None,
+            settings.grid,
+            settings.reverse,
+        )
         x_m_grad.view(v_x_grad.shape).add_(v_x_grad)
 
         x_norm, mean, rstd = _normalize(x, w, settings)
         up_m, up_z = _to(w.up_weight, settings).chunk(2)
         up_weight_grad = torch.cat([_weight_grad(x_m_grad, x_norm), _weight_grad(z_grad, x_norm)])
-        up_bias_grad = None if w.up_bias is None else torch.cat([x_m_grad.sum((0, 1)), z_grad.sum((0, 1))])
-        x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z).view(x.shape)
+        up_bias_grad = (
+            None if w.up_bias is None else torch.cat([x_m_grad.sum((0, 1)), z_grad.sum((0, 1))])
+        )
+        x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z).view(
+            x.shape
+        )
         x_grad, norm_weight_grad, norm_bias_grad = torch.ops.aten.native_layer_norm_backward(
-            x_norm_grad.to(w.norm_weight.dtype), x.to(w.norm_weight.dtype), x.shape[-1:], mean, rstd, w.norm_weight,
-            w.norm_bias, [True, True, w.norm_bias is not None])
+            x_norm_grad.to(w.norm_weight.dtype),
+            x.to(w.norm_weight.dtype),
+            x.shape[-1:],
+            mean,
+            rstd,
+            w.norm_weight,
+            w.norm_bias,
+            [True, True, w.norm_bias is not None],
+        )
 
         heads = settings.heads
         grads = LayerWeights(
-            norm_weight_grad, norm_bias_grad, up_weight_grad, up_bias_grad, conv_weight_grad, conv_bias_grad,
-            q_weight_grad, q_bias_grad, k_weight_grad, k_bias_grad, v_weight_grad, v_bias_grad,
-            gates_weight_grad[:heads], gates_bias_grad[:heads], gates_weight_grad[heads:], gates_bias_grad[heads:],
-            out_norm_weight_grad, out_norm_bias_grad, skip_grad, down_weight_grad, down_bias_grad)
+            norm_weight_grad,
+            norm_bias_grad,
+            up_weight_grad,
+            up_bias_grad,
+            conv_weight_grad,
+            conv_bias_grad,
+            q_weight_grad,
+            q_bias_grad,
+            k_weight_grad,
+            k_bias_grad,
+            v_weight_grad,
+            v_bias_grad,
+            gates_weight_grad[:heads],
+            gates_bias_grad[:heads],
+            gates_weight_grad[heads:],
+            gates_bias_grad[heads:],
+            out_norm_weight_grad,
+            out_norm_bias_grad,
+            skip_grad,
+            down_weight_grad,
+            down_bias_grad,
+        )
         needed = ctx.needs_input_grad[2:]
-        return (None, x_grad.to(x.dtype) if ctx.needs_input_grad[1] else None,
-                *(None if grad is None or not need else grad.to(weight.dtype)
-                  for grad, weight, need in zip(grads, w, needed)))
+        return (
+            None,
+            x_grad.to(x.dtype) if ctx.needs_input_grad[1] else None,
+            *(
+                None if grad is None or not need else grad.to(weight.dtype)
+                for grad, weight, need in zip(grads, w, needed)
+            ),
+        )
 
 
 def _weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
@@ -221,7 +322,9 @@ def _weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
 
 def _gate_weight_grad(y: Tensor, gates_grad: Tensor) -> Tensor:
     """From y (B, NH, N, DH) and the gates' gradient (B, N, 2 NH) to (2 NH, NH * DH)."""
-    grad = torch.matmul(y.to(gates_grad.dtype).transpose(2, 3), gates_grad.unsqueeze(1)).sum(0)  # (NH, DH, 2 NH)
+    grad = torch.matmul(y.to(gates_grad.dtype).transpose(2, 3), gates_grad.unsqueeze(1)).sum(
+        0
+    )  # (NH, DH, 2 NH)
     return grad.flatten(0, 1).t()
 
 
@@ -230,4 +333,6 @@ def _add_gate_part(y_grad: Tensor, gates_grad: Tensor, weight: Tensor) -> Tensor
     batch, heads = y_grad.shape[:2]
     by_head = gates_grad.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
     weight = weight.transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)
-    return torch.baddbmm(y_grad.flatten(0, 1).to(gates_grad.dtype), by_head, weight).view(y_grad.shape)
+    return torch.baddbmm(y_grad.flatten(0, 1).to(gates_grad.dtype), by_head, weight).view(
+        y_grad.shape
+    )

@@ -1,50 +1,58 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The mLSTM operator: one function for all forms, with its own backward, one node for compilers and exporters.
+"""The mLSTM operator: one function for all forms, with its own backward, one node for compilers and
+exporters.
 
 What is decided here and nowhere else: the checks, the arithmetic's dtype, and which form runs.
 """
+
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .chunkwise import chunkwise_backward, chunkwise_forward
+from .compat import is_compiling
 from .reference import mlstm_reference
 
 BACKENDS = ('auto', 'parallel', 'chunkwise', 'reference')
-"""``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear; ``'auto'`` takes what is faster;
-``'reference'`` is the paper's time loop, for tests."""
+"""``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear; ``'auto'`` takes what
+is faster; ``'reference'`` is the paper's time loop, for tests."""
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
     """Tokens in a chunk, by what is fastest.
 
-    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks (proportional to their length) is balanced
+    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks
+        (proportional to their length) is balanced
     against that on the (DH, DH) states between them.
     """
     return length if length <= max(256, head_width) else max(64, head_width // 2)
 
 
-def mlstm(q: Tensor,
-          k: Tensor,
-          v: Tensor,
-          *,
-          igate: Tensor,
-          fgate: Tensor,
-          reverse: bool = False,
-          backend: str = 'auto',
-          chunk_size: Optional[int] = None) -> Tensor:
-    r"""mLSTM cell (xLSTM, arXiv 2405.04517, section 2.3) over a sequence, in one of its equivalent forms.
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    igate: Tensor,
+    fgate: Tensor,
+    reverse: bool = False,
+    backend: str = 'auto',
+    chunk_size: Optional[int] = None,
+) -> Tensor:
+    r"""mLSTM cell (xLSTM, arXiv 2405.04517, section 2.3) over a sequence, in one of its equivalent
+    forms.
 
-    With :math:`F_t = \sum_{s\le t}\log\sigma(\tilde f_s)`, :math:`a_{tj} = F_t - F_j + \tilde i_j` and
-    :math:`m_t = \max_{j \le t} a_{tj}`:
+    With :math:`F_t = \sum_{s\le t}\log\sigma(\tilde f_s)`, :math:`a_{tj} = F_t - F_j + \tilde i_j`
+    and :math:`m_t = \max_{j \le t} a_{tj}`:
 
     .. math::
         S_{tj} = e^{a_{tj} - m_t}\, q_t \cdot k_j / \sqrt{d}, \qquad
         h_t = \frac{\sum_{j \le t} S_{tj} v_j}{\max(|\sum_j S_{tj}|,\, e^{-m_t}) + 10^{-6}}
 
-    In float64 this agrees with :func:`mmvil.ops.reference.mlstm_reference`. Half precision inputs are computed in float32,
-    gate statistics always in float64; the result has the dtype of the inputs. First derivatives only.
+    In float64 this agrees with :func:`mmvil.ops.reference.mlstm_reference`. Half precision inputs
+    are computed in float32, gate statistics always in float64; the result has the dtype of the
+    inputs. First derivatives only.
 
     Args:
         q (Tensor): Queries, shape (B, NH, N, DH), any strides. q, k and v share dtype and device.
@@ -52,15 +60,18 @@ def mlstm(q: Tensor,
         v (Tensor): Values, shape (B, NH, N, DH).
         igate (Tensor): Input gate pre-activations, shape (B, NH, N), any floating dtype.
         fgate (Tensor): Forget gate pre-activations, shape (B, NH, N), any floating dtype.
-        reverse (bool): Read the tokens from last to first; nothing is flipped in memory. Default: False.
+        reverse (bool): Read the tokens from last to first; nothing is flipped in memory. Default:
+            False.
         backend (str): One of :data:`BACKENDS`. Default: 'auto'.
-        chunk_size (int, optional): Tokens in a chunk of the chunkwise form. Default: by sequence and head width.
+        chunk_size (int, optional): Tokens in a chunk of the chunkwise form. Default: by sequence
+            and head width.
 
     Returns:
         Tensor: Hidden states h, shape (B, NH, N, DH).
 
     Raises:
-        ValueError: For shapes or dtypes that do not fit together, an unknown backend or a chunk size below 1.
+        ValueError: For shapes or dtypes that do not fit together, an unknown backend or a chunk
+            size below 1.
     """
     _check(q, k, v, igate, fgate, backend, chunk_size)
     if backend == 'reference':
@@ -69,45 +80,83 @@ def mlstm(q: Tensor,
     return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, chunk_size)[0]
 
 
-def resolve_chunk_size(length: int, head_width: int, backend: str, chunk_size: Optional[int]) -> int:
-    """Chunk size that makes the chunkwise form the wanted backend: the parallel form is one chunk."""
+def resolve_chunk_size(
+    length: int, head_width: int, backend: str, chunk_size: Optional[int]
+) -> int:
+    """Chunk size that makes the chunkwise form the wanted backend: the parallel form is one
+    chunk.
+    """
     if backend == 'parallel':
         return length
     return default_chunk_size(length, head_width) if chunk_size is None else chunk_size
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, backend: str,
-           chunk_size: Optional[int]) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    backend: str,
+    chunk_size: Optional[int],
+) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError('q, k and v must have the same shape (B, NH, N, DH), but are '
-                         f'{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}.')
+        raise ValueError(
+            'q, k and v must have the same shape (B, NH, N, DH), but are '
+            f'{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}.'
+        )
     if igate.shape != q.shape[:3] or fgate.shape != q.shape[:3]:
-        raise ValueError(f'igate and fgate must have the shape (B, NH, N) = {tuple(q.shape[:3])} of the queries, but are '
-                         f'{tuple(igate.shape)} and {tuple(fgate.shape)}.')
+        raise ValueError(
+            f'igate and fgate must have the shape (B, NH, N) = {tuple(q.shape[:3])} of the '
+            'queries, but are '
+            f'{tuple(igate.shape)} and {tuple(fgate.shape)}.'
+        )
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f'q, k and v must share one floating dtype, but are {q.dtype}, {k.dtype} and {v.dtype}.')
+        raise ValueError(
+            f'q, k and v must share one floating dtype, but are {q.dtype}, {k.dtype} and {v.dtype}.'
+        )
     if not igate.is_floating_point() or not fgate.is_floating_point():
-        raise ValueError(f'igate and fgate must be floating point, but are {igate.dtype} and {fgate.dtype}.')
+        raise ValueError(
+            f'igate and fgate must be floating point, but are {igate.dtype} and {fgate.dtype}.'
+        )
     if backend not in BACKENDS:
         raise ValueError(f'Unknown mLSTM backend {backend!r}; choose from {BACKENDS}.')
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f'chunk_size must be at least 1 token, but is {chunk_size}.')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registration with torch: `torch.ops.mmvil.mlstm` and `torch.ops.mmvil.mlstm_backward`. The low level interface is used
-# because torch.library.custom_op came with torch 2.4 only.
+def refuse_second_derivatives() -> None:
+    """Called in a backward pass: raise if its result is to be differentiated again, which would
+    silently give zero.
+    """
+    if torch.is_grad_enabled() and not is_compiling():
+        raise NotImplementedError(
+            "The mLSTM's backward pass cannot be differentiated (create_graph=True). For second "
+            "derivatives use backend='reference', which is slow."
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Registration with torch: `torch.ops.mmvil.mlstm` and `torch.ops.mmvil.mlstm_backward`. The low
+# level interface is used because torch.library.custom_op came with torch 2.4 only.
 
 _library = torch.library.Library('mmvil', 'DEF')
-_library.define('mlstm(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, bool reverse, SymInt chunk_size)'
-                ' -> (Tensor h, Tensor normalizer)')
-_library.define('mlstm_backward(Tensor h_grad, Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor h,'
-                ' Tensor normalizer, bool reverse, SymInt chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
-_register_fake = getattr(torch.library, 'register_fake', None) or torch.library.impl_abstract
+_library.define(
+    'mlstm(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, bool reverse,'
+    ' SymInt chunk_size)'
+    ' -> (Tensor h, Tensor normalizer)'
+)
+_library.define(
+    'mlstm_backward(Tensor h_grad, Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate,'
+    ' Tensor h, Tensor normalizer, bool reverse, SymInt chunk_size)'
+    ' -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision keeps neither the range nor the digits of the sums over tokens: they are taken in float32."""
+    """Half precision keeps neither the range nor the digits of the sums over tokens: they are taken
+    in float32.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -119,8 +168,12 @@ def _flatten(*tensors: Tensor, dtype: Optional[torch.dtype] = None) -> Tuple[Ten
 def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int):
     if q.numel() == 0:
         return torch.empty_like(v, memory_format=torch.contiguous_format), _new_normalizer(q)
-    h, normalizer = chunkwise_forward(*_flatten(q, k, v, dtype=_working_dtype(q.dtype)), *_flatten(igate, fgate),
-                                      reverse, chunk_size)
+    h, normalizer = chunkwise_forward(
+        *_flatten(q, k, v, dtype=_working_dtype(q.dtype)),
+        *_flatten(igate, fgate),
+        reverse,
+        chunk_size,
+    )
     return h.reshape(q.shape).to(q.dtype), normalizer.reshape(q.shape[:3])
 
 
@@ -129,8 +182,14 @@ def _mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse: bool,
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     dtype = _working_dtype(q.dtype)
-    grads = chunkwise_backward(*_flatten(h_grad, q, k, v, dtype=dtype), *_flatten(igate, fgate),
-                               *_flatten(h, dtype=dtype), *_flatten(normalizer), reverse, chunk_size)
+    grads = chunkwise_backward(
+        *_flatten(h_grad, q, k, v, dtype=dtype),
+        *_flatten(igate, fgate),
+        *_flatten(h, dtype=dtype),
+        *_flatten(normalizer),
+        reverse,
+        chunk_size,
+    )
     return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in zip(grads, inputs))
 
 
@@ -147,7 +206,9 @@ def _mlstm_backward_fake(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, 
 
 
 class _MLSTM(torch.autograd.Function):
-    """Ties the two operators together; what it keeps are the inputs, the output and one scalar per token and head."""
+    """Ties the two operators together; what it keeps are the inputs, the output and one scalar per
+    token and head.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, igate, fgate, reverse, chunk_size):
@@ -159,13 +220,19 @@ class _MLSTM(torch.autograd.Function):
         return h, normalizer
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, h_grad, _):
-        return (*torch.ops.mmvil.mlstm_backward(h_grad, *ctx.saved_tensors, ctx.reverse, ctx.chunk_size), None, None)
+        refuse_second_derivatives()
+        return (
+            *torch.ops.mmvil.mlstm_backward(
+                h_grad, *ctx.saved_tensors, ctx.reverse, ctx.chunk_size
+            ),
+            None,
+            None,
+        )
 
 
 _library.impl('mlstm', _mlstm_forward, 'CompositeExplicitAutograd')
 _library.impl('mlstm', _MLSTM.apply, 'Autograd')
 _library.impl('mlstm_backward', _mlstm_backward, 'CompositeExplicitAutograd')
-_register_fake('mmvil::mlstm', _mlstm_fake)
-_register_fake('mmvil::mlstm_backward', _mlstm_backward_fake)
+_library.impl('mlstm', _mlstm_fake, 'Meta')
+_library.impl('mlstm_backward', _mlstm_backward_fake, 'Meta')

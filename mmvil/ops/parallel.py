@@ -1,10 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The parallel form of the mLSTM: attention with gate weights instead of a softmax.
 
-The functions work on one stretch of L tokens. Taken alone, with L = N, they are the whole parallel form (quadratic in N);
-:mod:`mmvil.ops.chunkwise` adds to them what a chunk receives from the chunks read before it.
-Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L).
+The functions work on one stretch of L tokens. Taken alone, with L = N, they are the whole parallel
+form (quadratic in N); :mod:`mmvil.ops.chunkwise` adds to them what a chunk receives from the chunks
+read before it. Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L).
 """
+
 from typing import Tuple
 
 import torch
@@ -22,7 +23,8 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool) -> Tensor:
     Returns:
         Tensor: Shape (G, L, L), rows t, columns j, all values in [0, 1].
     """
-    # exp may overflow on the far side of the diagonal; tril_ and triu_ write zeros there, they do not multiply.
+    # exp may overflow on the far side of the diagonal; tril_ and triu_ write zeros there, they do
+    # not multiply.
     weights = torch.exp_(source.unsqueeze(-2) - running_max.unsqueeze(-1))
     return weights.triu_() if reverse else weights.tril_()
 
@@ -33,11 +35,15 @@ def scaled_scores(q: Tensor, k: Tensor, weights: Tensor, scale: float) -> Tensor
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale * a @ b`` with the factor inside the matrix product; shapes (G, L, K) and (G, K, M)."""
+    """``scale * a @ b`` with the factor inside the matrix product; shapes (G, L, K) and (G, K,
+    M).
+    """
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
 
 
-def parallel_forward(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> Tuple[Tensor, Tensor]:
+def parallel_forward(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
+) -> Tuple[Tensor, Tensor]:
     """Sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
@@ -52,9 +58,17 @@ def parallel_forward(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: fl
     return torch.bmm(scores, v), scores.sum(-1)
 
 
-def parallel_backward(numerator_grad: Tensor, normalizer_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor,
-                      scale: float) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`parallel_forward` with respect to q, k and v; the scores are computed again.
+def parallel_backward(
+    numerator_grad: Tensor,
+    normalizer_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`parallel_forward` with respect to q, k and v; the scores are computed
+    again.
 
     Args:
         numerator_grad (Tensor): Shape (G, L, DH).
@@ -66,6 +80,12 @@ def parallel_backward(numerator_grad: Tensor, normalizer_grad: Tensor, q: Tensor
     """
     scores = scaled_scores(q, k, weights, scale)
     v_grad = torch.bmm(scores.transpose(1, 2), numerator_grad)
-    scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # the scores themselves are not needed any more
+    scores_grad = scores.copy_(
+        normalizer_grad.expand_as(scores)
+    )  # the scores themselves are not needed any more
     scores_grad = scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
-    return _scaled_product(scores_grad, k, scale), _scaled_product(scores_grad.transpose(1, 2), q, scale), v_grad
+    return (
+        _scaled_product(scores_grad, k, scale),
+        _scaled_product(scores_grad.transpose(1, 2), q, scale),
+        v_grad,
+    )

@@ -3,6 +3,7 @@
 
 This is the oracle that every other form is tested against. It is slow and clear; run it in float64.
 """
+
 import math
 from typing import Optional
 
@@ -14,16 +15,14 @@ EPS = 1e-6
 """Added to the normalizer, as in the published model."""
 
 
-def mlstm_reference(q: Tensor,
-                    k: Tensor,
-                    v: Tensor,
-                    igate: Tensor,
-                    fgate: Tensor,
-                    reverse: bool = False) -> Tensor:
+def mlstm_reference(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool = False
+) -> Tensor:
     r"""Recurrent mLSTM (xLSTM, arXiv 2405.04517, section 2.3 and appendix A.3).
 
-    With the input gate :math:`\exp(\tilde i_t)` and the forget gate :math:`\sigma(\tilde f_t)`, the stabilizer
-    :math:`m_t = \max(\log\sigma(\tilde f_t) + m_{t-1}, \tilde i_t)` is taken out of memory and normalizer:
+    With the input gate :math:`\exp(\tilde i_t)` and the forget gate :math:`\sigma(\tilde f_t)`, the
+    stabilizer :math:`m_t = \max(\log\sigma(\tilde f_t) + m_{t-1}, \tilde i_t)` is taken out of
+    memory and normalizer:
 
     .. math::
         C_t &= f_t C_{t-1} + i_t\, k_t v_t^\top, \qquad n_t = f_t n_{t-1} + i_t\, k_t \\
@@ -50,7 +49,8 @@ def mlstm_reference(q: Tensor,
     for t in reversed(range(length)) if reverse else range(length):
         m_new = igate[:, :, t] if m is None else torch.maximum(log_f[:, :, t] + m, igate[:, :, t])
         i = torch.exp(igate[:, :, t] - m_new)[..., None]
-        # Before the first token the memory is empty: its stabilizer is minus infinity, its decay zero.
+        # Before the first token the memory is empty: its stabilizer is minus infinity, its decay
+        # zero.
         f = torch.zeros_like(i) if m is None else torch.exp(log_f[:, :, t] + m - m_new)[..., None]
         m = m_new
         memory = f[..., None] * memory + i[..., None] * k[:, :, t, :, None] * v[:, :, t, None, :]

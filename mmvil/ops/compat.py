@@ -1,0 +1,32 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""What torch 2.1 and the newest torch call differently."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing."""
+    if hasattr(torch.compiler, 'is_compiling'):  # torch >= 2.3
+        return torch.compiler.is_compiling()
+    return torch._utils.is_compiling()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, would compute matrix products of x."""
+    if x.dtype == torch.float64 or x.device.type == 'meta':
+        return x.dtype
+    device = x.device.type
+    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
+
+
+def without_autocast(x: Tensor):
+    """A context in which the dtypes are those that the code says."""
+    device = x.device.type
+    return nullcontext() if device == 'meta' else torch.autocast(device, enabled=False)

@@ -1,0 +1,28 @@
+"""What several tests need."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT.parent / 'shared' / 'reference'
+
+
+@pytest.fixture
+def reference():
+    """Load a file of the full reference vectors, which lie outside the repository."""
+
+    def load(name: str) -> dict:
+        path = REFERENCE / f'{name}.pt'
+        if not path.exists():
+            pytest.skip(f'the full reference vectors are not there ({path.name})')
+        return torch.load(path, weights_only=True)
+
+    return load
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference relative to that of what is expected."""
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()

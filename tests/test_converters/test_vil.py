@@ -1,0 +1,90 @@
+"""Official state dicts in both layouts."""
+
+import json
+
+import pytest
+import torch
+
+from mmvil import VisionLSTM
+from mmvil.converters import is_official, vil_to_mmvil
+from tests.conftest import REFERENCE, ROOT
+
+
+def load(name):
+    return torch.load(ROOT / 'tests/data' / f'{name}.pt', weights_only=True)['state_dict']
+
+
+def to_standalone(state_dict, version):
+    """Rename a training checkpoint to the layout of the standalone models."""
+    renamed = {}
+    for key, value in state_dict.items():
+        if key.startswith('xlstm.blocks.'):
+            _, _, block, rest = key.split('.', 3)
+            rest = rest.replace('xlstm_norm', 'norm').replace('conv1d', 'conv')
+            rest = rest.replace('conv.conv', 'conv').replace('xlstm.', 'layer.')
+            if version == 2:
+                side = 'rowwise_from_bot_right' if int(block) % 2 else 'rowwise_from_top_left'
+                block = f'{int(block) // 2}.{side}'
+            key = f'blocks.{block}.{rest}'
+        after_blocks, after_pooling = ('norm', 'legacy_norm')[:: 1 if version == 2 else -1]
+        key = key.replace('xlstm.post_blocks_norm', after_blocks)
+        renamed[key.replace('head.0', after_pooling).replace('head.1', 'head')] = value
+    return renamed
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_both_official_layouts_give_the_same(version):
+    source = load(f'vil{version}_dim32')
+    expected = vil_to_mmvil(source)
+    actual = vil_to_mmvil(to_standalone(source, version))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+def test_norms_inside_the_stack_get_their_one_and_the_others_do_not():
+    source = {key: torch.zeros_like(value) for key, value in load('vil2_dim32').items()}
+    converted = vil_to_mmvil(source)
+    ones = {key for key, value in converted.items() if value.any()}
+    expected = {'backbone.norm.weight'}
+    for block in range(4):
+        expected |= {f'backbone.layers.{block}.{norm}.weight' for norm in ('norm', 'out_norm')}
+    assert ones == expected and all((converted[key] == 1).all() for key in ones)
+
+
+def test_causal_masks_are_dropped():
+    source = load('vil1_dim32')
+    masked = {**source, 'xlstm.blocks.0.xlstm.mlstm_cell.causal_mask': torch.ones(1)}
+    assert vil_to_mmvil(masked).keys() == vil_to_mmvil(source).keys()
+
+
+def test_other_state_dicts_are_refused():
+    assert not is_official({'layers.0.skip': torch.ones(1)})
+    with pytest.raises(ValueError, match='not an official Vision-LSTM state dict'):
+        vil_to_mmvil({'conv1.weight': torch.ones(1)})
+    with pytest.raises(ValueError, match="Unknown names .*'xlstm.blocks.0.surprise.weight'"):
+        vil_to_mmvil({**load('vil2_dim32'), 'xlstm.blocks.0.surprise.weight': torch.ones(1)})
+
+
+@pytest.mark.skipif(
+    not (REFERENCE / 'official_checkpoint_keys.json').exists(),
+    reason='the list of official keys is not there',
+)
+def test_all_published_layouts_load_strictly():
+    listed = json.loads((REFERENCE / 'official_checkpoint_keys.json').read_text())
+    assert len(listed) == 6
+    for name, shapes in listed.items():
+        with torch.device('meta'):
+            source = {key: torch.empty(shape) for key, shape in shapes.items()}
+            depth = 1 + max(int(key.split('.')[2]) for key in shapes if 'xlstm.blocks' in key)
+            version = 2 if name.startswith('vil2') else 1
+            width = shapes['pos_embed.embed'][-1]
+            backbone = VisionLSTM(
+                arch=dict(embed_dims=width, depth=depth),
+                version=version,
+                stride=8 if 'stride8' in name else None,
+                out_type='bilateral_concat' if version == 2 else 'bilateral_avg',
+            )
+            converted = vil_to_mmvil(source)
+        own = {f'backbone.{key}': tuple(x.shape) for key, x in backbone.state_dict().items()}
+        own.update({'head.fc.weight': (1000, width * version), 'head.fc.bias': (1000,)})
+        assert {key: tuple(value.shape) for key, value in converted.items()} == own

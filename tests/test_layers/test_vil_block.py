@@ -1,0 +1,149 @@
+"""The ViL block: the lean layer against the plain one, in every circumstance."""
+
+import pytest
+import torch
+
+from mmvil.layers import DropPath, ViLBlock
+from tests.conftest import relative_error
+
+GRID = (5, 7)
+
+
+def make_block(version=2, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    block = ViLBlock(16, version=version, **kwargs).to(dtype)
+    for parameter in block.parameters():  # gates with weights, norms and skips off their identity
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return block
+
+
+def run(block, x, lean):
+    block.lean = lean
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    y = block(x, GRID)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    grads = {name: parameter.grad for name, parameter in block.named_parameters()}
+    return dict(output=y.detach(), input=x.grad, **grads)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+@pytest.mark.parametrize('reverse', [False, True])
+def test_lean_layer_equals_autograd(version, reverse):
+    block = make_block(version, reverse=reverse)
+    x = torch.randn(3, 35, 16, dtype=torch.float64)
+    expected, actual = run(block, x, lean=False), run(block, x, lean=True)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-9, name
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_lean_layer_under_autocast_is_close_to_float32(dtype, tolerance):
+    block = make_block(dtype=torch.float32)
+    x = torch.randn(2, 35, 16)
+    expected = run(block, x, lean=True)
+    if dtype == torch.float16 and torch.__version__ < '2.4':
+        pytest.skip('autocast on the CPU knew bfloat16 only')
+    for lean in (True, False):
+        with torch.autocast('cpu', dtype=dtype):
+            actual = run(block, x, lean)
+        assert actual['output'].dtype == torch.float32  # the residual stream keeps its precision
+        for name, value in expected.items():
+            assert (
+                actual[name].isfinite().all() and relative_error(actual[name], value) < tolerance
+            ), name
+
+
+def test_lean_layer_keeps_seven_widths_per_token():
+    block, tokens, width = make_block(dtype=torch.float32), 35, 16
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(torch.randn(1, tokens, width).requires_grad_(), GRID)
+    values = sum(x.numel() for address, x in kept.items() if address not in parameters)
+    assert (
+        y.requires_grad
+        and 7 * width * tokens <= values <= (7 * width + 5 * block.num_heads) * tokens
+    )
+
+
+def test_lean_layer_refuses_second_derivatives():
+    block = make_block()
+    x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.autograd.grad(block(x, GRID).sum(), x, create_graph=True)
+
+
+def test_frozen_parameters_get_no_gradient():
+    block = make_block()
+    block.conv.requires_grad_(False)
+    block.skip.requires_grad_(False)
+    block(torch.randn(1, 35, 16, dtype=torch.float64), GRID).sum().backward()
+    assert block.conv.weight.grad is None and block.skip.grad is None
+    assert block.q_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize('backend', ['parallel', 'chunkwise', 'reference'])
+def test_backends_agree(backend):
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    expected = make_block()(x, GRID)
+    torch.testing.assert_close(make_block(backend=backend, chunk_size=8)(x, GRID), expected)
+
+
+def test_odd_width_is_refused():
+    with pytest.raises(ValueError, match='multiple of 2 . num_heads = 8.*is 12'):
+        ViLBlock(12)
+    with pytest.raises(ValueError, match='Unknown mLSTM backend'):
+        ViLBlock(16, backend='fast')
+
+
+def test_initialization_follows_the_released_models():
+    torch.manual_seed(0)
+    block = ViLBlock(192)
+    assert block.proj_up.weight.std().item() == pytest.approx((2 / (5 * 192)) ** 0.5, rel=0.02)
+    assert block.q_proj.weight.std().item() == pytest.approx((2 / (5 * 192)) ** 0.5, rel=0.05)
+    assert block.proj_down.weight.std().item() == pytest.approx(2 / 192**0.5, rel=0.02)
+    assert block.fgate.bias.tolist() == [3, 4, 5, 6]
+    assert not block.igate.weight.any() and not block.fgate.weight.any()
+    assert (block.skip == 1).all() and (block.norm.weight == 1).all()
+
+
+class TestDropPath:
+    def test_skips_the_work_of_dropped_samples(self):
+        torch.manual_seed(0)
+        seen = []
+        x = torch.randn(64, 3, 4)
+        y = DropPath(0.5).train()(x, lambda part: seen.append(len(part)) or torch.ones_like(part))
+        difference = y - x
+        kept = difference[:, 0, 0] > 0
+        assert seen == [kept.sum()] and 16 < seen[0] < 48
+        torch.testing.assert_close(difference[kept], torch.full_like(x, 2)[kept])
+        assert not difference[~kept].any()
+
+    def test_keeps_the_expectation_for_every_batch_size(self):
+        torch.manual_seed(0)
+        drop_path = DropPath(0.25).train()
+        for batch in (1, 2, 3):
+            x = torch.zeros(batch, 1, 1)
+            mean = torch.stack([drop_path(x, torch.ones_like).mean() for _ in range(2000)]).mean()
+            assert mean.item() == pytest.approx(1, abs=0.05)
+
+    def test_gives_every_parameter_a_gradient_when_all_samples_are_dropped(self):
+        torch.manual_seed(0)
+        linear, drop_path = torch.nn.Linear(4, 4), DropPath(0.999).train()
+        drop_path(torch.randn(1, 3, 4), linear).sum().backward()
+        assert linear.weight.grad is not None and not linear.weight.grad.any()
+
+    def test_does_nothing_in_evaluation(self):
+        x = torch.randn(2, 3, 4)
+        assert torch.equal(DropPath(0.9).eval()(x, torch.ones_like), x + 1)
+
+    @pytest.mark.parametrize('rate', [-0.1, 1.0])
+    def test_refuses_rates_that_are_no_probability(self, rate):
+        with pytest.raises(ValueError, match=r'\[0, 1\)'):
+            DropPath(rate)

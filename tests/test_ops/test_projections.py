@@ -1,0 +1,75 @@
+"""Block-diagonal maps and token convolutions against plain definitions and autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvil.ops.projections import (
+    dense_blocks,
+    diagonal_blocks,
+    headwise_linear,
+    headwise_linear_backward,
+    token_conv,
+    token_conv_backward,
+)
+
+
+@pytest.mark.parametrize('head_width', [8, 12, 96])
+def test_headwise_linear_equals_dense_product(head_width):
+    heads, blocks = 2, 2 * head_width // 4
+    x = torch.randn(3, 7, heads * head_width, dtype=torch.float64)
+    weight, bias = torch.randn(blocks, 4, 4).double(), torch.randn(heads * head_width).double()
+    expected = (
+        F.linear(x, torch.block_diag(*weight), bias).unflatten(2, (heads, -1)).transpose(1, 2)
+    )
+    actual = headwise_linear(x, dense_blocks(weight, head_width), bias, heads)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_diagonal_blocks_undoes_dense_blocks():
+    weight = torch.randn(24, 4, 4)
+    assert torch.equal(diagonal_blocks(dense_blocks(weight, 48), 4), weight)
+
+
+def test_headwise_linear_backward_equals_autograd():
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(32, dtype=torch.float64, requires_grad=True)
+    y = headwise_linear(x, dense, bias, 2)
+    y_grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, dense, bias), y_grad)
+    x_grad, dense_grad, bias_grad = headwise_linear_backward(y_grad, x, dense, True)
+    for actual, value in zip((x_grad.flatten(2), dense_grad, bias_grad), expected):
+        torch.testing.assert_close(actual, value)
+
+
+@pytest.mark.parametrize('grid', [(1, 1), (3, 5), (4, 2)])
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('shape', [(8, 1, 3, 3), (8, 1, 4)], ids=['grid', 'causal'])
+def test_token_conv_backward_equals_autograd(shape, reverse, grid):
+    x = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    y = token_conv(x, weight, bias, grid, reverse)
+    y_grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, weight, bias), y_grad)
+    actual = token_conv_backward(y_grad, x, weight, True, grid, reverse)
+    for got, value in zip(actual, expected):
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 3, 3), (8, 1, 4)], ids=['grid', 'causal'])
+def test_token_conv_reverse_equals_flipping_the_sequence(shape):
+    x, weight, bias = torch.randn(2, 15, 8), torch.randn(shape), torch.randn(8)
+    expected = token_conv(x.flip(1), weight, bias, (3, 5), False).flip(1)
+    torch.testing.assert_close(token_conv(x, weight, bias, (3, 5), True), expected)
+
+
+def test_token_conv_causal_does_not_look_ahead():
+    x, weight, bias = torch.randn(1, 9, 8), torch.randn(8, 1, 4), torch.randn(8)
+    changed = x.clone()
+    changed[:, 5:] += 1
+    before, after = (token_conv(y, weight, bias, (3, 3), False) for y in (x, changed))
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
