@@ -117,6 +117,13 @@ def test_backbone_builds_from_the_registry_by_both_names():
     assert mmvil.VisionLSTM is VisionLSTM
 
 
+@pytest.mark.parametrize('library', ['mmseg', 'mmpretrain', 'mmdet', 'mmpose'])
+def test_backbone_builds_from_every_library(library):
+    registry = pytest.importorskip(f'{library}.registry').MODELS
+    for name in ('mmvil.VisionLSTM', 'VisionLSTM'):
+        assert type(registry.build(dict(type=name, **TINY))) is VisionLSTM
+
+
 @pytest.mark.parametrize(
     'kwargs, message',
     [
