@@ -1,0 +1,81 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""What the mLSTM costs, for ``torch.utils.flop_counter``, which cannot look into custom operators.
+
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        model(image)
+    counter.get_total_flops() / 2  # multiply-adds
+
+As everywhere in that counter, matrix products and convolutions count, pointwise work does not, and
+a multiplication with its addition counts as two.
+"""
+
+from math import ceil, prod
+from typing import Any, Callable, Dict, Sequence
+
+import torch
+
+from .chunkwise import chunk_length
+
+
+def mlstm_flops(
+    shape: Sequence[int], chunk_size: int, backward: bool = False, visible_only: bool = False
+) -> int:
+    """FLOPs of the mLSTM operator.
+
+    Args:
+        shape (Sequence[int]): Of the queries, (B, NH, N, DH).
+        chunk_size (int): As given to the operator; from N on this is the parallel form.
+        backward (bool): Of the backward pass instead of the forward pass. Default: False.
+        visible_only (bool): Count only pairs of tokens of which one has read the other, and no
+            padding. The PyTorch forms compute whole squares. Default: False.
+
+    Returns:
+        int: Twice the number of multiply-adds.
+    """
+    batch, heads, tokens, head_width = shape
+    length = chunk_length(tokens, chunk_size) if tokens else 1
+    if visible_only:
+        chunks, rest = divmod(tokens, length)
+        pairs = chunks * length * (length + 1) // 2 + rest * (rest + 1) // 2
+    else:
+        chunks = ceil(tokens / length)
+        pairs, tokens = chunks * length**2, chunks * length
+    # Forward, q with k and scores with v; as many products with the state. In the backward pass,
+    # the scores again and the gradients of two products; likewise the state.
+    multiply_adds = (5 if backward else 2) * pairs * head_width
+    if length < shape[2]:
+        # The state is a matrix, with a vector beside it: the normalizer.
+        multiply_adds += ((5 if backward else 2) * head_width + 1) * tokens * head_width
+    return 2 * batch * heads * multiply_adds
+
+
+def flop_formulas(visible_only: bool = False) -> Dict[Any, Callable[..., int]]:
+    """The ``custom_mapping`` with which ``FlopCounterMode`` counts ViL right.
+
+    Args:
+        visible_only (bool): See :func:`mlstm_flops`. Default: False.
+
+    Returns:
+        dict: Formula by operator: both mLSTM operators, and the backward pass of convolutions,
+        which torch's own formula takes for dense ones where they are depthwise.
+    """
+
+    def forward(q, k, v, igate, fgate, reverse, chunk_size, **_):
+        return mlstm_flops(q, chunk_size, visible_only=visible_only)
+
+    def backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, **_):
+        return mlstm_flops(q, chunk_size, backward=True, visible_only=visible_only)
+
+    return {
+        torch.ops.mmvil.mlstm: forward,
+        torch.ops.mmvil.mlstm_backward: backward,
+        torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    }
+
+
+def _convolution_backward_flops(
+    y_grad, x, weight, _bias, _stride, _padding, _dilation, transposed, _out, _groups, mask, **_
+):
+    """Each of the gradients of input and weight costs what the forward pass does."""
+    positions = prod((x if transposed else y_grad)[2:])
+    return 2 * (mask[0] + mask[1]) * x[0] * positions * prod(weight)

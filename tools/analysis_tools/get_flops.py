@@ -1,0 +1,198 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Count parameters and multiply-adds of the model that a config describes.
+
+python tools/analysis_tools/get_flops.py configs/upernet_vil_t_ade20k.py --shape 512 683
+python tools/analysis_tools/get_flops.py configs/vil_t_imagenet.py --sizes 224 512 1024 2048
+
+Nothing is computed: the model runs on shapes alone, so any size takes seconds and no memory.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+
+from mmvil.ops import projections  # noqa: E402
+from mmvil.ops.flops import flop_formulas  # noqa: E402
+
+NOTE = """\
+Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
+convolutions only.
+  needed    what the model's equations ask for; counted so, ViL-T/S/B at 224 x 224 have the
+            published 1.5/5.1/18.6 G
+  executed  what PyTorch multiplies: zeros between small diagonal blocks, and pairs of tokens
+            of which neither has read the other, are computed along"""
+
+
+def build_model(cfg):
+    """The model of a config, with shapes but without weights."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the libraries' own deprecations
+            return MODELS.build(cfg.model).eval().to('meta')
+    except (AssertionError, KeyError, TypeError) as error:
+        raise UserError(f'cannot build the model: {error}') from error
+
+
+def count_parameters(model):
+    """Number of parameters by part (backbone, neck, head ...), and in all."""
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in _parts(model)}
+    return {**parts, 'total': sum(p.numel() for p in model.parameters())}
+
+
+def count_multiply_adds(model, shape, needed=False):
+    """Multiply-adds of one forward pass by part, and in all.
+
+    Args:
+        model (nn.Module): A model of OpenMMLab on the meta device. What its inference leaves out,
+            such as auxiliary heads, counts 0.
+        shape (tuple[int, ...]): Of the input, (B, C, H, W).
+        needed (bool): Count what the equations ask for instead of what is executed. Default: False.
+
+    Returns:
+        dict[str, int]: By name of the part; 'total' comes last.
+    """
+    counts = {name: 0 for name, _ in _parts(model)}
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas(visible_only=needed))
+
+    def counted(name, forward):
+        def call(*args, **kwargs):
+            before = counter.get_total_flops()
+            result = forward(*args, **kwargs)
+            counts[name] += (counter.get_total_flops() - before) // 2
+            return result
+
+        return call
+
+    parts = list(_parts(model))
+    for name, part in parts:  # not hooks: segmentors call decode_head.forward
+        part.forward = counted(name, part.forward)
+    try:
+        with torch.no_grad(), _small_blocks(needed), counter:
+            model(torch.empty(shape, device='meta'), mode='tensor')
+    finally:
+        for _, part in parts:
+            del part.forward
+    return {**counts, 'total': counter.get_total_flops() // 2}
+
+
+def _parts(model):
+    """Names and modules of the model's parts that have parameters."""
+    return [(name, part) for name, part in model.named_children() if list(part.parameters())]
+
+
+@contextmanager
+def _small_blocks(small):
+    """Leave the diagonal blocks of the projections to q, k and v as small as they are."""
+    width = projections.DENSE_BLOCK
+    if small:
+        projections.DENSE_BLOCK = 1
+    try:
+        yield
+    finally:
+        projections.DENSE_BLOCK = width
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        '--shape',
+        type=int,
+        nargs='+',
+        metavar='PIXELS',
+        help="height and width of the image, or one number for both (default: the backbone's "
+        'img_size, or 224)',
+    )
+    sizes.add_argument(
+        '--sizes', type=int, nargs='+', metavar='PIXELS', help='several square images: the growth'
+    )
+    parser.add_argument('--json', metavar='FILE', help='write the numbers to a file, too')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override the config, such as model.backbone.backend=parallel',
+    )
+    parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
+    return parser
+
+
+def image_sizes(args, cfg):
+    """Pairs of height and width."""
+    if args.sizes:
+        return [(size, size) for size in args.sizes]
+    shape = args.shape or cfg.model.backbone.get('img_size', 224)
+    shape = [shape] if isinstance(shape, int) else list(shape)
+    if len(shape) > 2:
+        raise UserError(f'--shape takes height and width, not {len(shape)} numbers')
+    return [(shape[0], shape[-1])]
+
+
+def giga(count):
+    return f'{count / 1e9:.2f} G' if count >= 5e6 else f'{count / 1e9:.4f} G' if count else '-'
+
+
+def print_parts(parameters, count):
+    print(f'{"":16}{"parameters":>12}{"needed":>12}{"executed":>12}')
+    for name in parameters:
+        needed, executed = (giga(count[key][name]) for key in ('needed', 'executed'))
+        print(f'{name:16}{parameters[name] / 1e6:>10.2f} M{needed:>12}{executed:>12}')
+
+
+def print_growth(counts):
+    print(f'{"image":>14}{"needed":>12}{"executed":>12}{"executed per 16 x 16 pixels":>30}')
+    for count in counts:
+        height, width = count['shape']
+        needed, executed = count['needed']['total'], count['executed']['total']
+        print(
+            f'{f"{height} x {width}":>14}{giga(needed):>12}{giga(executed):>12}'
+            f'{executed / (height * width / 256) / 1e6:>28.2f} M'
+        )
+
+
+def main():
+    args = parse_args(make_parser())
+    cfg = load_config(args.config, args.cfg_options)
+    sizes = image_sizes(args, cfg)
+    model = build_model(cfg)
+    parameters = count_parameters(model)
+    channels = cfg.model.backbone.get('in_channels', 3)
+    counts = [
+        dict(
+            shape=shape,
+            needed=count_multiply_adds(model, (1, channels, *shape), needed=True),
+            executed=count_multiply_adds(model, (1, channels, *shape)),
+        )
+        for shape in sizes
+    ]
+
+    print(f'{args.config}, {parameters["total"]:,} parameters')
+    if args.sizes:
+        print_growth(counts)
+    else:
+        print(f'image of {sizes[0][0]} x {sizes[0][1]} pixels (height x width)')
+        print_parts(parameters, counts[0])
+    print(NOTE)
+    if args.json:
+        report = dict(config=args.config, parameters=parameters, multiply_adds=counts)
+        Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    run(main)
