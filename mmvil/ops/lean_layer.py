@@ -333,6 +333,5 @@ def _add_gate_part(y_grad: Tensor, gates_grad: Tensor, weight: Tensor) -> Tensor
     batch, heads = y_grad.shape[:2]
     by_head = gates_grad.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
     weight = weight.transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)
-    return torch.baddbmm(y_grad.flatten(0, 1).to(gates_grad.dtype), by_head, weight).view(
-        y_grad.shape
-    )
+    total = y_grad.flatten(0, 1).to(gates_grad.dtype).baddbmm_(by_head, weight)
+    return total.view(y_grad.shape)
