@@ -179,140 +179,151 @@ class _LeanLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, y_grad):
         refuse_second_derivatives()
-        settings: LayerSettings = ctx.settings
         x, x_m, z, h, igate, fgate, normalizer, *weights = ctx.saved_tensors
-        w = LayerWeights(*weights)
-        y_grad = y_grad.to(settings.dtype)
-        a = _convolve(x_m, w, settings)
-        c = F.silu(a)
-        dense = _dense_weights(w, settings)
-        q, k, v = _project(c, x_m, dense, w, settings)
-        mixed, h_norm, mean, rstd = _after_cell(h, c, w, settings)
-
-        # Down-projection and output gate.
-        open_gate = F.silu(z)
-        down_weight_grad = _weight_grad(y_grad, mixed * open_gate)
-        down_bias_grad = None if w.down_bias is None else y_grad.sum((0, 1))
-        gated_grad = torch.matmul(y_grad, _to(w.down_weight, settings))  # (B, N, E)
-        z_grad = torch.ops.aten.silu_backward(gated_grad * mixed, z)
-        mixed_grad = gated_grad.mul_(open_gate)
-
-        # Skip and head-wise norm.
-        skip_grad = (mixed_grad * c).sum((0, 1))
-        c_grad = mixed_grad * _to(w.skip, settings)
-        out_norm_weight_grad = (mixed_grad * h_norm.transpose(1, 2).flatten(2)).sum((0, 1))
-        out_norm_bias_grad = None if w.out_norm_bias is None else mixed_grad.sum((0, 1))
-        h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings)).unflatten(
-            2, (settings.heads, -1)
-        )
-        h_grad = torch.ops.aten.native_layer_norm_backward(
-            h_norm_grad.transpose(1, 2).contiguous(),
-            h,
-            h.shape[-1:],
-            mean,
-            rstd,
-            None,
-            None,
-            [True, False, False],
-        )[0]
-
-        # Cell.
-        *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
-            h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
-        )
-
-        # Gates: scalars from all of q, k and v.
-        by_operand, _ = _gate_parameters(w, settings)
-        gates_grad = (
-            torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).contiguous()
-        )  # (B, N, 2 NH)
-        gates_bias_grad = gates_grad.sum((0, 1))
-        gate_weight_grads = []
-        for index, (y, weight) in enumerate(zip((q, k, v), by_operand)):
-            gate_weight_grads.append(_gate_weight_grad(y, gates_grad))
-            qkv_grads[index] = _add_gate_part(qkv_grads[index], gates_grad, weight).to(
-                settings.dtype
-            )
-        gates_weight_grad = torch.cat(gate_weight_grads, dim=1)  # (2 NH, 3 E)
-
-        # Projections, convolution, up-projection, norm.
-        q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(
-            qkv_grads[0], c, dense[0], w.q_bias is not None
-        )
-        k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(
-            qkv_grads[1], c, dense[1], w.k_bias is not None
-        )
-        v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(
-            qkv_grads[2], x_m, dense[2], w.v_bias is not None
-        )
-        q_weight_grad, k_weight_grad, v_weight_grad = diagonal_blocks(
-            torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]
-        ).chunk(3)
-        c_grad.view(q_x_grad.shape).add_(q_x_grad).add_(k_x_grad)
-        a_grad = torch.ops.aten.silu_backward(c_grad, a)
-        x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
-            a_grad,
-            x_m,
-            _to(w.conv_weight, settings),
-            w.conv_bias is not None,
-            settings.grid,
-            settings.reverse,
-        )
-        x_m_grad.view(v_x_grad.shape).add_(v_x_grad)
-
-        x_norm, mean, rstd = _normalize(x, w, settings)
-        up_m, up_z = _to(w.up_weight, settings).chunk(2)
-        up_weight_grad = torch.cat([_weight_grad(x_m_grad, x_norm), _weight_grad(z_grad, x_norm)])
-        up_bias_grad = (
-            None if w.up_bias is None else torch.cat([x_m_grad.sum((0, 1)), z_grad.sum((0, 1))])
-        )
-        x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z).view(
-            x.shape
-        )
-        x_grad, norm_weight_grad, norm_bias_grad = torch.ops.aten.native_layer_norm_backward(
-            x_norm_grad.to(w.norm_weight.dtype),
-            x.to(w.norm_weight.dtype),
-            x.shape[-1:],
-            mean,
-            rstd,
-            w.norm_weight,
-            w.norm_bias,
-            [True, True, w.norm_bias is not None],
-        )
-
-        heads = settings.heads
-        grads = LayerWeights(
-            norm_weight_grad,
-            norm_bias_grad,
-            up_weight_grad,
-            up_bias_grad,
-            conv_weight_grad,
-            conv_bias_grad,
-            q_weight_grad,
-            q_bias_grad,
-            k_weight_grad,
-            k_bias_grad,
-            v_weight_grad,
-            v_bias_grad,
-            gates_weight_grad[:heads],
-            gates_bias_grad[:heads],
-            gates_weight_grad[heads:],
-            gates_bias_grad[heads:],
-            out_norm_weight_grad,
-            out_norm_bias_grad,
-            skip_grad,
-            down_weight_grad,
-            down_bias_grad,
-        )
-        needed = ctx.needs_input_grad[2:]
+        kept = (x, x_m, z, h, igate, fgate, normalizer)
+        with without_autocast(x):
+            x_grad, grads = _gradients(y_grad, kept, LayerWeights(*weights), ctx.settings)
+        _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,
-            x_grad.to(x.dtype) if ctx.needs_input_grad[1] else None,
+            x_grad.to(x.dtype) if x_needed else None,
             *(
-                None if grad is None or not need else grad.to(weight.dtype)
-                for grad, weight, need in zip(grads, w, needed)
+                grad.to(weight.dtype) if need and grad is not None else None
+                for grad, weight, need in zip(grads, weights, needed)
             ),
         )
+
+
+def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings):
+    """From the output's gradient to that of the input (B, N, D) and of all weights.
+
+    The way back through the layer, step by step, each with what it needs computed again.
+    """
+    x, x_m, z, h, igate, fgate, normalizer = kept
+    y_grad = y_grad.to(settings.dtype)
+    a = _convolve(x_m, w, settings)
+    c = F.silu(a)
+    dense = _dense_weights(w, settings)
+    q, k, v = _project(c, x_m, dense, w, settings)
+    mixed, h_norm, mean, rstd = _after_cell(h, c, w, settings)
+
+    # Down-projection and output gate.
+    open_gate = F.silu(z)
+    down_weight_grad = _weight_grad(y_grad, mixed * open_gate)
+    down_bias_grad = None if w.down_bias is None else _over_tokens(y_grad)
+    gated_grad = torch.matmul(y_grad, _to(w.down_weight, settings))  # (B, N, E)
+    z_grad = torch.ops.aten.silu_backward(gated_grad * mixed, z)
+    mixed_grad = gated_grad.mul_(open_gate)
+
+    # Skip and head-wise norm.
+    skip_grad = _over_tokens(mixed_grad * c)
+    c_grad = mixed_grad * _to(w.skip, settings)
+    out_norm_weight_grad = _over_tokens(mixed_grad * h_norm.transpose(1, 2).flatten(2))
+    out_norm_bias_grad = None if w.out_norm_bias is None else _over_tokens(mixed_grad)
+    h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings)).unflatten(
+        2, (settings.heads, -1)
+    )
+    h_grad = torch.ops.aten.native_layer_norm_backward(
+        h_norm_grad.transpose(1, 2).contiguous(),
+        h,
+        h.shape[-1:],
+        mean,
+        rstd,
+        None,
+        None,
+        [True, False, False],
+    )[0]
+
+    # Cell.
+    *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
+        h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
+    )
+
+    # Gates: scalars from all of q, k and v.
+    by_operand, _ = _gate_parameters(w, settings)
+    # (B, N, 2 NH)
+    gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).contiguous()
+    gates_bias_grad = _over_tokens(gates_grad)
+    gate_weight_grads = []
+    for index, (y, weight) in enumerate(zip((q, k, v), by_operand)):
+        gate_weight_grads.append(_gate_weight_grad(y, gates_grad))
+        qkv_grads[index] = _add_gate_part(qkv_grads[index], gates_grad, weight).to(settings.dtype)
+    gates_weight_grad = torch.cat(gate_weight_grads, dim=1)  # (2 NH, 3 E)
+
+    # Projections, convolution, up-projection, norm.
+    q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(
+        qkv_grads[0], c, dense[0], w.q_bias is not None
+    )
+    k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(
+        qkv_grads[1], c, dense[1], w.k_bias is not None
+    )
+    v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(
+        qkv_grads[2], x_m, dense[2], w.v_bias is not None
+    )
+    q_weight_grad, k_weight_grad, v_weight_grad = diagonal_blocks(
+        torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]
+    ).chunk(3)
+    c_grad.view(q_x_grad.shape).add_(q_x_grad).add_(k_x_grad)
+    a_grad = torch.ops.aten.silu_backward(c_grad, a)
+    x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
+        a_grad,
+        x_m,
+        _to(w.conv_weight, settings),
+        w.conv_bias is not None,
+        settings.grid,
+        settings.reverse,
+    )
+    x_m_grad.view(v_x_grad.shape).add_(v_x_grad)
+
+    x_norm, mean, rstd = _normalize(x, w, settings)
+    up_m, up_z = _to(w.up_weight, settings).chunk(2)
+    up_weight_grad = torch.cat([_weight_grad(x_m_grad, x_norm), _weight_grad(z_grad, x_norm)])
+    up_bias_grad = (
+        None if w.up_bias is None else torch.cat([_over_tokens(x_m_grad), _over_tokens(z_grad)])
+    )
+    x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z).view(
+        x.shape
+    )
+    x_grad, norm_weight_grad, norm_bias_grad = torch.ops.aten.native_layer_norm_backward(
+        x_norm_grad.to(w.norm_weight.dtype),
+        x.to(w.norm_weight.dtype),
+        x.shape[-1:],
+        mean,
+        rstd,
+        w.norm_weight,
+        w.norm_bias,
+        [True, True, w.norm_bias is not None],
+    )
+
+    heads = settings.heads
+    return x_grad, LayerWeights(
+        norm_weight_grad,
+        norm_bias_grad,
+        up_weight_grad,
+        up_bias_grad,
+        conv_weight_grad,
+        conv_bias_grad,
+        q_weight_grad,
+        q_bias_grad,
+        k_weight_grad,
+        k_bias_grad,
+        v_weight_grad,
+        v_bias_grad,
+        gates_weight_grad[:heads],
+        gates_bias_grad[:heads],
+        gates_weight_grad[heads:],
+        gates_bias_grad[heads:],
+        out_norm_weight_grad,
+        out_norm_bias_grad,
+        skip_grad,
+        down_weight_grad,
+        down_bias_grad,
+    )
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens leave float16's range."""
+    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
@@ -322,10 +333,8 @@ def _weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
 
 def _gate_weight_grad(y: Tensor, gates_grad: Tensor) -> Tensor:
     """From y (B, NH, N, DH) and the gates' gradient (B, N, 2 NH) to (2 NH, NH * DH)."""
-    grad = torch.matmul(y.to(gates_grad.dtype).transpose(2, 3), gates_grad.unsqueeze(1)).sum(
-        0
-    )  # (NH, DH, 2 NH)
-    return grad.flatten(0, 1).t()
+    by_sample = torch.matmul(y.to(gates_grad.dtype).transpose(2, 3), gates_grad.unsqueeze(1))
+    return by_sample.sum(0).flatten(0, 1).t()  # from (NH, DH, 2 NH)
 
 
 def _add_gate_part(y_grad: Tensor, gates_grad: Tensor, weight: Tensor) -> Tensor:
