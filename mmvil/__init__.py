@@ -7,7 +7,8 @@ from .version import __version__, check_versions
 
 check_versions()
 
+from .apis import register_models  # noqa: E402
 from .backbones import VisionLSTM  # noqa: E402
 from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'VisionLSTM', '__version__']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'VisionLSTM', '__version__', 'register_models']
