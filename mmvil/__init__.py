@@ -9,6 +9,12 @@ check_versions()
 
 from .apis import register_models  # noqa: E402
 from .backbones import VisionLSTM  # noqa: E402
-from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
+from .engine import IterationSeedHook, LayerDecayOptimWrapperConstructor  # noqa: E402
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'VisionLSTM', '__version__', 'register_models']
+__all__ = [
+    'IterationSeedHook',
+    'LayerDecayOptimWrapperConstructor',
+    'VisionLSTM',
+    '__version__',
+    'register_models',
+]

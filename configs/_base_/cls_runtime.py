@@ -14,6 +14,8 @@ env_cfg = dict(
     dist_cfg=dict(backend='nccl'),
 )
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+# Stochastic depth and mixup repeat when a run is resumed.
+custom_hooks = [dict(type='mmvil.IterationSeedHook')]
 log_level = 'INFO'
 load_from = None
 resume = False

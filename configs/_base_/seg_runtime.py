@@ -9,6 +9,8 @@ visualizer = dict(
     type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer'
 )
 log_processor = dict(by_epoch=False)
+# Stochastic depth and mixup repeat when a run is resumed.
+custom_hooks = [dict(type='mmvil.IterationSeedHook')]
 log_level = 'INFO'
 load_from = None
 resume = False

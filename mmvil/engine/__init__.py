@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What training needs to know about the depth of a ViL model."""
+"""What training adds to mmengine: layer-wise learning rates, runs that resume exactly."""
 
+from .hooks import IterationSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['LayerDecayOptimWrapperConstructor']
+__all__ = ['IterationSeedHook', 'LayerDecayOptimWrapperConstructor']

@@ -26,6 +26,8 @@ model = dict(
         arch=dict(_delete_=True, embed_dims=16, depth=4),
         img_size=(48, 64),
         out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.5,
+        drop_path_mode='uniform',
     ),
     decode_head=dict(in_channels=[16] * 4, channels=16),
     auxiliary_head=dict(in_channels=16, channels=16),
