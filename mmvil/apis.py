@@ -18,7 +18,7 @@ def register_models() -> None:
 
     Example:
         >>> import mmpretrain
-        >>> from mmvil.apis import register_models
+        >>> from mmvil import register_models
         >>> register_models()
         >>> model = mmpretrain.get_model('vil-tiny_in1k')
     """
