@@ -203,6 +203,8 @@ def compare(contenders, size, batch, args, progress):
     records = []
     for mode in args.modes:
         repeats, peaks, times = {}, {}, {}
+        if args.compile:  # else versions of earlier modes and sizes fill the compiler's cache
+            torch.compiler.reset()
         for name in list(models):
             progress(f'{size} x {size}, {mode}: warming up {name}')
             try:
