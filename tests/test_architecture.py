@@ -14,7 +14,7 @@ ALLOWED = {
     'layers': {'torch', 'mmvil.ops'},
     'converters': {'torch'},
     'backbones': {'torch', 'mmengine', 'mmcv', 'mmvil.layers', 'mmvil.converters'},
-    'engine': {'torch', 'mmengine'},
+    'engine': {'torch', 'numpy', 'mmengine'},
 }
 
 

@@ -113,6 +113,7 @@ def main():
     check_data(cfg, 'test_dataloader')
     check_checkpoint(args.checkpoint)
     if args.check:
+        print('Config, data and checkpoints are in place.')
         return
 
     runner = build_runner(cfg, notes=fit_to_cpu(cfg))

@@ -77,6 +77,7 @@ def main():
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     check_config_checkpoints(cfg)
     if args.check:
+        print('Config, data and checkpoints are in place.')
         return
 
     runner = build_runner(cfg, notes=fit_to_cpu(cfg))

@@ -6,7 +6,7 @@ backward pass keeps the layer's input (D values per token), both halves of the u
 each), the cell's output (2D) and a few scalars, about 7 D in all. Norm, convolution, SiLU, q, k, v
 and the gated product are cheap next to the matrix products and are computed again.
 
-The equations are those of :class:`mmvil.layers.ViLLayer`, in the same order.
+The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """
 
 from typing import NamedTuple, Optional, Tuple

@@ -16,6 +16,9 @@ from mmseg.apis import inference_model, init_model  # noqa: E402
 from mmseg.datasets.transforms import LoadAnnotations  # noqa: E402
 from mmseg.registry import DATASETS  # noqa: E402
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
+import mmvil  # noqa: E402, F401
+
 IGNORED = 255
 
 
