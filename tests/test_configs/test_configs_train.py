@@ -11,6 +11,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
+import mmvil
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 
@@ -95,6 +97,6 @@ def test_metafiles_name_configs_that_exist():
 
 def test_metafiles_reach_the_model_listing_of_mmpretrain():
     model = pytest.importorskip('mmpretrain.apis.model')
-    model.ModelHub.register_model_index(ROOT / 'configs/metafile_imagenet.yml', config_prefix=ROOT)
+    mmvil.register_models()
     assert 'vil-tiny_in1k' in model.list_models('vil', task='Image Classification')
     assert model.ModelHub.get('vil-base_in1k').config.model.backbone.arch == 'base'
