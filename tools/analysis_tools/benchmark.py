@@ -196,7 +196,7 @@ def compare(contenders, size, batch, args, progress):
             models[name] = build(size).to(args.device)
             # The numbers of compiled models are those of their eager twins.
             if not name.endswith(' compiled'):
-                counts[name] = count(models[name], image[:1], args.modes, amp)
+                counts[name] = count(models[name], image[:1].clone(), args.modes, amp)
         except RuntimeError as error:
             drop_if_out_of_memory(models, name, error)
 
