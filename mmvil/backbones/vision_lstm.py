@@ -403,15 +403,16 @@ class VisionLSTM(BaseModule):
                 f'{reason}. Choose the arch and version of the checkpoint, or another checkpoint.'
             )
         missing, unexpected = self.load_state_dict(state, strict=False)
-        needed = [key for key in missing if not key.startswith('pyramid.')]
         logger.info(
             f'Loaded {len(own) - len(missing)} of {len(own)} backbone tensors from {filename}. '
             f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
             f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
         )
-        if any(key.startswith('layers.') for key in needed):
+        missing_blocks = [key for key in missing if key.startswith('layers.')]
+        if missing_blocks:
             raise ValueError(
-                f'{filename} lacks weights of blocks that this VisionLSTM has: {_summary(needed)}. '
+                f'{filename} lacks weights of blocks that this VisionLSTM has: '
+                f'{_summary(missing_blocks)}. '
                 'Choose the arch and version of the checkpoint, or another checkpoint.'
             )
 
