@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What people call by hand."""
+"""Models by name."""
 
 import functools
 from pathlib import Path
@@ -36,7 +36,7 @@ def register_models() -> None:
 
 def _root() -> Path:
     """The folder that holds configs/: ``mmvil/.mim`` of an installed package, else the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for root in (package / '.mim', package.parent):
         if (root / 'configs' / 'metafile_imagenet.yml').is_file():
             return root
