@@ -8,15 +8,19 @@ The chunks read before chunk c leave behind a memory and a normalizer, scaled by
 .. math:: C = \sum_j e^{g_j - M} k_j v_j^\top, \qquad n = \sum_j e^{g_j - M} k_j,
 
 and token t of chunk c sees them with the weight :math:`e^{M - M_t} \le 1` (see
-:mod:`mmvil.ops.gates` for g and M). All chunks are computed side by side; only the states pass
-through a loop. With one chunk this is the parallel form. Nothing is flipped for the reverse
-direction: states go from the last chunk to the first, and inside chunks the other triangle is used.
+:mod:`mmvil.ops.gates` for g and M). The chunks of a sequence are computed side by side; only the
+states pass from one to the next. With one chunk this is the parallel form. Nothing is flipped for
+the reverse direction: states go from the last chunk to the first, and inside chunks the other
+triangle is used.
 
-Shapes: batch and heads are flattened to G, and n chunks of L tokens make (G, n, L, DH).
+Sequences, one for each sample and head, are taken in portions that stay in a processor's cache, and
+read and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH * DH).
+
+Shapes: a portion of G sequences, cut into n chunks of L tokens, makes (G * n, L, DH).
 """
 
 import math
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,9 @@ from torch import Tensor
 from .gates import GateStatistics, gate_gradients, gate_statistics
 from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
+
+DENSE_TRANSFER = 32
+"""Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
@@ -38,137 +45,194 @@ def chunk_length(length: int, chunk_size: int) -> int:
     return math.ceil(length / fewest)  # the last chunk is padded
 
 
-class _ChunkGates(NamedTuple):
-    """The gates' weights by chunk, in the dtype of the features."""
+class ChunkGates(NamedTuple):
+    """The gates of G sequences by chunk, in the dtype of the features. Differences are relative to
+    a chunk's end and were taken in float64.
+    """
 
-    weights: Tensor  # (G * n, L, L) exp(g_j - M_t) inside a chunk
-    from_state: (
-        Tensor  # (G * n, L, 1) exp(M_before - M_t): what of the incoming state reaches token t
-    )
-    to_state: Tensor  # (G * n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
-    decay: Tensor  # (G, n, 1, 1) exp(M_before - M_end): what of it is left at the chunk's end
+    source: Tensor  # (G, n, L) g_j - M_end
+    running_max: Tensor  # (G, n, L) M_t - M_end
+    to_state: Tensor  # (G, n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
+    from_state: Tensor  # (G, n, L, 1) exp(M_before - M_t): what token t sees of the incoming state
+    # (G, n, n): what of chunk j's part is left in the state that chunk c finds. Beyond
+    # DENSE_TRANSFER chunks (G, n, 1): what of the state that chunk c finds is left at its end.
+    transfer: Tensor
+
+    def portions(self, size: int) -> List['ChunkGates']:
+        return [ChunkGates(*parts) for parts in zip(*(x.split(size) for x in self))]
 
 
-def _chunk_gates(
+def chunk_gates(
     stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype
-) -> _ChunkGates:
-    # Padding stands after the last token and weighs nothing.
-    padding = -stats.source.shape[1] % length
+) -> ChunkGates:
+    """From statistics of shape (G, N) to chunks of ``length`` tokens."""
     source, running_max = stats.source, stats.running_max
+    padding = -source.shape[1] % length  # stands after the last token and weighs nothing
     if padding:
         source = F.pad(source, (0, padding), value=-math.inf)
         running_max = torch.cat([running_max, running_max[:, -1:].expand(-1, padding)], dim=1)
-    source, running_max = (
-        source.unflatten(1, (-1, length)),
-        running_max.unflatten(1, (-1, length)),
-    )  # (G, n, L)
-    end = running_max[..., :1] if reverse else running_max[..., -1:]
+    source, running_max = source.unflatten(1, (-1, length)), running_max.unflatten(1, (-1, length))
+    end = running_max[..., :1] if reverse else running_max[..., -1:]  # (G, n, 1)
     before = end.roll(-1 if reverse else 1, 1)
     before[:, -1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
-    # Differences are taken in float64, relative to the chunk; only then the precision is lowered.
+    if end.shape[1] > DENSE_TRANSFER:
+        transfer = torch.exp(before - end)
+    else:
+        transfer = torch.exp(end.transpose(1, 2) - before)
+        transfer = transfer.triu_(1) if reverse else transfer.tril_(-1)
     to_state = (source - end).to(dtype)
-    weights = decay_weights(
-        to_state.flatten(0, 1), (running_max - end).to(dtype).flatten(0, 1), reverse
-    )
-    return _ChunkGates(
-        weights,
-        torch.exp(before - running_max).to(dtype).flatten(0, 1).unsqueeze(-1),
-        to_state.exp_().flatten(0, 1).unsqueeze(-1),
-        torch.exp(before - end).to(dtype).unsqueeze(-1),
+    return ChunkGates(
+        to_state,
+        (running_max - end).to(dtype),
+        to_state.exp().unsqueeze(-1),
+        torch.exp(before - running_max).to(dtype).unsqueeze(-1),
+        transfer.to(dtype),
     )
 
 
-def _scan_(
-    memory: Tensor, normalizer: Tensor, decay: Tensor, reverse: bool
-) -> Tuple[Tensor, Tensor]:
-    """Turn what every chunk adds to the state into the state that it finds.
+def _found(added: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
+    """From what every chunk adds to the state to the state that it finds.
 
     Args:
-        memory (Tensor): Added by each chunk, shape (G * n, DH, DH); overwritten.
-        normalizer (Tensor): Likewise, shape (G * n, DH); overwritten.
-        decay (Tensor): What of the incoming state is left after a chunk, shape (G, n, 1, 1).
-        reverse (bool): From the last chunk to the first.
+        added (Tensor): Shape (G * n, ...).
+        transfer (Tensor): Of :class:`ChunkGates`.
+        reverse (bool): Chunks are read from last to first.
 
     Returns:
-        tuple[Tensor, Tensor]: Memory and normalizer before each chunk, in the shapes of the
-        arguments.
+        Tensor: Shape (G * n, ...).
     """
-    chunks = decay.shape[1]
-    memory, normalizer = memory.unflatten(0, (-1, chunks)), normalizer.unflatten(0, (-1, chunks))
-    order = range(chunks)[::-1] if reverse else range(chunks)
-    memory_before, normalizer_before = torch.empty_like(memory), torch.empty_like(normalizer)
-    memory_before[:, order[0]] = 0
-    normalizer_before[:, order[0]] = 0
+    sequences, chunks, width = transfer.shape
+    flat = added.view(sequences, chunks, -1)
+    if width == chunks:
+        return torch.bmm(transfer, flat).view(added.shape)
+    return _scan(flat, transfer, reverse).view(added.shape)
+
+
+def _found_backward(found_grad: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
+    """Gradient of ``added`` in :func:`_found`."""
+    sequences, chunks, width = transfer.shape
+    flat = found_grad.view(sequences, chunks, -1)
+    if width == chunks:
+        return torch.bmm(transfer.transpose(1, 2), flat).view(found_grad.shape)
+    return _scan(flat, transfer, not reverse).view(found_grad.shape)
+
+
+def _scan(added: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    """Carry states (G, n, K) from chunk to chunk, with what is left of them after each (G, n,
+    1).
+    """
+    order = range(added.shape[1])[::-1] if reverse else range(added.shape[1])
+    found = torch.empty_like(added)
+    found[:, order[0]] = 0
+    added, decay, states = added.unbind(1), decay.unbind(1), found.unbind(1)
     for last, this in zip(order, order[1:]):
-        torch.addcmul(
-            memory[:, last], memory_before[:, last], decay[:, last], out=memory_before[:, this]
-        )
-        torch.addcmul(
-            normalizer[:, last],
-            normalizer_before[:, last],
-            decay[:, last, 0],
-            out=normalizer_before[:, this],
-        )
-    return memory_before.flatten(0, 1), normalizer_before.flatten(0, 1)
+        torch.addcmul(added[last], states[last], decay[last], out=states[this])
+    return found
 
 
-def _states(k: Tensor, v: Tensor, gates: _ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
-    """Memory (G * n, DH, DH) and normalizer (G * n, DH) that each chunk finds."""
-    written = k * gates.to_state
-    return _scan_(torch.bmm(written.transpose(1, 2), v), written.sum(1), gates.decay, reverse)
-
-
-def _denominator(normalizer: Tensor, stabilizer: Tensor) -> Tensor:
-    """max(abs(n_t), exp(-m_t)) + eps, shape (G, N); infinite where nothing was ever written, so
-    that h is 0.
+def _portion_size(q: Tensor, chunks: int) -> int:
+    """Sequences to compute at once: on a CPU what fits into its cache and is one batch of matrices
+    in memory, the heads of a sample or the chunks of one head; elsewhere all.
     """
-    return torch.maximum(normalizer.abs(), torch.exp(-stabilizer).to(normalizer.dtype)).add_(EPS)
+    if q.device.type != 'cpu':
+        return q.shape[0] * q.shape[1]
+    return q.shape[1] if chunks == 1 else 1
 
 
-def _to_chunks(length: int, *features: Tensor):
-    """(G, N, DH) to (G * n, L, DH), padded with zeros if need be."""
-    padding = -features[0].shape[1] % length
+def _portions(x: Tensor, size: int) -> Sequence[Tensor]:
+    """Views of (B, NH, ...): by sample (NH, ...), by head (1, ...), or all in one."""
+    if size == x.shape[1]:
+        return x.unbind(0)
+    if size == 1:
+        return [head.unsqueeze(0) for sample in x.unbind(0) for head in sample.unbind(0)]
+    return [x]
+
+
+def _to_chunks(x: Tensor, length: int) -> Tensor:
+    """(..., N, DH) to (G * n, L, DH), padded with zeros if need be."""
+    padding = -x.shape[-2] % length
     if padding:
-        features = tuple(F.pad(x, (0, 0, 0, padding)) for x in features)
-    return tuple(x.unflatten(1, (-1, length)).flatten(0, 1) for x in features)
+        x = F.pad(x, (0, 0, 0, padding))
+    return x.unflatten(-2, (-1, length)).flatten(0, -3)
 
 
 def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
-    """(G * n, L, ...) to (G, N, ...), without the padding."""
-    return x.view(shape[0], -1, *shape[2:])[:, : shape[1]]
+    """(G * n, L, DH) to (..., N, DH), without the padding."""
+    x = x.reshape(*shape[:-2], -1, shape[-1])
+    return x[..., : shape[-2], :]
+
+
+def _like_tokens(x: Tensor) -> Tensor:
+    """New tensor (B, NH, N, DH), in memory (B, N, NH, DH)."""
+    batch, heads, tokens, head_width = x.shape
+    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
+
+
+def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
+    """exp(-m_t), the least denominator; infinite where nothing was ever written, so that h is 0."""
+    return torch.exp(-stats.stabilizer).to(dtype)
 
 
 def chunkwise_forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, chunk_size: int
 ) -> Tuple[Tensor, Tensor]:
-    """mLSTM over a sequence, O(N * (chunk_size + DH)) per head and channel.
+    """mLSTM over sequences, O(N * (chunk_size + DH)) per head and channel.
 
     Args:
-        q, k, v (Tensor): Shape (G, N, DH) with batch and heads flattened to G; float32 or float64.
-        igate, fgate (Tensor): Gate pre-activations, shape (G, N).
+        q, k, v (Tensor): Shape (B, NH, N, DH), any strides; float32 or float64.
+        igate, fgate (Tensor): Gate pre-activations, shape (B, NH, N).
         reverse (bool): Read from last to first.
         chunk_size (int): Largest number of tokens in a chunk.
 
     Returns:
-        tuple[Tensor, Tensor]: h, shape (G, N, DH), and the signed normalizer, shape (G, N), needed
-        for backward.
+        tuple[Tensor, Tensor]: h, shape (B, NH, N, DH) and in memory (B, N, NH, DH); and the signed
+        normalizer, shape (B, NH, N), needed for backward.
     """
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    stats = gate_statistics(igate, fgate, reverse)
-    length = chunk_length(shape[1], chunk_size)
-    gates = _chunk_gates(stats, length, reverse, q.dtype)
-    q, k, v = _to_chunks(length, q, k, v)
-    numerator, normalizer = parallel_forward(q, k, v, gates.weights, scale)
-    if length < shape[1]:
-        memory, state_normalizer = _states(k, v, gates, reverse)
-        reading = q * (gates.from_state * scale)
-        numerator.baddbmm_(reading, memory)
-        normalizer += torch.bmm(reading, state_normalizer.unsqueeze(-1)).squeeze(-1)
-    normalizer = _from_chunks(normalizer, shape[:2])
-    h = _from_chunks(numerator, shape).div_(
-        _denominator(normalizer, stats.stabilizer).unsqueeze(-1)
+    scale = q.shape[-1] ** -0.5
+    stats = gate_statistics(igate.flatten(0, 1), fgate.flatten(0, 1), reverse)
+    length = chunk_length(q.shape[2], chunk_size)
+    gates = chunk_gates(stats, length, reverse, q.dtype)
+    size = _portion_size(q, gates.source.shape[1])
+
+    h = _like_tokens(q)
+    normalizer = torch.empty_like(stats.source, dtype=q.dtype)  # (B * NH, N)
+    for q_, k_, v_, h_, normalizer_, floor, part in zip(
+        *(_portions(x, size) for x in (q, k, v, h)),
+        normalizer.split(size),
+        _floor(stats, q.dtype).split(size),
+        gates.portions(size),
+    ):
+        q_, k_, v_ = (_to_chunks(x, length) for x in (q_, k_, v_))
+        numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse), scale)
+        if length < q.shape[2]:
+            memory, state_normalizer = _states(k_, v_, part, reverse)
+            reading = q_ * _by_token(part.from_state * scale)
+            numerator.baddbmm_(reading, memory)
+            sums += torch.bmm(reading, state_normalizer.transpose(1, 2)).squeeze(-1)
+        normalizer_.copy_(_from_chunks(sums.unsqueeze(-1), (*normalizer_.shape, 1)).squeeze(-1))
+        denominator = torch.maximum(normalizer_.abs(), floor).add_(EPS)
+        torch.div(_from_chunks(numerator, h_.shape), denominator.view(*h_.shape[:-1], 1), out=h_)
+    return h, normalizer.view(q.shape[:3])
+
+
+def _weights(gates: ChunkGates, reverse: bool) -> Tensor:
+    """exp(g_j - M_t) inside the chunks, shape (G * n, L, L)."""
+    return decay_weights(gates.source.flatten(0, 1), gates.running_max.flatten(0, 1), reverse)
+
+
+def _by_token(gate: Tensor) -> Tensor:
+    """(G, n, L, 1) to (G * n, L, 1)."""
+    return gate.flatten(0, 1)
+
+
+def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
+    """Memory (G * n, DH, DH) and normalizer (G * n, 1, DH) that each chunk finds."""
+    written = k * _by_token(gates.to_state)
+    memory = torch.bmm(written.transpose(1, 2), v)
+    return (
+        _found(memory, gates.transfer, reverse),
+        _found(written.sum(1, keepdim=True), gates.transfer, reverse),
     )
-    return h, normalizer
 
 
 def chunkwise_backward(
@@ -182,7 +246,7 @@ def chunkwise_backward(
     normalizer: Tensor,
     reverse: bool,
     chunk_size: int,
-):
+) -> Tuple[Tensor, ...]:
     r"""Gradients of :func:`chunkwise_forward`, with scores and states computed again.
 
     No gradient passes through an exponential or a cumulative sum over pairs of tokens. Because the
@@ -192,52 +256,68 @@ def chunkwise_backward(
     eps) where :math:`e^{-m_t}` is.
 
     Args:
-        h_grad (Tensor): Gradient of h, shape (G, N, DH).
+        h_grad (Tensor): Gradient of h, shape (B, NH, N, DH), any strides.
         q, k, v, igate, fgate, reverse, chunk_size: As in the forward pass.
         h, normalizer (Tensor): Its results.
 
     Returns:
-        tuple[Tensor, ...]: Gradients of q, k, v (G, N, DH) and of igate, fgate (G, N).
+        tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH), in memory (B, N, NH, DH), and of
+        igate, fgate (B, NH, N).
     """
-    shape, scale = q.shape, q.shape[-1] ** -0.5
-    stats = gate_statistics(igate, fgate, reverse)
-    length = chunk_length(shape[1], chunk_size)
-    gates = _chunk_gates(stats, length, reverse, q.dtype)
+    scale = q.shape[-1] ** -0.5
+    fgate = fgate.flatten(0, 1)
+    stats = gate_statistics(igate.flatten(0, 1), fgate, reverse)
+    length = chunk_length(q.shape[2], chunk_size)
+    gates = chunk_gates(stats, length, reverse, q.dtype)
+    size = _portion_size(q, gates.source.shape[1])
 
-    projection = (h_grad * h).sum(-1)  # (G, N)
-    inverse = _denominator(normalizer, stats.stabilizer).reciprocal_()
-    by_normalizer = normalizer.abs() >= torch.exp(-stats.stabilizer)
-    normalizer_grad = torch.where(by_normalizer, projection * inverse * -normalizer.sign(), 0)
-    q, k, v, numerator_grad = _to_chunks(length, q, k, v, h_grad * inverse.unsqueeze(-1))
-    normalizer_grad = _to_chunks(length, normalizer_grad.unsqueeze(-1))[0]  # (G * n, L, 1)
-    q_grad, k_grad, v_grad = parallel_backward(
-        numerator_grad, normalizer_grad, q, k, v, gates.weights, scale
-    )
-    if length < shape[1]:
-        # Through the state that a chunk reads ...
-        memory, state_normalizer = _states(k, v, gates, reverse)
-        reading_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
-        reading_grad.addcmul_(normalizer_grad, state_normalizer.unsqueeze(1))
-        from_state = gates.from_state * scale
-        q_grad.addcmul_(reading_grad, from_state)
-        # ... whose gradients run from chunk to chunk in the opposite direction ...
-        reading = torch.mul(q, from_state, out=reading_grad)
-        memory_grad, state_normalizer_grad = _scan_(
-            torch.bmm(reading.transpose(1, 2), numerator_grad),
-            torch.bmm(normalizer_grad.transpose(1, 2), reading).squeeze(1),
-            gates.decay,
-            not reverse,
-        )
-        # ... and through the state that it writes.
-        written_grad = torch.baddbmm(
-            state_normalizer_grad.unsqueeze(1), v, memory_grad.transpose(1, 2)
-        )
-        k_grad.addcmul_(written_grad, gates.to_state)
-        v_grad.baddbmm_(torch.mul(k, gates.to_state, out=written_grad), memory_grad)
-    source_grad = _from_chunks((k * k_grad).sum(-1), shape[:2])
-    q_grad, k_grad, v_grad = (_from_chunks(grad, shape) for grad in (q_grad, k_grad, v_grad))
+    projection = (h_grad * h).sum(-1).flatten(0, 1)  # (B * NH, N)
+    normalizer, floor = normalizer.flatten(0, 1), _floor(stats, q.dtype)
+    inverse = torch.maximum(normalizer.abs(), floor).add_(EPS).reciprocal_()
+    by_normalizer = normalizer.abs() >= floor
+    projection_part = projection * inverse
+    normalizer_grad = torch.where(by_normalizer, projection_part * -normalizer.sign(), 0)
 
-    eps_part = projection * inverse * EPS  # the stabilizer matters only relative to eps
+    grads = [_like_tokens(q) for _ in range(3)]
+    source_grad = torch.empty_like(normalizer)
+    for q_, k_, v_, h_grad_, q_grad_, k_grad_, v_grad_, source_grad_, inverse_, n_grad, part in zip(
+        *(_portions(x, size) for x in (q, k, v, h_grad, *grads)),
+        *(x.split(size) for x in (source_grad, inverse, normalizer_grad)),
+        gates.portions(size),
+    ):
+        q_, k_, v_, numerator_grad = (
+            _to_chunks(x, length)
+            for x in (q_, k_, v_, h_grad_ * inverse_.view(*h_grad_.shape[:-1], 1))
+        )
+        n_grad = _to_chunks(n_grad.unsqueeze(-1), length)  # (G * n, L, 1)
+        q_grad, k_grad, v_grad = parallel_backward(
+            numerator_grad, n_grad, q_, k_, v_, _weights(part, reverse), scale
+        )
+        if length < q.shape[2]:
+            # Through the state that a chunk reads ...
+            memory, state_normalizer = _states(k_, v_, part, reverse)
+            reading_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
+            reading_grad.addcmul_(n_grad, state_normalizer)
+            from_state, to_state = _by_token(part.from_state * scale), _by_token(part.to_state)
+            q_grad.addcmul_(reading_grad, from_state)
+            # ... whose gradients run from chunk to chunk in the opposite direction ...
+            reading = torch.mul(q_, from_state, out=reading_grad)
+            memory_grad = _found_backward(
+                torch.bmm(reading.transpose(1, 2), numerator_grad), part.transfer, reverse
+            )
+            state_normalizer_grad = _found_backward(
+                torch.bmm(n_grad.transpose(1, 2), reading), part.transfer, reverse
+            )
+            # ... and through the state that it writes.
+            written_grad = torch.baddbmm(state_normalizer_grad, v_, memory_grad.transpose(1, 2))
+            k_grad.addcmul_(written_grad, to_state)
+            v_grad.baddbmm_(torch.mul(k_, to_state, out=written_grad), memory_grad)
+        products = (k_ * k_grad).sum(-1, keepdim=True)
+        source_grad_.copy_(_from_chunks(products, (*source_grad_.shape, 1)).squeeze(-1))
+        for target, grad in ((q_grad_, q_grad), (k_grad_, k_grad), (v_grad_, v_grad)):
+            target.copy_(_from_chunks(grad, target.shape))
+
+    eps_part = projection_part * EPS  # the stabilizer matters only relative to eps
     row_grad = torch.where(by_normalizer, 0, projection - eps_part)
-    igate_grad, fgate_grad = gate_gradients(source_grad, -eps_part, row_grad, fgate, stats, reverse)
-    return q_grad, k_grad, v_grad, igate_grad, fgate_grad
+    gate_grads = gate_gradients(source_grad, -eps_part, row_grad, fgate, stats, reverse)
+    return (*grads, *(grad.view(q.shape[:3]) for grad in gate_grads))

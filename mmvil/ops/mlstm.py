@@ -160,49 +160,40 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _flatten(*tensors: Tensor, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, ...]:
-    """Join batch and heads: (B, NH, N, ...) -> (B * NH, N, ...)."""
-    return tuple(x.flatten(0, 1).to(dtype) for x in tensors)
-
-
 def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int):
     if q.numel() == 0:
-        return torch.empty_like(v, memory_format=torch.contiguous_format), _new_normalizer(q)
-    h, normalizer = chunkwise_forward(
-        *_flatten(q, k, v, dtype=_working_dtype(q.dtype)),
-        *_flatten(igate, fgate),
-        reverse,
-        chunk_size,
-    )
-    return h.reshape(q.shape).to(q.dtype), normalizer.reshape(q.shape[:3])
+        return _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size)
+    features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
+    h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
+    return h.to(q.dtype), normalizer
 
 
 def _mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse: bool, chunk_size: int):
     inputs = (q, k, v, igate, fgate)
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    dtype = _working_dtype(q.dtype)
+    h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     grads = chunkwise_backward(
-        *_flatten(h_grad, q, k, v, dtype=dtype),
-        *_flatten(igate, fgate),
-        *_flatten(h, dtype=dtype),
-        *_flatten(normalizer),
-        reverse,
-        chunk_size,
+        h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
     )
-    return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in zip(grads, inputs))
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 
-def _new_normalizer(q):
-    return q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
+def _like_tokens(x):
+    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
+    batch, heads, tokens, head_width = x.shape
+    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
 def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size):
-    return q.new_empty(q.shape), _new_normalizer(q)
+    return _like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
 
 
 def _mlstm_backward_fake(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, igate, fgate))
+    return (
+        *(_like_tokens(x) for x in (q, k, v)),
+        *(x.new_empty(x.shape) for x in (igate, fgate)),
+    )
 
 
 class _MLSTM(torch.autograd.Function):
