@@ -180,19 +180,24 @@ def fit_to_cpu(cfg: Config) -> list:
         )
     sync_norms = [node for node in _dicts(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
     for node in sync_norms:
-        node.type = 'BN'
+        node.type = 'BN' if cfg.launcher == 'none' else 'mmvil.engine.CPUSyncBatchNorm'
     if sync_norms and cfg.launcher != 'none':
-        notes.append(
-            'no GPU: BN stands in for SyncBN, which torch has for GPUs only, so each process '
-            'normalizes by its own images'
-        )
+        notes.append('no GPU: CPUSyncBatchNorm stands in for SyncBN, which torch has for GPUs only')
     for loader in _loaders(cfg):
         loader.pin_memory = False
 
     if cfg.launcher == 'pytorch':
         # mmengine would choose a CUDA device first; it leaves an existing process group alone.
         torch.distributed.init_process_group('gloo')
-        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+        if cfg.get('strategy') is None:
+            cfg.model_wrapper_cfg = {
+                **dict(type='MMDistributedDataParallel', broadcast_buffers=False),
+                **dict(find_unused_parameters=cfg.get('find_unused_parameters', False)),
+                **(cfg.get('model_wrapper_cfg') or {}),
+                **dict(device_ids=None),
+            }
+        elif cfg.strategy.type == 'FSDPStrategy':
+            cfg.strategy.model_wrapper.device_id = torch.device('cpu')
         notes.append('no GPU: the processes communicate by gloo')
     elif cfg.launcher != 'none':
         raise UserError(f'--launcher {cfg.launcher} needs GPUs; on CPUs use tools/dist_train.sh')

@@ -14,8 +14,12 @@ env_cfg = dict(
     dist_cfg=dict(backend='nccl'),
 )
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
-# Stochastic depth and mixup repeat when a run is resumed.
-custom_hooks = [dict(type='mmvil.IterationSeedHook')]
+custom_hooks = [
+    # Stochastic depth and mixup repeat when a run is resumed.
+    dict(type='mmvil.IterationSeedHook'),
+    # The log shows the loss of the whole batch, not that of the first process.
+    dict(type='mmvil.engine.AverageLogHook'),
+]
 log_level = 'INFO'
 load_from = None
 resume = False

@@ -9,8 +9,12 @@ visualizer = dict(
     type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer'
 )
 log_processor = dict(by_epoch=False)
-# Stochastic depth and mixup repeat when a run is resumed.
-custom_hooks = [dict(type='mmvil.IterationSeedHook')]
+custom_hooks = [
+    # Stochastic depth and mixup repeat when a run is resumed.
+    dict(type='mmvil.IterationSeedHook'),
+    # The log shows the loss of the whole batch, not that of the first process.
+    dict(type='mmvil.engine.AverageLogHook'),
+]
 log_level = 'INFO'
 load_from = None
 resume = False

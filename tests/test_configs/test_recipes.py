@@ -50,7 +50,9 @@ def test_ade20k_model_is_as_published(size, arch, width, channels, drop_path):
     for each, weight in ((head, 1.0), (auxiliary, 0.4)):
         assert each.num_classes == 150 and each.dropout_ratio == 0
         assert each.norm_cfg.type == 'SyncBN' and each.align_corners is False
-        assert each.loss_decode.avg_non_ignore and each.loss_decode.loss_weight == weight
+        # The mean over the labelled pixels of all processes.
+        assert each.loss_decode.type == 'mmvil.engine.GlobalBatchCrossEntropyLoss'
+        assert each.loss_decode.loss_weight == weight
     assert model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
 
 
@@ -150,6 +152,108 @@ def test_imagenet_pipelines_are_as_published(name, size):
     assert blur.magnitude_range == (0.1, 2.0) and blur.magnitude_std == 'inf'
     assert step(test, 'ResizeEdge') == dict(scale=size, edge='short', **bicubic)
     assert step(test, 'CenterCrop') == dict(crop_size=size)
+
+
+@pytest.mark.parametrize(
+    'name, arch, width, drop_path',
+    [('vil1_s_plus', 'small_plus', 384, 0.05), ('vil1_b', 'base', 768, 0.2)],
+)
+def test_long_sequence_recipe_is_as_published(name, arch, width, drop_path):
+    cfg = load(f'{name}_imagenet_stride8')
+    backbone = cfg.model.backbone
+    assert (backbone.version, backbone.arch, backbone.stride) == (1, arch, 8)
+    assert backbone.img_size == 224 and 'patch_size' not in backbone  # 16
+    assert (backbone.out_type, backbone.drop_path_rate) == ('bilateral_avg', drop_path)
+    assert cfg.model.head.in_channels == width
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=1e-5, betas=(0.9, 0.999), weight_decay=1e-8
+    )
+    assert cfg.optim_wrapper.paramwise_cfg == NO_DECAY
+    assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
+    assert 'clip_grad' not in cfg.optim_wrapper
+    (warm_up,) = cfg.param_scheduler  # then constant
+    assert (warm_up.type, warm_up.begin, warm_up.end) == ('LinearLR', 0, 5)
+    assert cfg.train_cfg.max_epochs == 30
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 1024
+    finetune = load('vil_t_imagenet')
+    assert cfg.model.train_cfg == finetune.model.train_cfg
+    for loader in ('train_dataloader', 'val_dataloader'):
+        assert cfg[loader].dataset == finetune[loader].dataset
+
+
+@pytest.mark.parametrize('name', ['a', 'r', 'sketch', 'c'])
+@pytest.mark.parametrize('size', 'tsb')
+def test_robustness_is_evaluated_as_imagenet_is(size, name):
+    cfg, imagenet = load(f'robustness/vil_{size}_imagenet_{name}'), load(f'vil_{size}_imagenet')
+    dataset = cfg.test_dataloader.dataset
+    for part in dataset.get('datasets', [dataset]):
+        assert part.pipeline == imagenet.test_dataloader.dataset.pipeline
+    for key in ('arch', 'img_size', 'out_type'):
+        assert cfg.model.backbone[key] == imagenet.model.backbone[key]
+    assert cfg.model.head == imagenet.model.head
+    assert cfg.model.data_preprocessor == imagenet.model.data_preprocessor
+
+
+@pytest.mark.parametrize('name', ['a', 'r'])
+def test_robustness_subsets_are_the_200_classes(name):
+    timm = pytest.importorskip('timm')
+    folder = Path(timm.__file__).parent / 'data/_info'
+    synsets, subset = (
+        (folder / f'imagenet{part}_synsets.txt').read_text().split() for part in ('', f'_{name}')
+    )
+    classes = load(f'robustness/vil_t_imagenet_{name}').test_evaluator.classes
+    assert [synsets[i] for i in classes] == sorted(subset)
+    assert synsets == sorted(synsets)  # the order of folders is the order of classes
+
+
+def test_imagenet_c_has_15_corruptions_at_5_severities():
+    cfg = load('robustness/vil_t_imagenet_c')
+    prefixes = {part.data_prefix for part in cfg.test_dataloader.dataset.datasets}
+    names = cfg.test_evaluator.reference_errors
+    assert len(names) == 15
+    assert prefixes == {f'{name}/{severity}' for name in names for severity in range(1, 6)}
+
+
+VTAB_CLASSES = dict(
+    **dict(caltech101=102, cifar=100, dtd=47, oxford_flowers102=102, oxford_iiit_pet=37),
+    **dict(svhn=10, sun397=397, patch_camelyon=2, eurosat=10, resisc45=45),
+    **dict(diabetic_retinopathy=5, clevr_count=8, clevr_dist=6, dmlab=6, kitti=4),
+    **dict(dsprites_loc=16, dsprites_ori=16, smallnorb_azi=18, smallnorb_ele=9),
+)
+
+
+def test_vtab1k_has_19_datasets():
+    assert {path.stem for path in (CONFIGS / 'vtab1k').glob('*.py')} == set(VTAB_CLASSES)
+    for name, classes in VTAB_CLASSES.items():
+        assert load(f'vtab1k/{name}').model.head.num_classes == classes
+
+
+@pytest.mark.parametrize('name', VTAB_CLASSES)
+def test_vtab1k_recipe_is_as_published(name):
+    cfg = load(f'vtab1k/{name}')
+    model = cfg.model
+    assert (model.data_preprocessor.mean, model.data_preprocessor.std) == (MEAN, STD)
+    assert model.train_cfg is None and 'drop_path_rate' not in model.backbone
+    assert (model.backbone.img_size, model.backbone.out_type) == (224, 'bilateral_concat')
+    assert model.head.loss == dict(type='CrossEntropyLoss', use_soft=False)
+
+    train, val = cfg.train_dataloader, cfg.val_dataloader
+    assert train.batch_size == cfg.auto_scale_lr.base_batch_size == 64 and train.drop_last
+    assert (train.dataset.ann_file, val.dataset.ann_file) == ('train800.txt', 'val200.txt')
+    for loader in (train, val):
+        load_file, resize, _ = loader.dataset.pipeline
+        assert load_file == dict(type='LoadImageFromFile')
+        assert resize == dict(
+            type='Resize', scale=(224, 224), backend='pillow', interpolation='bicubic'
+        )
+
+    assert_adamw(cfg.optim_wrapper, 1e-3, dict(layer_decay_rate=0.65, flat_decay_mult=0.0))
+    assert cfg.optim_wrapper.dtype == 'bfloat16' and 'clip_grad' not in cfg.optim_wrapper
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.type, warm_up.begin, warm_up.end) == ('LinearLR', 0, 5)
+    assert (cosine.type, cosine.begin, cosine.end) == ('CosineAnnealingLR', 5, 50)
+    assert cosine.eta_min == 0 and cfg.train_cfg.max_epochs == 50
+    assert warm_up.convert_to_iter_based and cosine.convert_to_iter_based
 
 
 def test_camvid_networks_are_compared_under_equal_conditions():

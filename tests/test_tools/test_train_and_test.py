@@ -228,7 +228,7 @@ def test_dist_train_runs_two_processes_and_says_what_stands_in(segmentor, tmp_pa
     assert 'the current batch size is 4' in log  # 2 processes x 2 images
     assert (tmp_path / 'iter_4.pth').exists()
     if 'no GPU' in log:
-        assert 'BN stands in for SyncBN' in log and 'gloo' in log
+        assert 'CPUSyncBatchNorm stands in for SyncBN' in log and 'gloo' in log
 
 
 @pytest.mark.slow

@@ -33,8 +33,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        # The recipe averages the loss over the labelled pixels; mmseg's default counts all.
-        loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True, loss_weight=1.0),
+        # The recipe averages the loss over the labelled pixels, here over those of all processes.
+        loss_decode=dict(type='mmvil.engine.GlobalBatchCrossEntropyLoss', loss_weight=1.0),
     ),
     auxiliary_head=dict(
         type='FCNHead',
@@ -47,7 +47,7 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True, loss_weight=0.4),
+        loss_decode=dict(type='mmvil.engine.GlobalBatchCrossEntropyLoss', loss_weight=0.4),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),
