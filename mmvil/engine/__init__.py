@@ -6,11 +6,14 @@ processes that equal one.
 from .distributed import AverageLogHook, CPUSyncBatchNorm, GlobalBatchCrossEntropyLoss
 from .hooks import IterationSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .metrics import CorruptionError, SubsetAccuracy
 
 __all__ = [
     'AverageLogHook',
     'CPUSyncBatchNorm',
+    'CorruptionError',
     'GlobalBatchCrossEntropyLoss',
     'IterationSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'SubsetAccuracy',
 ]

@@ -15,6 +15,8 @@ import mmvil
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+# Families whose members differ in data and number of classes only.
+FAMILIES = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
 
 SIZE = (52, 70)  # neither square nor multiples of the patch
 
@@ -88,6 +90,21 @@ def test_config_trains_every_parameter(path):
     assert torch.isfinite(total)
     lacking = [name for name, param in model.named_parameters() if param.grad is None]
     assert not lacking
+
+
+@pytest.mark.parametrize('path', FAMILIES, ids=lambda path: f'{path.parent.stem}-{path.stem}')
+def test_config_of_a_family_trains_in_small(path):
+    cfg = Config.fromfile(path)
+    cfg.model.backbone.arch = dict(embed_dims=16, depth=2)
+    cfg.model.head.in_channels = 32
+    model = build_model(cfg)
+    batch = model.data_preprocessor(make_batch(cfg), training=True)
+    classes = cfg.model.head.num_classes
+    for sample in batch['data_samples']:
+        sample.set_gt_label(sample.gt_label % classes)
+    assert model(**batch, mode='predict')[0].pred_score.shape == (classes,)
+    model(**batch, mode='loss')['loss'].backward()
+    assert not [name for name, param in model.named_parameters() if param.grad is None]
 
 
 def test_metafiles_name_configs_that_exist():

@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The configs say what was published, number by number."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -196,8 +197,10 @@ def test_robustness_is_evaluated_as_imagenet_is(size, name):
 
 @pytest.mark.parametrize('name', ['a', 'r'])
 def test_robustness_subsets_are_the_200_classes(name):
-    timm = pytest.importorskip('timm')
-    folder = Path(timm.__file__).parent / 'data/_info'
+    timm = find_spec('timm')
+    if timm is None:
+        pytest.skip('the lists of classes are in timm')
+    folder = Path(timm.origin).parent / 'data/_info'
     synsets, subset = (
         (folder / f'imagenet{part}_synsets.txt').read_text().split() for part in ('', f'_{name}')
     )

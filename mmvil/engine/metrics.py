@@ -1,0 +1,130 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Accuracy of ImageNet classifiers on the data sets that test their robustness."""
+
+from collections import defaultdict
+from pathlib import PurePath
+from typing import Dict, List, Optional, Sequence
+
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS
+
+
+@METRICS.register_module()
+class SubsetAccuracy(BaseMetric):
+    """Accuracy on a data set that has only some of the classes which the model knows.
+
+    ImageNet-A and ImageNet-R have 200 of the 1000 classes. By their definition a model chooses
+    among these 200 only: the prediction is the class of the subset with the best score.
+
+    Args:
+        classes (Sequence[int]): The model's class for each class of the data set: label i of the
+            data set is ``classes[i]`` of the model.
+        topk (Sequence[int]): Default: (1, 5).
+        collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
+        prefix (str, optional): Of the metric's name. Default: 'accuracy'.
+
+    Raises:
+        ValueError: If the data set has another number of classes.
+    """
+
+    default_prefix = 'accuracy'
+
+    def __init__(
+        self,
+        classes: Sequence[int],
+        topk: Sequence[int] = (1, 5),
+        collect_device: str = 'cpu',
+        prefix: Optional[str] = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.classes = list(classes)
+        self.topk = tuple(topk)
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        """Note for each image how many classes of the subset score higher than the right one."""
+        names = (self.dataset_meta or {}).get('classes')
+        if names is not None and len(names) != len(self.classes):
+            raise ValueError(
+                f'The data set has {len(names)} classes, but SubsetAccuracy is told of '
+                f'{len(self.classes)}. Does data_root hold one folder per class and nothing else?'
+            )
+        for sample in data_samples:
+            scores = sample['pred_score'][self.classes]
+            right = scores[sample['gt_label'].item()]
+            self.results.append((scores > right).sum().item())
+
+    def compute_metrics(self, results: List[int]) -> Dict[str, float]:
+        """Percentage of images with the right class among the best k."""
+        return {
+            f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk
+        }
+
+
+@METRICS.register_module()
+class CorruptionError(BaseMetric):
+    """Mean corruption error (mCE) on ImageNet-C.
+
+    The error for a corruption is the mean over its severities, divided by that of a reference
+    model; mCE is the mean over corruptions (Hendrycks and Dietterich, ICLR 2019). Which corruption
+    an image shows is in its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
+
+    Args:
+        reference_errors (Dict[str, float]): Mean error of the reference model, in percent, for each
+            corruption. mCE is reported when all of them were seen at all severities.
+        severities (int): How many severities there are. Default: 5.
+        collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
+        prefix (str, optional): Of the metric's name. Default: 'corruption'.
+
+    Raises:
+        ValueError: If an image is of a corruption without reference error.
+    """
+
+    default_prefix = 'corruption'
+
+    def __init__(
+        self,
+        reference_errors: Dict[str, float],
+        severities: int = 5,
+        collect_device: str = 'cpu',
+        prefix: Optional[str] = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.reference_errors = dict(reference_errors)
+        self.severities = severities
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        """Note for each image what it shows and whether the prediction is wrong."""
+        for sample in data_samples:
+            corruption, severity = PurePath(sample['img_path']).parts[-4:-2]
+            if corruption not in self.reference_errors:
+                raise ValueError(
+                    f'{sample["img_path"]} is of the corruption {corruption!r}; expected '
+                    f'CORRUPTION/SEVERITY/CLASS/IMAGE with one of {list(self.reference_errors)}.'
+                )
+            wrong = sample['pred_score'].argmax().item() != sample['gt_label'].item()
+            self.results.append((corruption, severity, wrong))
+
+    def compute_metrics(self, results: List[tuple]) -> Dict[str, float]:
+        """Mean error of each corruption, mean accuracy, and mCE."""
+        wrong = defaultdict(lambda: defaultdict(list))
+        for corruption, severity, is_wrong in results:
+            wrong[corruption][severity].append(is_wrong)
+        errors = {
+            corruption: 100 * _mean([_mean(images) for images in by_severity.values()])
+            for corruption, by_severity in wrong.items()
+        }
+        metrics = {
+            f'error/{name}': errors[name] for name in self.reference_errors if name in errors
+        }
+        metrics['top1'] = 100 - _mean(list(errors.values()))
+        if set(errors) == set(self.reference_errors) and all(
+            len(by_severity) == self.severities for by_severity in wrong.values()
+        ):
+            metrics['mCE'] = 100 * _mean(
+                [errors[name] / self.reference_errors[name] for name in errors]
+            )
+        return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
