@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.compat import is_exporting
+
 
 class PatchEmbed(nn.Module):
     """Cut an image into patches and project them.
@@ -37,7 +39,7 @@ class PatchEmbed(nn.Module):
         """
         patch_size, stride = self.projection.kernel_size[0], self.projection.stride[0]
         bottom, right = (-(size - patch_size) % stride for size in x.shape[2:])
-        if bottom or right:
+        if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
@@ -53,7 +55,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
     Returns:
         Tensor: Shape (1, rows, columns, D).
     """
-    if tuple(pos_embed.shape[1:3]) == tuple(grid):
+    if not is_exporting() and tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
     maps = pos_embed.permute(0, 3, 1, 2)
     dtype = torch.promote_types(maps.dtype, torch.float32)
@@ -63,4 +65,5 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
 
 def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
     """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
-    return x.view(x.shape[0], *grid, -1).permute(0, 3, 1, 2)
+    maps = x.view(x.shape[0], *grid, -1).permute(0, 3, 1, 2)
+    return maps.contiguous() if is_exporting() else maps

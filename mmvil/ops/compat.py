@@ -14,6 +14,11 @@ def is_compiling() -> bool:
     return torch._utils.is_compiling()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is tracing: one graph for all image sizes."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()  # torch >= 2.7
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast, if it is on, would compute matrix products of x."""
     if x.dtype == torch.float64 or x.device.type == 'meta':
