@@ -6,7 +6,7 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.projections import dense_blocks, headwise_linear, token_conv
+from ..ops.projections import by_head, dense_blocks, headwise_linear, token_conv
 
 
 class HeadwiseLinear(nn.Module):
@@ -30,7 +30,7 @@ class HeadwiseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, E) to (B, NH, N, E / NH)."""
         dense = dense_blocks(self.weight, x.shape[-1] // self.num_heads)
-        return headwise_linear(x, dense, self.bias, self.num_heads)
+        return by_head(headwise_linear(x, dense, self.bias), self.num_heads)
 
     def extra_repr(self) -> str:
         blocks, size, _ = self.weight.shape

@@ -12,7 +12,7 @@ from ..ops import mlstm
 from ..ops.compat import autocast_dtype, without_autocast
 from ..ops.lean_layer import LayerSettings, LayerWeights, lean_layer
 from ..ops.mlstm import BACKENDS, resolve_chunk_size
-from ..ops.projections import gate_preactivations, gate_weights
+from ..ops.projections import fold_gates, gate_preactivations
 from .drop_path import DropPath
 from .projections import HeadwiseLinear, TokenConv
 
@@ -114,15 +114,7 @@ class ViLBlock(nn.Module):
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)  # (B, NH, N, DH)
-        with without_autocast(x):  # gates are never computed in half precision
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            igate, fgate = gate_preactivations(
-                q,
-                k,
-                v,
-                gate_weights(self.igate.weight, self.fgate.weight, self.num_heads).to(dtype),
-                torch.cat([self.igate.bias, self.fgate.bias]).to(dtype),
-            )
+        igate, fgate = self._gates(c, x_m)
         h = mlstm(
             q,
             k,
@@ -136,6 +128,22 @@ class ViLBlock(nn.Module):
         h = h.transpose(1, 2).flatten(2)  # (B, N, E)
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
+
+    def _gates(self, c: Tensor, x_m: Tensor) -> Tuple[Tensor, Tensor]:
+        """Linear maps of [q, k, v] to one scalar per head and token (B, NH, N), without
+        concatenating.
+        """
+        with without_autocast(x_m):  # gates are never computed in half precision
+            dtype = torch.promote_types(c.dtype, torch.float32)
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            biases = [projection.bias for projection in projections]
+            weights = fold_gates(
+                torch.cat([self.igate.weight, self.fgate.weight]).to(dtype),
+                torch.cat([self.igate.bias, self.fgate.bias]).to(dtype),
+                torch.stack([projection.weight for projection in projections]).to(dtype),
+                None if biases[0] is None else torch.stack(biases).to(dtype),
+            )
+            return gate_preactivations(c, x_m, weights)
 
     def _lean_layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
         """The same in one function with a small backward state."""

@@ -30,6 +30,7 @@ from .gates import GateStatistics, gate_gradients, gate_statistics
 from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
 
+PORTION_BYTES = 2**20
 DENSE_TRANSFER = 32
 """Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
 
@@ -130,22 +131,25 @@ def _scan(added: Tensor, decay: Tensor, reverse: bool) -> Tensor:
     return found
 
 
-def _portion_size(q: Tensor, chunks: int) -> int:
-    """Sequences to compute at once: on a CPU what fits into its cache and is one batch of matrices
-    in memory, the heads of a sample or the chunks of one head; elsewhere all.
+def _portion_size(q: Tensor) -> int:
+    """Sequences to compute at once: on a CPU some heads of one sample, whose tensors stay in its
+    cache; elsewhere all there are.
     """
+    batch, heads, tokens, head_width = q.shape
     if q.device.type != 'cpu':
-        return q.shape[0] * q.shape[1]
-    return q.shape[1] if chunks == 1 else 1
+        return batch * heads
+    fitting = max(1, PORTION_BYTES // (tokens * head_width * q.element_size()))
+    return max(size for size in range(1, heads + 1) if heads % size == 0 and size <= fitting)
 
 
 def _portions(x: Tensor, size: int) -> Sequence[Tensor]:
-    """Views of (B, NH, ...): by sample (NH, ...), by head (1, ...), or all in one."""
+    """Views of (B, NH, ...): (size, ...) by sample and some of its heads, or all in one."""
+    if size > x.shape[1]:
+        return [x]
+    samples = x.unbind(0)
     if size == x.shape[1]:
-        return x.unbind(0)
-    if size == 1:
-        return [head.unsqueeze(0) for sample in x.unbind(0) for head in sample.unbind(0)]
-    return [x]
+        return samples
+    return [heads for sample in samples for heads in sample.split(size)]
 
 
 def _to_chunks(x: Tensor, length: int) -> Tensor:
@@ -192,7 +196,7 @@ def chunkwise_forward(
     stats = gate_statistics(igate.flatten(0, 1), fgate.flatten(0, 1), reverse)
     length = chunk_length(q.shape[2], chunk_size)
     gates = chunk_gates(stats, length, reverse, q.dtype)
-    size = _portion_size(q, gates.source.shape[1])
+    size = _portion_size(q)
 
     h = _like_tokens(q)
     normalizer = torch.empty_like(stats.source, dtype=q.dtype)  # (B * NH, N)
@@ -269,7 +273,7 @@ def chunkwise_backward(
     stats = gate_statistics(igate.flatten(0, 1), fgate, reverse)
     length = chunk_length(q.shape[2], chunk_size)
     gates = chunk_gates(stats, length, reverse, q.dtype)
-    size = _portion_size(q, gates.source.shape[1])
+    size = _portion_size(q)
 
     projection = (h_grad * h).sum(-1).flatten(0, 1)  # (B * NH, N)
     normalizer, floor = normalizer.flatten(0, 1), _floor(stats, q.dtype)

@@ -18,10 +18,14 @@ from torch import Tensor
 from .compat import without_autocast
 from .mlstm import refuse_second_derivatives
 from .projections import (
+    GateWeights,
+    by_head,
     dense_blocks,
     diagonal_blocks,
+    fold_gates,
+    fold_gates_backward,
     gate_preactivations,
-    gate_weights,
+    gate_preactivations_backward,
     headwise_linear,
     headwise_linear_backward,
     token_conv,
@@ -86,13 +90,6 @@ def lean_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Ten
     return _LeanLayer.apply(settings, x, *weights)
 
 
-def _gate_parameters(w: LayerWeights, settings: LayerSettings):
-    """Weights (3, NH, DH, 2 NH) and bias (2 NH, ) of both gates, at least in float32."""
-    dtype = torch.float64 if settings.dtype == torch.float64 else torch.float32
-    weights = gate_weights(w.igate_weight, w.fgate_weight, settings.heads).to(dtype)
-    return weights, torch.cat([w.igate_bias, w.fgate_bias]).to(dtype)
-
-
 def _normalize(x: Tensor, w: LayerWeights, settings: LayerSettings):
     """LayerNorm of the input in the dtype of its weights; returns it with mean and inverse
     deviation (B, N, 1).
@@ -103,12 +100,25 @@ def _normalize(x: Tensor, w: LayerWeights, settings: LayerSettings):
     return x_norm.to(settings.dtype), mean, rstd
 
 
-def _dense_weights(w: LayerWeights, settings: LayerSettings):
-    """Weights of the projections to q, k and v, each (groups, width, width)."""
-    head_width = len(w.skip) // settings.heads
-    return dense_blocks(
-        torch.cat([w.q_weight, w.k_weight, w.v_weight]).to(settings.dtype), head_width
-    ).chunk(3)
+class _Projections(NamedTuple):
+    """The weights between the convolution and the cell, as the products take them."""
+
+    blocks: Tensor  # (3, E / 4, 4, 4) of q, k, v, at least float32
+    biases: Optional[Tensor]  # (3, E), at least float32
+    gates: Tensor  # (2 NH, 3E), at least float32
+    dense: Tuple[Tensor, ...]  # of q, k, v, (groups, width, width) in the dtype of the features
+    folded_gates: GateWeights
+
+
+def _projections(w: LayerWeights, settings: LayerSettings) -> _Projections:
+    dtype = torch.promote_types(settings.dtype, torch.float32)
+    blocks = torch.stack([w.q_weight, w.k_weight, w.v_weight]).to(dtype)
+    biases = None if w.q_bias is None else torch.stack([w.q_bias, w.k_bias, w.v_bias]).to(dtype)
+    gates = torch.cat([w.igate_weight, w.fgate_weight]).to(dtype)
+    gates_bias = torch.cat([w.igate_bias, w.fgate_bias]).to(dtype)
+    dense = dense_blocks(blocks.flatten(0, 1).to(settings.dtype), len(w.skip) // settings.heads)
+    folded = fold_gates(gates, gates_bias, blocks, biases)
+    return _Projections(blocks, biases, gates, dense.chunk(3), folded)
 
 
 def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
@@ -125,19 +135,20 @@ def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSett
     """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
     biases = (w.q_bias, w.k_bias, w.v_bias)
     return tuple(
-        headwise_linear(x, weight, _to(bias, settings), settings.heads)
+        by_head(headwise_linear(x, weight, _to(bias, settings)), settings.heads)
         for x, weight, bias in zip((c, c, x_m), dense, biases)
     )
 
 
 def _after_cell(h: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings):
-    """Head-wise norm and skip: the sum before the output gate (B, N, E), then what the norm's
-    backward needs.
+    """Head-wise norm and skip: the sum before the output gate (B, N, E), then the norm's result
+    (B, N, NH, DH) and what its backward needs.
     """
+    h = h.transpose(1, 2)  # as it lies in memory
     h_norm, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, settings.out_norm_eps)
-    h_norm = h_norm.to(settings.dtype)
+    h_norm = h_norm.to(settings.dtype).flatten(2)
     mixed = torch.mul(c, _to(w.skip, settings))
-    mixed = mixed.addcmul_(h_norm.transpose(1, 2).flatten(2), _to(w.out_norm_weight, settings))
+    mixed = mixed.addcmul_(h_norm, _to(w.out_norm_weight, settings))
     if w.out_norm_bias is not None:
         mixed = mixed.add_(_to(w.out_norm_bias, settings))
     return mixed, h_norm, mean, rstd
@@ -161,9 +172,9 @@ class _LeanLayer(torch.autograd.Function):
             )
             x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
             c = F.silu(_convolve(x_m, w, settings), inplace=True)
-            q, k, v = _project(c, x_m, _dense_weights(w, settings), w, settings)
-
-            igate, fgate = gate_preactivations(q, k, v, *_gate_parameters(w, settings))
+            projections = _projections(w, settings)
+            q, k, v = _project(c, x_m, projections.dense, w, settings)
+            igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
             h, normalizer = torch.ops.mmvil.mlstm(
                 q, k, v, igate, fgate, settings.reverse, settings.chunk_size
             )
@@ -203,8 +214,8 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
     y_grad = y_grad.to(settings.dtype)
     a = _convolve(x_m, w, settings)
     c = F.silu(a)
-    dense = _dense_weights(w, settings)
-    q, k, v = _project(c, x_m, dense, w, settings)
+    projections = _projections(w, settings)
+    q, k, v = _project(c, x_m, projections.dense, w, settings)
     mixed, h_norm, mean, rstd = _after_cell(h, c, w, settings)
 
     # Down-projection and output gate.
@@ -218,54 +229,55 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
     # Skip and head-wise norm.
     skip_grad = _over_tokens(mixed_grad * c)
     c_grad = mixed_grad * _to(w.skip, settings)
-    out_norm_weight_grad = _over_tokens(mixed_grad * h_norm.transpose(1, 2).flatten(2))
+    out_norm_weight_grad = _over_tokens(mixed_grad * h_norm)
     out_norm_bias_grad = None if w.out_norm_bias is None else _over_tokens(mixed_grad)
-    h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings)).unflatten(
-        2, (settings.heads, -1)
-    )
+    h_norm_grad = mixed_grad.mul_(_to(w.out_norm_weight, settings))
     h_grad = torch.ops.aten.native_layer_norm_backward(
-        h_norm_grad.transpose(1, 2).contiguous(),
-        h,
+        h_norm_grad.unflatten(2, (settings.heads, -1)),
+        h.transpose(1, 2),
         h.shape[-1:],
         mean,
         rstd,
         None,
         None,
         [True, False, False],
-    )[0]
+    )[0].transpose(1, 2)
 
     # Cell.
     *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
     )
 
-    # Gates: scalars from all of q, k and v.
-    by_operand, _ = _gate_parameters(w, settings)
-    # (B, N, 2 NH)
-    gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).contiguous()
-    gates_bias_grad = _over_tokens(gates_grad)
-    gate_weight_grads = []
-    for index, (y, weight) in enumerate(zip((q, k, v), by_operand)):
-        gate_weight_grads.append(_gate_weight_grad(y, gates_grad))
-        qkv_grads[index] = _add_gate_part(qkv_grads[index], gates_grad, weight).to(settings.dtype)
-    gates_weight_grad = torch.cat(gate_weight_grads, dim=1)  # (2 NH, 3 E)
+    # Projections: values come from x_m directly, queries, keys and gates through the convolution.
+    x_m_grad = torch.zeros_like(x_m)
+    block_grads, bias_grads = [], []
+    for y_grad, tokens, dense, grad in zip(
+        qkv_grads, (c, c, x_m), projections.dense, (c_grad, c_grad, x_m_grad)
+    ):
+        y_grad = y_grad.transpose(1, 2).flatten(2)
+        dense_grad, bias_grad = headwise_linear_backward(
+            y_grad, tokens, dense, w.q_bias is not None, grad
+        )
+        block_grads.append(dense_grad)
+        bias_grads.append(bias_grad)
+    folded_grads = gate_preactivations_backward(
+        torch.cat([igate_grad, fgate_grad], 1), c, x_m, projections.folded_gates, c_grad, x_m_grad
+    )
+    gates_grad, blocks_grad, biases_grad = fold_gates_backward(
+        folded_grads, projections.gates, projections.blocks, projections.biases
+    )
+    gates_bias_grad = folded_grads.bias
+    blocks_grad = blocks_grad + diagonal_blocks(
+        torch.cat(block_grads), w.q_weight.shape[-1]
+    ).view_as(blocks_grad)
+    if biases_grad is None:
+        biases_grad = (None, None, None)
+    else:
+        biases_grad = biases_grad + torch.stack(bias_grads)
 
-    # Projections, convolution, up-projection, norm.
-    q_x_grad, q_dense_grad, q_bias_grad = headwise_linear_backward(
-        qkv_grads[0], c, dense[0], w.q_bias is not None
-    )
-    k_x_grad, k_dense_grad, k_bias_grad = headwise_linear_backward(
-        qkv_grads[1], c, dense[1], w.k_bias is not None
-    )
-    v_x_grad, v_dense_grad, v_bias_grad = headwise_linear_backward(
-        qkv_grads[2], x_m, dense[2], w.v_bias is not None
-    )
-    q_weight_grad, k_weight_grad, v_weight_grad = diagonal_blocks(
-        torch.cat([q_dense_grad, k_dense_grad, v_dense_grad]), w.q_weight.shape[-1]
-    ).chunk(3)
-    c_grad.view(q_x_grad.shape).add_(q_x_grad).add_(k_x_grad)
+    # Convolution, up-projection, norm.
     a_grad = torch.ops.aten.silu_backward(c_grad, a)
-    x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
+    conv_x_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
         a_grad,
         x_m,
         _to(w.conv_weight, settings),
@@ -273,8 +285,7 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
         settings.grid,
         settings.reverse,
     )
-    x_m_grad.view(v_x_grad.shape).add_(v_x_grad)
-
+    x_m_grad += conv_x_grad
     x_norm, mean, rstd = _normalize(x, w, settings)
     up_m, up_z = _to(w.up_weight, settings).chunk(2)
     up_weight_grad = torch.cat([_weight_grad(x_m_grad, x_norm), _weight_grad(z_grad, x_norm)])
@@ -303,15 +314,15 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
         up_bias_grad,
         conv_weight_grad,
         conv_bias_grad,
-        q_weight_grad,
-        q_bias_grad,
-        k_weight_grad,
-        k_bias_grad,
-        v_weight_grad,
-        v_bias_grad,
-        gates_weight_grad[:heads],
+        blocks_grad[0],
+        biases_grad[0],
+        blocks_grad[1],
+        biases_grad[1],
+        blocks_grad[2],
+        biases_grad[2],
+        gates_grad[:heads],
         gates_bias_grad[:heads],
-        gates_weight_grad[heads:],
+        gates_grad[heads:],
         gates_bias_grad[heads:],
         out_norm_weight_grad,
         out_norm_bias_grad,
@@ -329,18 +340,3 @@ def _over_tokens(x: Tensor) -> Tensor:
 def _weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
     """Gradient (out, in) of a linear map's weight from (B, N, out) and (B, N, in)."""
     return torch.matmul(y_grad.flatten(0, 1).t(), x.flatten(0, 1))
-
-
-def _gate_weight_grad(y: Tensor, gates_grad: Tensor) -> Tensor:
-    """From y (B, NH, N, DH) and the gates' gradient (B, N, 2 NH) to (2 NH, NH * DH)."""
-    by_sample = torch.matmul(y.to(gates_grad.dtype).transpose(2, 3), gates_grad.unsqueeze(1))
-    return by_sample.sum(0).flatten(0, 1).t()  # from (NH, DH, 2 NH)
-
-
-def _add_gate_part(y_grad: Tensor, gates_grad: Tensor, weight: Tensor) -> Tensor:
-    """Add to y_grad (B, NH, N, DH) what comes through the gates, whose weight is (NH, DH, 2 NH)."""
-    batch, heads = y_grad.shape[:2]
-    by_head = gates_grad.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
-    weight = weight.transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)
-    total = y_grad.flatten(0, 1).to(gates_grad.dtype).baddbmm_(by_head, weight)
-    return total.view(y_grad.shape)

@@ -5,7 +5,7 @@ exporters.
 What is decided here and nowhere else: the checks, the arithmetic's dtype, and which form runs.
 """
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor

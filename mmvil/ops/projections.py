@@ -3,11 +3,13 @@
 their explicit gradients.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .compat import is_compiling, is_exporting
 
 DENSE_BLOCK = 32
 """Width up to which small diagonal blocks are joined into one dense block. Matrix units want that
@@ -54,97 +56,158 @@ def _joined_blocks(size: int, head_width: int) -> int:
     return joined
 
 
-def _tokens_to_groups(x: Tensor, width: int) -> Tensor:
+def _groups(x: Tensor, width: int) -> Tensor:
     """View (B, N, E) as (groups, B * N, width)."""
     return x.reshape(-1, x.shape[-1] // width, width).transpose(0, 1)
 
 
-def _heads_to_groups(x: Tensor, width: int) -> Tensor:
-    """(B, NH, N, DH) to (groups, B * N, width)."""
-    batch, heads, tokens, head_width = x.shape
-    x = x.view(batch, heads, tokens, head_width // width, width).permute(1, 3, 0, 2, 4)
-    return x.reshape(-1, batch * tokens, width)
-
-
-def _groups_to_heads(x: Tensor, batch: int, heads: int) -> Tensor:
-    """(groups, B * N, width) to (B, NH, N, DH), contiguous."""
-    groups, tokens, width = x.shape
-    x = x.view(heads, groups // heads, batch, tokens // batch, width).permute(2, 0, 3, 1, 4)
-    return x.reshape(batch, heads, tokens // batch, -1).contiguous()
-
-
-def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor], heads: int) -> Tensor:
-    """Block-diagonal linear map whose result comes out by head.
+def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Block-diagonal linear map.
 
     Args:
         x (Tensor): Tokens, shape (B, N, E).
         dense (Tensor): Weight of :func:`dense_blocks`, shape (groups, width, width) with groups *
             width = E.
         bias (Tensor, optional): Shape (E, ).
-        heads (int): NH; E / NH is a multiple of the width.
 
     Returns:
-        Tensor: Shape (B, NH, N, DH), contiguous, DH = E / NH.
+        Tensor: Shape (B, N, E).
     """
-    groups, width, _ = dense.shape
-    x_groups = _tokens_to_groups(x, width)
-    if bias is None:
-        y = torch.bmm(x_groups, dense)
-    else:
-        y = torch.baddbmm(bias.view(groups, 1, width), x_groups, dense)
-    return _groups_to_heads(y, x.shape[0], heads)
+    width = dense.shape[1]
+    if torch.is_grad_enabled() or is_compiling():  # which results written elsewhere do not suit
+        y = torch.bmm(_groups(x, width), dense).transpose(0, 1).reshape(x.shape)
+        return y if bias is None else y + bias
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.bmm(_groups(x, width), dense, out=_groups(y, width))
+    return y if bias is None else y.add_(bias)
 
 
 def headwise_linear_backward(
-    y_grad: Tensor, x: Tensor, dense: Tensor, with_bias: bool
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    y_grad: Tensor, x: Tensor, dense: Tensor, with_bias: bool, x_grad: Tensor
+) -> Tuple[Tensor, Optional[Tensor]]:
     """Gradients of :func:`headwise_linear`.
 
     Args:
-        y_grad (Tensor): Shape (B, NH, N, DH).
+        y_grad (Tensor): Shape (B, N, E).
         x (Tensor): The tokens of the forward pass, shape (B, N, E).
         dense (Tensor): Shape (groups, width, width).
         with_bias (bool): Whether there is a bias.
+        x_grad (Tensor): Shape (B, N, E), contiguous; the gradient of x is added to it.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor | None]: Gradients of x (a view of shape (B, N, groups, width),
-        not contiguous), of dense and of the bias (E, ).
+        tuple[Tensor, Tensor | None]: Gradients of dense and of the bias (E, ).
     """
-    groups, width, _ = dense.shape
-    y_grad = _heads_to_groups(y_grad, width)
-    x_grad = (
-        torch.bmm(y_grad, dense.transpose(1, 2))
-        .view(groups, *x.shape[:2], width)
-        .permute(1, 2, 0, 3)
-    )
-    dense_grad = torch.bmm(_tokens_to_groups(x, width).transpose(1, 2), y_grad)
-    return x_grad, dense_grad, y_grad.sum(1).view(-1) if with_bias else None
+    width = dense.shape[1]
+    y_grad_groups = _groups(y_grad, width)
+    _groups(x_grad, width).baddbmm_(y_grad_groups, dense.transpose(1, 2))
+    dense_grad = torch.bmm(_groups(x, width).transpose(1, 2), y_grad_groups)
+    return dense_grad, y_grad.sum((0, 1)) if with_bias else None
 
 
-def gate_weights(igate_weight: Tensor, fgate_weight: Tensor, heads: int) -> Tensor:
-    """Both gates' weights (NH, 3E) by operand (q, k, v) and head: (3, NH, DH, 2 NH)."""
-    both = torch.cat([igate_weight, fgate_weight])
-    return both.view(2 * heads, 3, heads, -1).permute(1, 2, 3, 0)
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """View tokens (B, N, E) as (B, NH, N, DH)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def gate_preactivations(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, bias: Tensor
-) -> Tuple[Tensor, Tensor]:
-    """Linear map of the concatenation [q, k, v] to one scalar per gate, head and token, without
-    concatenating.
+class GateWeights(NamedTuple):
+    """Both gates as linear maps of the tokens before the projections to q, k and v; the input
+    gates' NH rows come first.
+    """
+
+    c: Tensor  # (2 NH, E), for what q and k are made of
+    x: Tensor  # (2 NH, E), for what v is made of
+    bias: Tensor  # (2 NH, )
+
+
+def _by_block(gates: Tensor, size: int) -> Tensor:
+    """(2 NH, 3E) to (3, blocks, 2 NH, size), the first axis for q, k and v."""
+    return gates.view(gates.shape[0], 3, -1, size).permute(1, 2, 0, 3)
+
+
+def fold_gates(
+    gates: Tensor, gates_bias: Tensor, weights: Tensor, biases: Optional[Tensor]
+) -> GateWeights:
+    """Carry the gates' weights for [q, k, v] through the projections.
+
+    The gates are linear in q, k and v, and these in the convolved tokens c and in x. So the gates
+    are linear in c and x, for which two narrow matrix products suffice.
 
     Args:
-        q, k, v (Tensor): Shape (B, NH, N, DH); computed in the dtype of the weights.
-        weights (Tensor): Of :func:`gate_weights`, shape (3, NH, DH, 2 NH).
-        bias (Tensor): Input gate, then forget gate, shape (2 NH, ).
+        gates (Tensor): Weights for the concatenation of q, k and v, shape (2 NH, 3E).
+        gates_bias (Tensor): Shape (2 NH, ).
+        weights (Tensor): Diagonal blocks of the projections to q, k, v: (3, blocks, out, in).
+        biases (Tensor, optional): Their biases, shape (3, E).
+
+    Returns:
+        GateWeights: Of :func:`gate_preactivations`.
+    """
+    folded = torch.matmul(_by_block(gates, weights.shape[-1]), weights)
+    q, k, v = folded.transpose(1, 2).flatten(2).unbind()
+    if biases is not None:
+        gates_bias = torch.addmv(gates_bias, gates, biases.flatten())
+    return GateWeights(q + k, v, gates_bias)
+
+
+def fold_gates_backward(
+    grads: GateWeights, gates: Tensor, weights: Tensor, biases: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Gradients of :func:`fold_gates`.
+
+    Args:
+        grads (GateWeights): Gradients of its result.
+        gates, weights, biases: As in the forward pass.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor | None]: Gradients of the gates' weights (2 NH, 3E), of the
+        projections' weights (3, blocks, out, in) and biases (3, E).
+    """
+    size = weights.shape[-1]
+    folded_grad = _by_block(torch.cat([grads.c, grads.c, grads.x], dim=1), size)
+    gates_grad = torch.matmul(folded_grad, weights.transpose(2, 3)).permute(2, 0, 1, 3).flatten(1)
+    weights_grad = torch.matmul(_by_block(gates, size).transpose(2, 3), folded_grad)
+    if biases is None:
+        return gates_grad, weights_grad, None
+    gates_grad = torch.addr(gates_grad, grads.bias, biases.flatten())
+    return gates_grad, weights_grad, torch.mv(gates.t(), grads.bias).view(3, -1)
+
+
+def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Tensor, Tensor]:
+    """One scalar per gate, head and token, without q, k, v and their concatenation.
+
+    Args:
+        c (Tensor): Convolved tokens, shape (B, N, E); computed in the dtype of the weights.
+        x (Tensor): Tokens before the convolution, shape (B, N, E).
+        weights (GateWeights): Of :func:`fold_gates`.
 
     Returns:
         tuple[Tensor, Tensor]: igate and fgate, shape (B, NH, N).
     """
-    gates = sum(torch.matmul(x.to(weights.dtype), weight) for x, weight in zip((q, k, v), weights))
-    gates = gates.sum(1) + bias  # over the heads that are read: (B, N, 2 NH)
-    igate, fgate = gates.transpose(1, 2).contiguous().chunk(2, dim=1)
+    c_flat, x_flat = (tokens.flatten(0, 1).to(weights.bias.dtype) for tokens in (c, x))
+    gates = torch.addmm(weights.bias, c_flat, weights.c.t())
+    gates = gates + torch.mm(x_flat, weights.x.t())
+    igate, fgate = gates.view(*c.shape[:2], -1).transpose(1, 2).contiguous().chunk(2, dim=1)
     return igate, fgate
+
+
+def gate_preactivations_backward(
+    gates_grad: Tensor, c: Tensor, x: Tensor, weights: GateWeights, c_grad: Tensor, x_grad: Tensor
+) -> GateWeights:
+    """Gradients of :func:`gate_preactivations`.
+
+    Args:
+        gates_grad (Tensor): Gradients of igate and fgate, shape (B, 2 NH, N).
+        c, x, weights: As in the forward pass.
+        c_grad, x_grad (Tensor): Shape (B, N, E), contiguous; the gradients of c and x are added.
+
+    Returns:
+        GateWeights: Gradients of the weights.
+    """
+    flat_grad = gates_grad.transpose(1, 2).flatten(0, 1).to(weights.bias.dtype)  # (B * N, 2 NH)
+    weights_grad = []
+    for tokens, weight, grad in ((c, weights.c, c_grad), (x, weights.x, x_grad)):
+        weights_grad.append(torch.mm(flat_grad.t(), tokens.flatten(0, 1).to(flat_grad.dtype)))
+        grad.view(-1, grad.shape[2]).addmm_(flat_grad.to(grad.dtype), weight.to(grad.dtype))
+    return GateWeights(*weights_grad, flat_grad.sum(0))
 
 
 def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):
@@ -182,6 +245,8 @@ def token_conv(
     """
     causal = weight.dim() == 3
     maps, weight, padding = _conv_layout(x, weight, grid)
+    if is_exporting():  # the strides of a view would tie the graph to a batch size
+        maps = maps.contiguous()
     if reverse:
         weight = weight.flip(2, 3)
     y = F.conv2d(maps, weight, bias, padding=padding, groups=x.shape[-1])

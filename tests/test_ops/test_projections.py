@@ -5,8 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from mmvil.ops.projections import (
+    by_head,
     dense_blocks,
     diagonal_blocks,
+    fold_gates,
+    fold_gates_backward,
+    gate_preactivations,
+    gate_preactivations_backward,
     headwise_linear,
     headwise_linear_backward,
     token_conv,
@@ -19,12 +24,12 @@ def test_headwise_linear_equals_dense_product(head_width):
     heads, blocks = 2, 2 * head_width // 4
     x = torch.randn(3, 7, heads * head_width, dtype=torch.float64)
     weight, bias = torch.randn(blocks, 4, 4).double(), torch.randn(heads * head_width).double()
-    expected = (
-        F.linear(x, torch.block_diag(*weight), bias).unflatten(2, (heads, -1)).transpose(1, 2)
-    )
-    actual = headwise_linear(x, dense_blocks(weight, head_width), bias, heads)
-    assert actual.is_contiguous()
-    torch.testing.assert_close(actual, expected)
+    expected = F.linear(x, torch.block_diag(*weight), bias)
+    dense = dense_blocks(weight, head_width)
+    torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
+    with torch.no_grad():  # written in place
+        torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
+    assert by_head(expected, heads).shape == (3, heads, 7, head_width)
 
 
 def test_diagonal_blocks_undoes_dense_blocks():
@@ -36,12 +41,46 @@ def test_headwise_linear_backward_equals_autograd():
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     dense = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(32, dtype=torch.float64, requires_grad=True)
-    y = headwise_linear(x, dense, bias, 2)
+    y = headwise_linear(x, dense, bias)
     y_grad = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, dense, bias), y_grad)
-    x_grad, dense_grad, bias_grad = headwise_linear_backward(y_grad, x, dense, True)
-    for actual, value in zip((x_grad.flatten(2), dense_grad, bias_grad), expected):
-        torch.testing.assert_close(actual, value)
+    x_grad = torch.ones_like(x)  # is added to
+    with torch.no_grad():
+        actual = headwise_linear_backward(y_grad, x, dense, True, x_grad)
+    for got, value in zip((x_grad - 1, *actual), expected):
+        torch.testing.assert_close(got, value)
+
+
+@pytest.mark.parametrize('with_bias', [True, False])
+def test_gates_equal_linear_maps_of_q_k_and_v(with_bias):
+    def make(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    heads, width = 2, 16
+    c, x, weights = make(3, 5, width), make(3, 5, width), make(3, width // 4, 4, 4)
+    gates, bias = make(2 * heads, 3 * width), make(2 * heads)
+    biases = make(3, width) if with_bias else None
+    inputs = [c, x, gates, bias, weights] + ([biases] if with_bias else [])
+    qkv = [
+        F.linear(tokens, torch.block_diag(*weight), biases[i] if with_bias else None)
+        for i, (tokens, weight) in enumerate(zip((c, c, x), weights))
+    ]
+    expected = F.linear(torch.cat(qkv, -1), gates, bias).transpose(1, 2)  # (B, 2 NH, N)
+    grad = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, inputs, grad)
+
+    with torch.no_grad():
+        folded = fold_gates(gates, bias, weights, biases)
+        actual = torch.cat(gate_preactivations(c, x, folded), 1)
+        c_grad, x_grad = torch.ones_like(c), torch.ones_like(x)  # are added to
+        folded_grads = gate_preactivations_backward(grad, c, x, folded, c_grad, x_grad)
+        gates_grad, weights_grad, biases_grad = fold_gates_backward(
+            folded_grads, gates, weights, biases
+        )
+    torch.testing.assert_close(actual, expected)
+    actual_grads = [c_grad - 1, x_grad - 1, gates_grad, folded_grads.bias, weights_grad]
+    for got, value in zip(actual_grads + ([biases_grad] if with_bias else []), expected_grads):
+        torch.testing.assert_close(got, value)
 
 
 @pytest.mark.parametrize('grid', [(1, 1), (3, 5), (4, 2)])
