@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Compile Triton kernels for GPUs that are not there, and read what they need.
 
-Two ways in. With host code that launches kernels, let it run on small CPU tensors and compile what it
-would have launched, exactly as it would have been specialized:
+Two ways in. With host code that launches kernels, let it run on small CPU tensors and compile what
+it would have launched, exactly as it would have been specialized:
 
     for launch in record_launches(lambda: mlstm_forward(q, k, v, igate, fgate, False)):
         print(launch.name, compile_launch(launch, 'sm_90'))

@@ -1,0 +1,437 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The matrix products of the chunkwise mLSTM, see :mod:`mmvil.ops.triton.mlstm` for the equations.
+
+Everywhere: a program works for one sample and head, on one tile of tokens or of a state. Positions
+count in reading order; a cell that reads backwards gets negative strides, so that the kernels know
+one direction only. Gate scalars g and M come in float64, and leave it as differences from the M of
+a token nearby.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    add_product,
+    dot,
+    load_tile,
+    load_tiles,
+    matrix,
+    scores,
+    store_tiles,
+    zero_tiles,
+)
+
+EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def denominators_kernel(
+    h_grad,
+    h,
+    normalizer,
+    h_grad_strides,
+    h_strides,
+    normalizer_strides,
+    floor,
+    inverse,
+    normalizer_grad,
+    row_grad,
+    stabilizer_grad,
+    heads,
+    length,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Scalars of the backward pass, per token: 1 / denominator and the gradients that need no
+    matrix product.
+    """
+    tiles = tl.cdiv(length, ROWS)
+    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    projection = tl.zeros((ROWS,), tl.float32)
+    h_grad = matrix(h_grad, h_grad_strides, program, heads)
+    h = matrix(h, h_strides, program, heads)
+    for left in range(0, DH, WIDTH):
+        grad_tile = load_tile(h_grad, h_grad_strides, start, length, left, ROWS, DH, WIDTH)
+        h_tile = load_tile(h, h_strides, start, length, left, ROWS, DH, WIDTH)
+        projection += tl.sum(grad_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+    token = start + tl.arange(0, ROWS)
+    inside = token < length
+    at = tl.cast(program, tl.int64) * length + token
+    n = matrix(normalizer, normalizer_strides, program, heads)
+    n = tl.load(n + tl.cast(token, tl.int64) * normalizer_strides[2], mask=inside, other=0.0)
+    smallest = tl.load(floor + at, mask=inside, other=1.0)
+    by_normalizer = tl.abs(n) >= smallest
+    inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
+    eps_part = projection * inv * EPS
+    n_grad = tl.where(n > 0, -projection, tl.where(n < 0, projection, 0.0)) * inv
+    tl.store(inverse + at, inv, mask=inside)
+    tl.store(normalizer_grad + at, tl.where(by_normalizer, n_grad, 0.0), mask=inside)
+    tl.store(row_grad + at, tl.where(by_normalizer, 0.0, projection - eps_part), mask=inside)
+    tl.store(stabilizer_grad + at, -eps_part, mask=inside)
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def states_kernel(
+    a,
+    b,
+    a_strides,
+    b_strides,
+    source,
+    running_max,
+    inverse,
+    normalizer_grad,
+    states,
+    state_vectors,
+    heads,
+    length,
+    chunk,
+    scale,
+    DH: tl.constexpr,
+    A_WIDTH: tl.constexpr,
+    B_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One (A_WIDTH, B_WIDTH) tile of the state before each chunk but the first; GRAD: of its
+    gradient.
+
+    The state is k times v, summed from the first token on. Its gradient is q times the gradient of
+    h, summed from the last token back. ``states`` is (B * NH, chunks - 1, DH, DH),
+    ``state_vectors`` (B * NH, chunks - 1, DH).
+    """
+    across: tl.constexpr = (DH + B_WIDTH - 1) // B_WIDTH
+    down: tl.constexpr = (DH + A_WIDTH - 1) // A_WIDTH
+    program = tl.program_id(0) // (across * down)
+    tile = tl.program_id(0) % (across * down)
+    top, left = tile // across * A_WIDTH, tile % across * B_WIDTH
+    a = matrix(a, a_strides, program, heads)
+    b = matrix(b, b_strides, program, heads)
+    row = tl.cast(program, tl.int64) * length
+    bounds = tl.cdiv(length, chunk) - 1
+    STATE = states.dtype.element_ty
+
+    total = tl.zeros((A_WIDTH, B_WIDTH), tl.float32)
+    vector = tl.zeros((A_WIDTH,), tl.float32)
+    # Forward from the first token to the last bound between chunks, or back from the last token to
+    # the first bound. The running sum is always relative to M at its front.
+    first = chunk if GRAD else 0
+    last = length if GRAD else bounds * chunk
+    steps = tl.cdiv(last - first, ROWS)
+    front = tl.load(running_max + row + (length - 1 if GRAD else 0))
+    for step in range(0, steps):
+        start = first + (steps - 1 - step if GRAD else step) * ROWS
+        bound = start if GRAD else start + ROWS
+        new_front = tl.load(running_max + row + bound - 1)
+        token = start + tl.arange(0, ROWS)
+        inside = token < last
+        if GRAD:
+            m = tl.load(running_max + row + token, mask=inside, other=float('inf'))
+            weight = tl.exp((new_front - m).to(tl.float32)) * scale
+            of_n = weight * tl.load(normalizer_grad + row + token, mask=inside, other=0.0)
+            weight *= tl.load(inverse + row + token, mask=inside, other=0.0)
+            decay = tl.exp((new_front - front).to(tl.float32))
+        else:
+            g = tl.load(source + row + token)
+            weight = tl.exp((g - new_front).to(tl.float32))
+            of_n = weight
+            decay = tl.exp((front - new_front).to(tl.float32))
+        a_tile = load_tile(a, a_strides, start, last, top, ROWS, DH, A_WIDTH).to(tl.float32)
+        b_tile = load_tile(b, b_strides, start, last, left, ROWS, DH, B_WIDTH)
+        weighted = (a_tile * weight[:, None]).to(STATE)
+        total = dot(tl.trans(weighted), b_tile.to(STATE), total * decay, PRECISION)
+        vector = vector * decay + tl.sum(a_tile * of_n[:, None], 0)
+        front = new_front
+        # Written at the bounds only: by a mask, as a branch would end the pipelining.
+        width_if_bound = tl.where(bound % chunk == 0, DH, 0)
+        index = tl.cast(program, tl.int64) * bounds + (bound // chunk - 1)
+        down_index, across_index = top + tl.arange(0, A_WIDTH), left + tl.arange(0, B_WIDTH)
+        to = states + index * DH * DH + down_index[:, None] * DH + across_index[None, :]
+        mask = (down_index < width_if_bound)[:, None] & (across_index < DH)[None, :]
+        tl.store(to, total.to(STATE), mask=mask)
+        to = state_vectors + index * DH + down_index
+        tl.store(to, vector, mask=down_index < tl.where(left == 0, width_if_bound, 0))
+
+
+@triton.jit
+def _read_state(
+    a,
+    a_strides,
+    start,
+    length,
+    state,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Product of rows of a with a state (DH, DH) or its transpose, as a tuple of tiles."""
+    strides = (0, 0, 1, DH) if TRANSPOSED else (0, 0, DH, 1)
+    totals = zero_tiles(ROWS, WIDTH, TILES)
+    for left in range(0, DH, STEP):
+        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
+        state_rows = load_tiles(state, strides, left, DH, STEP, DH, WIDTH, TILES)
+        totals = add_product(
+            totals, a_tile.to(state.dtype.element_ty), state_rows, TILES, PRECISION
+        )
+    return totals
+
+
+@triton.jit
+def _scaled(tiles, factor, TILES: tl.constexpr):
+    """Every row times its factor."""
+    scaled = ()
+    for i in tl.static_range(TILES):
+        scaled = scaled + (tiles[i] * factor[:, None],)
+    return scaled
+
+
+@triton.jit
+def _plus_outer(tiles, factor, vector, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
+    """Add factor (ROWS, ) times vector (DH, )."""
+    sums = ()
+    for i in tl.static_range(TILES):
+        column = i * WIDTH + tl.arange(0, WIDTH)
+        part = tl.load(vector + column, mask=column < DH, other=0.0)
+        sums = sums + (tiles[i] + factor[:, None] * part[None, :],)
+    return sums
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def readers_kernel(
+    a,
+    b,
+    c,
+    out,
+    a_strides,
+    b_strides,
+    c_strides,
+    out_strides,
+    source,
+    running_max,
+    floor,
+    normalizer,
+    normalizer_strides,
+    inverse,
+    normalizer_grad,
+    states,
+    state_vectors,
+    heads,
+    length,
+    chunk,
+    scale,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    """For a tile of reading tokens t, sums over what was written before: h, or (GRAD) dq.
+
+    With (a, b, c) = (q, k, v) it gives h and the normalizer, with (dh, v, k) it gives dq.
+    """
+    tiles = tl.cdiv(length, ROWS)
+    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    a = matrix(a, a_strides, program, heads)
+    b = matrix(b, b_strides, program, heads)
+    c = matrix(c, c_strides, program, heads)
+    out = matrix(out, out_strides, program, heads)
+    row = tl.cast(program, tl.int64) * length
+    token = start + tl.arange(0, ROWS)
+    inside = token < length
+    base = tl.load(running_max + row + start)
+    m = tl.load(running_max + row + token, mask=inside, other=float('inf'))
+    m = (m - base).to(tl.float32)
+    if GRAD:
+        inv = tl.load(inverse + row + token, mask=inside, other=0.0)
+        n = tl.load(normalizer_grad + row + token, mask=inside, other=0.0)
+    else:
+        n = tl.zeros((ROWS,), tl.float32)
+
+    chunk_start = start // chunk * chunk
+    totals = zero_tiles(ROWS, WIDTH, TILES)
+    if chunk_start > 0:  # the chunks read before, through the state
+        before = (tl.load(running_max + row + chunk_start - 1) - base).to(tl.float32)
+        weight = tl.exp(before - m) * scale
+        bounds = tl.cdiv(length, chunk) - 1
+        index = tl.cast(program, tl.int64) * bounds + (chunk_start // chunk - 1)
+        state, vector = states + index * DH * DH, state_vectors + index * DH
+        totals = _read_state(
+            a, a_strides, start, length, state, GRAD, ROWS, STEP, DH, WIDTH, TILES, STATE_PRECISION
+        )
+        if GRAD:
+            totals = _scaled(totals, weight * inv, TILES)
+            totals = _plus_outer(totals, weight * n, vector, DH, WIDTH, TILES)
+        else:
+            totals = _scaled(totals, weight, TILES)
+            for left in range(0, DH, STEP):
+                a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
+                column = left + tl.arange(0, STEP)
+                part = tl.load(vector + column, mask=column < DH, other=0.0)
+                n += weight * tl.sum(a_tile.to(tl.float32) * part[None, :], 1)
+
+    a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
+    for left in range(chunk_start, tl.minimum(start + ROWS, length), COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        g = tl.load(source + row + column, mask=column < length, other=float('-inf'))
+        g = (g - base).to(tl.float32)
+        b_tiles = load_tiles(b, b_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        c_tiles = load_tiles(c, c_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION)
+        if GRAD:
+            weight = weight * inv[:, None] + n[:, None]
+        read = token[:, None] >= column[None, :]
+        logarithm = tl.where(read, g[None, :] - m[:, None], float('-inf'))
+        weight *= tl.exp(logarithm) * scale
+        if not GRAD:
+            n += tl.sum(weight, 1)
+        totals = add_product(totals, weight.to(c.dtype.element_ty), c_tiles, TILES, PRECISION)
+
+    if not GRAD:
+        smallest = tl.load(floor + row + token, mask=inside, other=1.0)
+        totals = _scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), TILES)
+        to = matrix(normalizer, normalizer_strides, program, heads)
+        tl.store(to + tl.cast(token, tl.int64) * normalizer_strides[2], n, mask=inside)
+    store_tiles(out, out_strides, start, length, totals, ROWS, DH, WIDTH, TILES)
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def writers_kernel(
+    q,
+    k,
+    v,
+    h_grad,
+    k_grad,
+    v_grad,
+    q_strides,
+    k_strides,
+    v_strides,
+    h_grad_strides,
+    k_grad_strides,
+    v_grad_strides,
+    source,
+    running_max,
+    inverse,
+    normalizer_grad,
+    source_grad,
+    states_grad,
+    state_vectors_grad,
+    heads,
+    length,
+    chunk,
+    scale,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    """For a tile of written tokens j, sums over those who read them: dk and the gradient of g
+    (KEYS), dv (VALUES), or both.
+    """
+    tiles = tl.cdiv(length, ROWS)
+    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    q = matrix(q, q_strides, program, heads)
+    k = matrix(k, k_strides, program, heads)
+    v = matrix(v, v_strides, program, heads)
+    h_grad = matrix(h_grad, h_grad_strides, program, heads)
+    row = tl.cast(program, tl.int64) * length
+    token = start + tl.arange(0, ROWS)
+    inside = token < length
+    base = tl.load(running_max + row + start)
+    g = tl.load(source + row + token, mask=inside, other=float('-inf'))
+    g = (g - base).to(tl.float32)
+
+    chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
+    k_totals = zero_tiles(ROWS, WIDTH, TILES)
+    v_totals = zero_tiles(ROWS, WIDTH, TILES)
+    if chunk_end < length:  # the chunks read later, through the state's gradient
+        end = (tl.load(running_max + row + chunk_end - 1) - base).to(tl.float32)
+        weight = tl.exp(g - end)
+        bounds = tl.cdiv(length, chunk) - 1
+        index = tl.cast(program, tl.int64) * bounds + (chunk_end // chunk - 1)
+        state, vector = states_grad + index * DH * DH, state_vectors_grad + index * DH
+        if KEYS:
+            k_totals = _read_state(
+                v,
+                v_strides,
+                start,
+                length,
+                state,
+                True,
+                ROWS,
+                STEP,
+                DH,
+                WIDTH,
+                TILES,
+                STATE_PRECISION,
+            )
+            k_totals = _scaled(k_totals, weight, TILES)
+            k_totals = _plus_outer(k_totals, weight, vector, DH, WIDTH, TILES)
+        if VALUES:
+            v_totals = _read_state(
+                k,
+                k_strides,
+                start,
+                length,
+                state,
+                False,
+                ROWS,
+                STEP,
+                DH,
+                WIDTH,
+                TILES,
+                STATE_PRECISION,
+            )
+            v_totals = _scaled(v_totals, weight, TILES)
+
+    if KEYS:
+        v_tiles = load_tiles(v, v_strides, start, length, ROWS, DH, WIDTH, TILES)
+    if VALUES:
+        k_tiles = load_tiles(k, k_strides, start, length, ROWS, DH, WIDTH, TILES)
+    for left in range(start, chunk_end, COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        column_inside = column < chunk_end
+        m = tl.load(running_max + row + column, mask=column_inside, other=float('inf'))
+        m = (m - base).to(tl.float32)
+        inv = tl.load(inverse + row + column, mask=column_inside, other=0.0)
+        n = tl.load(normalizer_grad + row + column, mask=column_inside, other=0.0)
+        q_tiles = load_tiles(q, q_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        h_grad_tiles = load_tiles(h_grad, h_grad_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        read = token[:, None] <= column[None, :]
+        weight = tl.exp(tl.where(read, g[:, None] - m[None, :], float('-inf'))) * scale
+        if VALUES:
+            of_v = scores(k_tiles, q_tiles, ROWS, COLUMNS, TILES, PRECISION)
+            of_v *= weight * inv[None, :]
+            v_totals = add_product(
+                v_totals, of_v.to(q.dtype.element_ty), h_grad_tiles, TILES, PRECISION
+            )
+        if KEYS:
+            of_k = scores(v_tiles, h_grad_tiles, ROWS, COLUMNS, TILES, PRECISION)
+            of_k = (of_k * inv[None, :] + n[None, :]) * weight
+            k_totals = add_product(k_totals, of_k.to(q.dtype.element_ty), q_tiles, TILES, PRECISION)
+
+    if KEYS:
+        of_source = tl.zeros((ROWS,), tl.float32)
+        for i in tl.static_range(TILES):
+            k_tile = load_tile(k, k_strides, start, length, i * WIDTH, ROWS, DH, WIDTH)
+            of_source += tl.sum(k_tile.to(tl.float32) * k_totals[i], 1)
+        tl.store(source_grad + row + token, of_source, mask=inside)
+        to = matrix(k_grad, k_grad_strides, program, heads)
+        store_tiles(to, k_grad_strides, start, length, k_totals, ROWS, DH, WIDTH, TILES)
+    if VALUES:
+        to = matrix(v_grad, v_grad_strides, program, heads)
+        store_tiles(to, v_grad_strides, start, length, v_totals, ROWS, DH, WIDTH, TILES)

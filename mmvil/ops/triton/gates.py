@@ -1,0 +1,129 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Gate scalars (see :mod:`mmvil.ops.gates`) and their gradients: one program per sample and head.
+
+A program walks along its sequence, block by block, and scans inside the blocks. Sums run in one
+fixed order, nothing is added atomically: results repeat to the bit. All scalars made here lie in
+reading order, (B * NH, N) contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import matrix
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _add_within_run(total_a, starts_a, total_b, starts_b):
+    """Combine two stretches of a sum that begins anew wherever ``starts`` is 1."""
+    return tl.where(starts_b != 0, total_b, total_a + total_b), starts_a | starts_b
+
+
+@triton.jit
+def _last(x, index, BLOCK: tl.constexpr):
+    """The last element of a block, as a scalar."""
+    return tl.sum(tl.where(index == BLOCK - 1, x, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def gate_statistics_kernel(
+    igate,
+    fgate,
+    igate_strides,
+    fgate_strides,
+    source,
+    running_max,
+    floor,
+    heads,
+    length,
+    BLOCK: tl.constexpr,
+):
+    """g, M (float64) and exp(-m), the smallest denominator (float32), of every token."""
+    program = tl.program_id(0)
+    igate = matrix(igate, igate_strides, program, heads)
+    fgate = matrix(fgate, fgate_strides, program, heads)
+    row = tl.cast(program, tl.int64) * length
+    index = tl.arange(0, BLOCK)
+    log_forget_before = tl.zeros((), tl.float64)
+    max_before = tl.full((), float('-inf'), tl.float64)
+    for start in range(0, length, BLOCK):
+        token = start + index
+        inside = token < length
+        step = tl.cast(token, tl.int64)
+        i = tl.load(igate + step * igate_strides[2], mask=inside, other=0.0).to(tl.float64)
+        f = tl.load(fgate + step * fgate_strides[2], mask=inside, other=0.0).to(tl.float64)
+        log_forget = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+        log_forget = tl.where(inside, log_forget, 0.0)
+        cumulative = log_forget_before + tl.cumsum(log_forget, 0)
+        g = tl.where(inside, i - cumulative, float('-inf'))
+        largest = tl.maximum(tl.associative_scan(g, 0, _larger), max_before)
+        tl.store(source + row + token, g, mask=inside)
+        tl.store(running_max + row + token, largest, mask=inside)
+        tl.store(floor + row + token, tl.exp(-(cumulative + largest)).to(tl.float32), mask=inside)
+        log_forget_before = _last(cumulative, index, BLOCK)
+        max_before = tl.max(largest, 0)
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def gate_gradients_kernel(
+    fgate,
+    fgate_strides,
+    source,
+    running_max,
+    source_grad,
+    row_grad,
+    stabilizer_grad,
+    igate_grad,
+    fgate_grad,
+    igate_grad_strides,
+    fgate_grad_strides,
+    heads,
+    length,
+    BLOCK: tl.constexpr,
+):
+    r"""From the gradients of the weights' logarithms to those of the gates.
+
+    m_t is a copy of one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j.
+    So the walk from the last token to the first sums the gradients of m, and hands the sum over at
+    every such j. F_t appears in row t with a plus and in column t with a minus, and log f_s in all
+    F_t from s onwards: one more sum in the same direction.
+    """
+    program = tl.program_id(0)
+    fgate = matrix(fgate, fgate_strides, program, heads)
+    igate_grad = matrix(igate_grad, igate_grad_strides, program, heads)
+    fgate_grad = matrix(fgate_grad, fgate_grad_strides, program, heads)
+    row = tl.cast(program, tl.int64) * length
+    index = tl.arange(0, BLOCK)
+    run_before = tl.zeros((), tl.float64)
+    sum_before = tl.zeros((), tl.float64)
+    for start in range(0, length, BLOCK):
+        token = length - 1 - start - index  # the last token comes first
+        inside = token >= 0
+        at = row + token
+        g = tl.load(source + at, mask=inside, other=0.0)
+        is_max = g == tl.load(running_max + at, mask=inside, other=0.0)
+        next_inside = inside & (token + 1 < length)
+        next_g = tl.load(source + at + 1, mask=next_inside, other=0.0)
+        next_max = tl.load(running_max + at + 1, mask=next_inside, other=0.0)
+        starts = (next_g == next_max).to(tl.int32)
+        of_m = tl.load(stabilizer_grad + at, mask=inside, other=0.0).to(tl.float64)
+        run, any_start = tl.associative_scan((of_m, starts), 0, _add_within_run)
+        run += tl.where(any_start != 0, 0.0, run_before)
+        of_i = tl.load(source_grad + at, mask=inside, other=0.0).to(tl.float64)
+        of_i += tl.where(is_max, run, 0.0)
+        of_row = tl.load(row_grad + at, mask=inside, other=0.0).to(tl.float64)
+        of_log_forget = sum_before + tl.cumsum(tl.where(inside, of_row - of_i, 0.0), 0)
+
+        step = tl.cast(token, tl.int64)
+        f = tl.load(fgate + step * fgate_strides[2], mask=inside, other=0.0).to(tl.float64)
+        of_f = of_log_forget * (1.0 / (1.0 + tl.exp(f)))
+        to = igate_grad + step * igate_grad_strides[2]
+        tl.store(to, of_i.to(igate_grad.dtype.element_ty), mask=inside)
+        to = fgate_grad + step * fgate_grad_strides[2]
+        tl.store(to, of_f.to(fgate_grad.dtype.element_ty), mask=inside)
+        run_before = _last(run, index, BLOCK)
+        sum_before = _last(of_log_forget, index, BLOCK)

@@ -1,0 +1,117 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""What the kernels share: a head of any width as a row of tiles.
+
+A tensor in Triton has sides that are powers of two, and matrix units want at least 16. ViL's head
+widths are 96, 192 and 384, so a row of features is held as a tuple of TILES tensors, each WIDTH
+columns wide: 3 x 32, 3 x 64, 3 x 128. What is beyond the head's width is masked.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies bfloat16 matrices as if they were integers.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in float32; PRECISION is for float32 operands."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
+    """Accumulators for rows of features."""
+    tiles = ()
+    for _ in tl.static_range(TILES):
+        tiles = tiles + (tl.zeros((ROWS, WIDTH), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_tiles(
+    first,
+    strides,
+    start,
+    length,
+    ROWS: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``."""
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (load_tile(first, strides, start, length, i * WIDTH, ROWS, DH, WIDTH),)
+    return tiles
+
+
+@triton.jit
+def load_tile(
+    first,
+    strides,
+    start,
+    length,
+    left,
+    ROWS: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The (ROWS, WIDTH) part of a (length, DH) matrix whose upper left corner is (start, left)."""
+    row, column = tl.arange(0, ROWS), left + tl.arange(0, WIDTH)
+    # Only the step to the first row may exceed 32 bits.
+    first += tl.cast(start, tl.int64) * strides[2]
+    offset = row[:, None] * strides[2] + column[None, :] * strides[3]
+    inside = (row < length - start)[:, None] & (column < DH)[None, :]
+    return tl.load(first + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tiles(
+    first,
+    strides,
+    start,
+    length,
+    tiles,
+    ROWS: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The counterpart of :func:`load_tiles`; lowers the precision to that of the matrix."""
+    row = tl.arange(0, ROWS)
+    first += tl.cast(start, tl.int64) * strides[2]
+    for i in tl.static_range(TILES):
+        column = i * WIDTH + tl.arange(0, WIDTH)
+        offset = row[:, None] * strides[2] + column[None, :] * strides[3]
+        inside = (row < length - start)[:, None] & (column < DH)[None, :]
+        tl.store(first + offset, tiles[i].to(first.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scores(
+    a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Products of the rows of a and b, both tuples of tiles: (ROWS, COLUMNS) in float32."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(TILES):
+        total = dot(a[i], tl.trans(b[i]), total, PRECISION)
+    return total
+
+
+@triton.jit
+def add_product(totals, weights, tiles, TILES: tl.constexpr, PRECISION: tl.constexpr):
+    """totals + weights @ tiles, for every tile."""
+    sums = ()
+    for i in tl.static_range(TILES):
+        sums = sums + (dot(weights, tiles[i], totals[i], PRECISION),)
+    return sums
+
+
+@triton.jit
+def matrix(first, strides, index, heads):
+    """Where the (N, DH) matrix of one sample and head begins, given strides of (B, NH, N, DH)."""
+    sample, head = index // heads, index % heads
+    return first + tl.cast(sample, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
