@@ -3,7 +3,9 @@
 
 import argparse
 import difflib
+import errno
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -22,17 +24,48 @@ def run(main) -> None:
     """Call ``main``; report what the user can put right in one line and exit with status 2.
 
     That is a ``UserError``, or a ``ValueError`` that mmvil itself raises about a value it was
-    given. ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace.
+    given; a sample that cannot be used, a loss that is not finite, a disk that is full.
+    ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace.
+
+    Checkpoints are loaded without running code that they contain, unless ``--trust-checkpoint``.
     """
+    if '--trust-checkpoint' not in sys.argv:
+        load_safely_from_now_on()
     try:
         main()
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, FloatingPointError, OSError) as error:
+        message = _explain(error)
         wants_trace = '--traceback' in sys.argv or os.environ.get('MMVIL_TRACEBACK', '0') != '0'
-        if wants_trace or not (isinstance(error, UserError) or _raised_in_mmvil(error)):
+        if wants_trace or message is None:
             raise
-        if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
-            print(f'error: {error}', file=sys.stderr)
+        # Every process knows the same, but each its own samples.
+        if is_first_process() or isinstance(error, SampleError):
+            print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a training that speaks. Known before processes connect."""
+    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+
+
+def _explain(error: Exception):
+    """One line for what the user can put right, None for anything else."""
+    if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
+        return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
+    if isinstance(error, UntrustedCheckpointError):
+        return f'{error}. If you trust its source, add --trust-checkpoint.'
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            return None
+        file = f' while writing {error.filename}' if error.filename else ''
+        return (
+            f'{error.strerror}{file}. Checkpoints written before are complete; go on with --resume '
+            'when there is room.'
+        )
+    if isinstance(error, (UserError, FloatingPointError)) or _raised_in_mmvil(error):
+        return str(error)
+    return None
 
 
 def _raised_in_mmvil(error: Exception) -> bool:
@@ -46,18 +79,22 @@ try:
     from mmengine.device import get_device
     from mmengine.hooks import Hook
     from mmengine.model import BaseTTAModel, is_model_wrapper
-    from mmengine.registry import DATASETS, RUNNERS
+    from mmengine.registry import DATASETS, MODELS, RUNNERS
     from mmengine.runner import Runner
 
     import mmvil  # registers the backbone, refuses versions that do not fit
     from mmvil.converters import is_official
+    from mmvil.engine import (
+        SampleError,
+        UntrustedCheckpointError,
+        load_safely_from_now_on,
+    )
 except ImportError as import_error:
-    message = f'{import_error}\nHow to install mmvil beside OpenMMLab: see README.md.'
-
-    def fail(message=message):
-        raise UserError(message) from None
-
-    run(fail)
+    print(
+        f'error: {import_error}\nHow to install mmvil beside OpenMMLab: see README.md.',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 # -- Arguments ------------------------------------------------------------------------------------
@@ -96,6 +133,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         '--check',
         action='store_true',
         help='only check that config, data and checkpoints are in place',
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints even if they ask for functions that may run code',
     )
     parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
@@ -225,6 +267,37 @@ def build_runner(cfg: Config, notes=()) -> Runner:
 # -- Checks: what would go wrong later with a worse message, or with none --------------------------
 
 
+def check_backbone(cfg: Config) -> None:
+    """Make sure that our backbones know the options that the config gives them.
+
+    Raises:
+        UserError: If one does not, with the option that was probably meant.
+    """
+    for node in _dicts(cfg.get('model') or {}):
+        if str(node.get('type')).rpartition('.')[2] != 'VisionLSTM':
+            continue
+        known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
+        for key in set(node) - set(known) - {'type', '_scope_'}:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
+            raise UserError(f'VisionLSTM has no option {key!r}. {hint}')
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Make sure that the work dir, or the folder that it will be made in, can be written to.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    folder = Path(cfg.work_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = 'no permission to write' if existing.is_dir() else 'it is a file'
+        raise UserError(
+            f'cannot use the work dir {folder}: {existing}: {why}. Choose another by --work-dir.'
+        )
+
+
 def check_data(cfg: Config, *loaders: str) -> None:
     """Make sure that the folders which the named dataloaders read exist and hold images.
 
@@ -247,6 +320,36 @@ def check_data(cfg: Config, *loaders: str) -> None:
             folder = prefix.get('img_path') or ''
             if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
                 raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+            check_annotations_are_there(dataset)
+
+
+def check_annotations_are_there(dataset) -> None:
+    """Make sure that each image of a segmentation data set has an annotation.
+
+    Raises:
+        UserError: If one has none, as after half a download.
+    """
+    prefix = getattr(dataset, 'data_prefix', {})
+    images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
+    if not images or not maps or dataset.ann_file or dataset.test_mode or '://' in images + maps:
+        return
+    names = [_stems(images, dataset.img_suffix), _stems(maps, dataset.seg_map_suffix)]
+    missing = sorted(names[0] - names[1])
+    if missing:
+        raise UserError(
+            f'{len(missing)} of {len(names[0])} images in {images} have no annotation in {maps} '
+            f'({missing[0]}{dataset.seg_map_suffix}, …). Was the download complete? '
+            'tools/check_dataset.py CONFIG lists all that is wrong.'
+        )
+
+
+def _stems(folder: str, suffix: str) -> set:
+    """Files under a folder that end in a suffix, without it, relative to the folder."""
+    found = set()
+    for parent, _, files in os.walk(folder, followlinks=True):
+        inside = os.path.relpath(parent, folder)
+        found.update(os.path.join(inside, f[: -len(suffix)]) for f in files if f.endswith(suffix))
+    return {os.path.normpath(name) for name in found}
 
 
 def check_checkpoint(path: str) -> None:

@@ -38,6 +38,11 @@ def make_parser():
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
     )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load the checkpoint even if it asks for functions that may run code',
+    )
     parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
     return parser
 

@@ -13,6 +13,7 @@ from _common import (
     UserError,
     apply_common_args,
     build_runner,
+    check_backbone,
     check_checkpoint,
     check_data,
     fit_to_cpu,
@@ -110,6 +111,7 @@ def main():
     args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
     cfg = load_config(args.config, args.cfg_options)
     apply_args(cfg, args)
+    check_backbone(cfg)
     check_data(cfg, 'test_dataloader')
     check_checkpoint(args.checkpoint)
     if args.check:

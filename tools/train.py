@@ -4,20 +4,30 @@
 python tools/train.py configs/upernet_vil_t_ade20k.py
 """
 
+import os
+import time
+from pathlib import Path
+
 from _common import (
     CheckFitHook,
     UserError,
     apply_common_args,
     build_runner,
+    check_backbone,
     check_config_checkpoints,
     check_data,
+    check_work_dir,
     fit_to_cpu,
     get_device,
+    is_first_process,
     load_config,
     make_parser,
     parse_args,
     run,
 )
+
+from mmvil.engine import DamagedCheckpointError, find_good_checkpoint, verify
+from mmvil.engine.safe_checkpoint import PARTIAL
 
 
 def add_arguments(parser):
@@ -26,9 +36,14 @@ def add_arguments(parser):
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint, or without a name from the last one in the work dir',
+        help='go on from a checkpoint, or without a name from the newest good one in the work dir',
     )
-    parser.add_argument('--amp', action='store_true', help='train with mixed precision')
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='train with mixed precision, float16 unless optim_wrapper.dtype says bfloat16; on a '
+        'CPU this is slow, and only shows whether the numbers overflow',
+    )
     parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate during training'
     )
@@ -56,11 +71,11 @@ def apply_args(cfg, args):
 
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.resume != 'auto':
+            cfg.load_from = args.resume
     if args.amp:
-        if get_device() == 'cpu':
-            raise UserError('--amp needs a GPU; leave it out to train in float32')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        on_cpu = get_device() == 'cpu'
+        cfg.optim_wrapper.type = 'mmvil.engine.CPUAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
@@ -70,20 +85,102 @@ def apply_args(cfg, args):
         cfg.auto_scale_lr.enable = True
 
 
+def save_safely(cfg):
+    """Let checkpoints on local disks appear when they are complete, whatever config they are of."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if hook and '://' not in str(hook.get('out_dir')) and 'file_client_args' not in hook:
+        hook.setdefault('backend_args', dict(backend='mmvil_atomic'))
+
+
+def choose_checkpoint(cfg, resume):
+    """For --resume without a name: the newest checkpoint in the work dir that is complete.
+
+    Returns:
+        list[str]: What to say about it.
+    """
+    if not cfg.get('resume'):
+        return []
+    if resume != 'auto' and cfg.get('load_from') is not None:
+        try:
+            if os.path.isfile(cfg.load_from):
+                verify(cfg.load_from)
+        except DamagedCheckpointError as error:
+            raise UserError(f'{error}; --resume without a name takes the newest good one') from None
+        return []
+    newest, complaints = find_good_checkpoint(cfg.work_dir)
+    if newest is not None:
+        cfg.load_from = newest
+        return [*complaints, f'resuming from {newest}']
+    if complaints:
+        raise UserError(
+            f'no checkpoint in {cfg.work_dir} is complete: {"; ".join(complaints)}. To begin anew, '
+            'leave --resume out.'
+        )
+    cfg.resume = False
+    return [f'nothing to resume in {cfg.work_dir}: training begins']
+
+
+def lock_work_dir(work_dir):
+    """Keep other trainings out of a work dir.
+
+    Returns:
+        The lock, or None where there are no locks. The operating system releases it when the
+        process ends, in whatever way.
+
+    Raises:
+        UserError: If a training is there already, or files cannot be made.
+    """
+    path = Path(work_dir, '.lock')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open('a+')
+    except OSError as error:
+        raise UserError(
+            f'cannot write to the work dir {os.path.abspath(work_dir)}: {error.strerror}. Choose '
+            'another by --work-dir.'
+        ) from error
+    try:
+        import fcntl
+
+        # Of this process alone: worker processes do not inherit it, and may outlive a killed one.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise UserError(
+            f'another training is running in {work_dir}: {lock.read().strip()}. Wait for it, or '
+            'choose another folder by --work-dir.'
+        ) from None
+    except (ImportError, OSError):  # not a POSIX system, or a file system without locks
+        return None
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}')
+    lock.flush()
+    for leftover in path.parent.glob('*' + PARTIAL):  # of a training that was killed
+        leftover.unlink()
+    return lock
+
+
 def main():
     args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
     cfg = load_config(args.config, args.cfg_options)
     apply_args(cfg, args)
+    check_backbone(cfg)
+    check_work_dir(cfg)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     check_config_checkpoints(cfg)
     if args.check:
         print('Config, data and checkpoints are in place.')
         return
 
-    runner = build_runner(cfg, notes=fit_to_cpu(cfg))
+    lock = lock_work_dir(cfg.work_dir) if is_first_process() else None
+    save_safely(cfg)
+    notes = choose_checkpoint(cfg, args.resume)
+    runner = build_runner(cfg, notes=[*notes, *fit_to_cpu(cfg)])
     if cfg.get('resume'):
         runner.register_hook(CheckFitHook())
     runner.train()
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == '__main__':

@@ -4,7 +4,14 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='auto'),
+    checkpoint=dict(
+        type='CheckpointHook',
+        interval=1,
+        max_keep_ckpts=3,
+        save_best='auto',
+        # A checkpoint appears when it is complete, whatever happens on the way.
+        backend_args=dict(backend='mmvil_atomic'),
+    ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
@@ -15,8 +22,10 @@ env_cfg = dict(
 )
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 custom_hooks = [
-    # Stochastic depth and mixup repeat when a run is resumed.
+    # Augmentation, stochastic depth and mixup repeat when a run is resumed.
     dict(type='mmvil.IterationSeedHook'),
+    # A loss that is not finite stops the training, with the names of the images.
+    dict(type='mmvil.engine.NaNGuardHook'),
     # The log shows the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),
 ]

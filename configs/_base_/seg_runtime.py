@@ -10,8 +10,10 @@ visualizer = dict(
 )
 log_processor = dict(by_epoch=False)
 custom_hooks = [
-    # Stochastic depth and mixup repeat when a run is resumed.
+    # Augmentation, stochastic depth and mixup repeat when a run is resumed.
     dict(type='mmvil.IterationSeedHook'),
+    # A loss that is not finite stops the training, with the names of the images.
+    dict(type='mmvil.engine.NaNGuardHook'),
     # The log shows the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),
 ]

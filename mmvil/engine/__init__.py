@@ -3,17 +3,37 @@
 processes that equal one.
 """
 
+from .amp import CPUAmpOptimWrapper
 from .distributed import AverageLogHook, CPUSyncBatchNorm, GlobalBatchCrossEntropyLoss
 from .hooks import IterationSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .metrics import CorruptionError, SubsetAccuracy
+from .nan_guard import NaNGuardHook
+from .safe_checkpoint import (
+    DamagedCheckpointError,
+    UntrustedCheckpointError,
+    find_good_checkpoint,
+    load_safely,
+    load_safely_from_now_on,
+    verify,
+)
+from .samples import SampleError
 
 __all__ = [
     'AverageLogHook',
+    'CPUAmpOptimWrapper',
     'CPUSyncBatchNorm',
     'CorruptionError',
+    'DamagedCheckpointError',
     'GlobalBatchCrossEntropyLoss',
     'IterationSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'NaNGuardHook',
+    'SampleError',
     'SubsetAccuracy',
+    'UntrustedCheckpointError',
+    'find_good_checkpoint',
+    'load_safely',
+    'load_safely_from_now_on',
+    'verify',
 ]

@@ -1,44 +1,68 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Hooks that training with ViL wants."""
 
-import random
+import itertools
 
-import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from .samples import seed_generators, seed_samples
+
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Give every training iteration random numbers of its own, so that resuming repeats them.
+    """Give every iteration and every sample random numbers of their own, so that a resumed training
+    repeats the uninterrupted one.
 
     mmengine does not store the state of the random number generators: after a resume, stochastic
-    depth, dropout and mixup draw other numbers than the uninterrupted training would have drawn.
-    With this hook they depend on the run's seed, the iteration and the rank alone, so the model's
-    part of a resumed run is that of the uninterrupted one. The data pipeline keeps its generators:
-    the order of the images repeats, but mmengine does not repeat random augmentation.
+    depth, dropout, mixup and the augmentation of the images draw other numbers than the
+    uninterrupted training would have drawn, and where the config names no seed, even the order of
+    the images is another one. With this hook the model's numbers depend on the run's seed, the
+    iteration and the rank alone, those of a sample on the seed and its place in the training, and
+    the order on the seed that the checkpoint holds. So on the CPU losses repeat to the last bit;
+    on a GPU as far as its kernels are deterministic (``randomness.deterministic``).
+
+    Nothing that was trained on before is loaded again to get there. A sample that cannot be loaded,
+    or whose labels do not fit, stops the training with a message that names its files.
     """
 
     priority = 'VERY_HIGH'
 
+    def before_run(self, runner) -> None:
+        """Remember the seed that the data loaders were built with."""
+        self._seed_of_loaders = runner.seed
+
+    def before_train(self, runner) -> None:
+        """Seed the samples, from where a resumed training goes on."""
+        loop = runner.train_loop
+        loader = loop.dataloader
+        sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+        if getattr(sampler, 'seed', None) == self._seed_of_loaders:
+            sampler.seed = runner.seed  # of the checkpoint
+        try:
+            seed_samples(loader, runner.seed, epoch=runner.epoch, passed=runner.iter)
+        except TypeError as error:
+            runner.logger.warning(f'The augmentation will not repeat after a resume: {error}.')
+            return
+        _begin_anew(loop, passed=runner.iter)
+
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Put the data pipeline's generators aside and seed what the model draws."""
-        self._of_data = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        _seed(runner.seed, get_rank(), runner.iter)
-
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Take the data pipeline's generators up again."""
-        of_random, of_numpy, of_torch = self._of_data
-        random.setstate(of_random)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
+        """Seed what the model draws."""
+        torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # the GPU's, too
 
 
-def _seed(*numbers: int) -> None:
-    """Seed all generators, of the GPU too, from a few numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _begin_anew(loop, passed: int) -> None:
+    """Let a loop iterate its data loader from now on: workers that run already know no seeds.
+
+    mmengine until 0.10.7 starts them early, and loads all that was trained on before once more.
+    """
+    loop.dataloader._iterator = None  # persistent workers
+    if not hasattr(loop, 'dataloader_iterator'):  # loops over epochs begin later
+        return
+    iterator = type(loop.dataloader_iterator)(loop.dataloader)
+    sampler = loop.dataloader.batch_sampler.sampler
+    if sampler.start and not hasattr(iterator, 'skip_iter'):
+        iterator = itertools.chain(itertools.repeat(None, passed), iterator)
+    loop.dataloader_iterator = iterator

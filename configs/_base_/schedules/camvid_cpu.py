@@ -20,7 +20,13 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=325, max_keep_ckpts=1, save_best='mIoU'
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=325,
+        max_keep_ckpts=2,
+        save_best='mIoU',
+        # A checkpoint appears when it is complete, whatever happens on the way.
+        backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),

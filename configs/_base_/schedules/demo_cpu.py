@@ -19,7 +19,14 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=60, max_keep_ckpts=1),
+    checkpoint=dict(
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=60,
+        max_keep_ckpts=2,
+        # A checkpoint appears when it is complete, whatever happens on the way.
+        backend_args=dict(backend='mmvil_atomic'),
+    ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )

@@ -1,0 +1,122 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""A training that has gone wrong stops, and says on which images."""
+
+from collections import deque
+from typing import List, Optional
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class NaNGuardHook(Hook):
+    """Stop at a loss that is not finite, before a checkpoint holds the damage.
+
+    The error names the iteration and the files of its batch and of the batch before, whose step
+    made the weights. The losses of the last iterations are looked at together, every ``interval``
+    iterations and before each checkpoint, because looking makes the CPU wait for the GPU. Weights
+    that are not finite are not saved either.
+
+    With loss scaling (float16), gradients that overflow now and then are normal: PyTorch skips the
+    step and halves the scale. Each skip is a warning in the log, and the log's ``amp_scale`` and
+    ``amp_skips`` follow them. A loss that is not finite is not normal in float16 either.
+
+    Args:
+        interval (int): Iterations from look to look; on the CPU, each is looked at. Default: 10.
+
+    Raises:
+        FloatingPointError: In training, when the loss or the weights are not finite.
+    """
+
+    priority = 'HIGHEST'  # it looks at the loss of this process, before AverageLogHook averages
+
+    def __init__(self, interval: int = 10) -> None:
+        if interval < 1:
+            raise ValueError(f'interval must be at least 1, but is {interval}.')
+        self.interval = interval
+
+    def before_train(self, runner) -> None:
+        self._recent = deque(maxlen=self.interval + 1)
+        self._scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        if self._scaler is not None and self._scaler.is_enabled():
+            self._scale = self._scaler.get_scale()
+            skips = runner.message_hub.log_scalars.get('train/amp_skips')
+            self._skips = 0 if skips is None else int(skips.current())
+        else:
+            self._scaler = None
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+    ) -> None:
+        """Take note of the loss, and look at it when it is time."""
+        if self._scaler is not None:
+            self._watch_scale(runner)
+        loss = (outputs or {}).get('loss')
+        if loss is None:
+            return
+        loss = torch.as_tensor(loss).detach().mean()
+        self._recent.append((runner.iter + 1, loss, file_names(data_batch)))
+        if loss.device.type == 'cpu' or self.every_n_train_iters(runner, self.interval):
+            self._look(runner)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Keep a checkpoint from holding weights that are not finite."""
+        self._look(runner)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        params = dict(model.named_parameters())
+        finite = [torch.isfinite(param.detach()).all() for param in params.values()]
+        if finite and not torch.stack(finite).all():
+            broken = [name for name, is_finite in zip(params, finite) if not is_finite]
+            self._stop(
+                runner,
+                f'{len(broken)} of {len(params)} weights are not finite after iteration '
+                f'{runner.iter + 1} ({broken[0]}, …)',
+                len(self._recent) - 1,
+            )
+
+    def _look(self, runner) -> None:
+        if not self._recent:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._recent])
+        finite = torch.isfinite(losses).tolist()
+        if not all(finite):
+            first = finite.index(False)
+            iteration, loss, _ = self._recent[first]
+            self._stop(runner, f'the loss is {loss.item()} in iteration {iteration}', first)
+        while len(self._recent) > 1:  # the last one may have made the weights of the next
+            self._recent.popleft()
+
+    def _stop(self, runner, what: str, at: int) -> None:
+        message = f'{what}. Training stops; checkpoints written before are good.'
+        for i, when in ((at, 'Files of its batch'), (at - 1, 'of the batch before')):
+            if 0 <= i < len(self._recent):
+                message += f' {when}: {", ".join(self._recent[i][2]) or "unknown"}.'
+        message += (
+            ' Look at these files (tools/check_dataset.py). A lower learning rate may help, and '
+            'optim_wrapper.clip_grad, and bfloat16 in place of float16.'
+        )
+        runner.logger.error(message)  # of any rank, to the log
+        raise FloatingPointError(message)
+
+    def _watch_scale(self, runner) -> None:
+        scale = self._scaler.get_scale()
+        if scale < self._scale:
+            self._skips += 1
+            runner.logger.warning(
+                f'Iteration {runner.iter + 1}: gradients overflowed, their step was skipped; the '
+                f'loss scale falls from {self._scale:g} to {scale:g} (skips so far: {self._skips}).'
+            )
+        self._scale = scale
+        runner.message_hub.update_scalar('train/amp_scale', scale)
+        runner.message_hub.update_scalar('train/amp_skips', self._skips)
+
+
+def file_names(data_batch) -> List[str]:
+    """Files of the images of a batch, as far as its data samples name them."""
+    samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
+    if not isinstance(samples, (list, tuple)):
+        return []
+    names = (getattr(sample, 'img_path', None) for sample in samples)
+    return [str(name) for name in names if name]
