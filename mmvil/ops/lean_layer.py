@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compat import without_autocast
+from .compat import is_compiling, without_autocast
 from .mlstm import refuse_second_derivatives
 from .projections import (
     GateWeights,
@@ -87,7 +87,9 @@ def lean_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Ten
         Tensor: Shape (B, N, D) in ``settings.dtype``, without the residual connection. First
             derivatives only.
     """
-    return _LeanLayer.apply(settings, x, *weights)
+    if torch.is_grad_enabled() or is_compiling():
+        return _LeanLayer.apply(settings, x, *weights)
+    return _forward(x, weights, settings)[0]
 
 
 def _normalize(x: Tensor, w: LayerWeights, settings: LayerSettings):
@@ -140,51 +142,52 @@ def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSett
     )
 
 
-def _after_cell(h: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings):
-    """Head-wise norm and skip: the sum before the output gate (B, N, E), then the norm's result
-    (B, N, NH, DH) and what its backward needs.
-    """
+def _head_norm(h: Tensor, settings: LayerSettings):
+    """LayerNorm over each head, from (B, NH, N, DH) to (B, N, E), and what its backward needs."""
     h = h.transpose(1, 2)  # as it lies in memory
     h_norm, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, settings.out_norm_eps)
-    h_norm = h_norm.to(settings.dtype).flatten(2)
-    mixed = torch.mul(c, _to(w.skip, settings))
-    mixed = mixed.addcmul_(h_norm, _to(w.out_norm_weight, settings))
+    return h_norm.to(settings.dtype).flatten(2), mean, rstd
+
+
+def _mix_(h_norm: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
+    """Affine map of the norm, and skip: the sum before the output gate, written over ``h_norm``."""
+    mixed = h_norm.mul_(_to(w.out_norm_weight, settings))
     if w.out_norm_bias is not None:
         mixed = mixed.add_(_to(w.out_norm_bias, settings))
-    return mixed, h_norm, mean, rstd
+    return mixed.addcmul_(c, _to(w.skip, settings))
 
 
 def _to(parameter: Optional[Tensor], settings: LayerSettings) -> Optional[Tensor]:
     return None if parameter is None else parameter.to(settings.dtype)
 
 
+def _forward(x: Tensor, w: LayerWeights, settings: LayerSettings):
+    """The output (B, N, D), and what the backward pass needs besides the input and the weights."""
+    with without_autocast(x):  # dtypes are explicit here
+        x_norm, _, _ = _normalize(x, w, settings)
+        # Two products instead of one and a split: both halves come out contiguous at the same cost.
+        up_m, up_z = _to(w.up_weight, settings).chunk(2)
+        bias_m, bias_z = (None, None) if w.up_bias is None else _to(w.up_bias, settings).chunk(2)
+        x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
+        c = F.silu(_convolve(x_m, w, settings), inplace=True)
+        projections = _projections(w, settings)
+        q, k, v = _project(c, x_m, projections.dense, w, settings)
+        igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
+        h, normalizer = torch.ops.mmvil.mlstm(
+            q, k, v, igate, fgate, settings.reverse, settings.chunk_size
+        )
+        h_norm, _, _ = _head_norm(h, settings)
+        mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
+        y = F.linear(mixed, _to(w.down_weight, settings), _to(w.down_bias, settings))
+    return y, (x_m, z, h, igate, fgate, normalizer)
+
+
 class _LeanLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, *weights):
-        w = LayerWeights(*weights)
-        with without_autocast(x):  # dtypes are explicit here
-            x_norm, _, _ = _normalize(x, w, settings)
-            # Two products instead of one and a split: both halves come out contiguous at the same
-            # cost.
-            up_m, up_z = _to(w.up_weight, settings).chunk(2)
-            bias_m, bias_z = (
-                (None, None) if w.up_bias is None else _to(w.up_bias, settings).chunk(2)
-            )
-            x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
-            c = F.silu(_convolve(x_m, w, settings), inplace=True)
-            projections = _projections(w, settings)
-            q, k, v = _project(c, x_m, projections.dense, w, settings)
-            igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
-            h, normalizer = torch.ops.mmvil.mlstm(
-                q, k, v, igate, fgate, settings.reverse, settings.chunk_size
-            )
-
-            mixed = _after_cell(h, c, w, settings)[0]
-            y = F.linear(
-                mixed.mul_(F.silu(z)), _to(w.down_weight, settings), _to(w.down_bias, settings)
-            )
+        y, kept = _forward(x, LayerWeights(*weights), settings)
         ctx.settings = settings
-        ctx.save_for_backward(x, x_m, z, h, igate, fgate, normalizer, *weights)
+        ctx.save_for_backward(x, *kept, *weights)
         return y
 
     @staticmethod
@@ -216,7 +219,8 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
     c = F.silu(a)
     projections = _projections(w, settings)
     q, k, v = _project(c, x_m, projections.dense, w, settings)
-    mixed, h_norm, mean, rstd = _after_cell(h, c, w, settings)
+    h_norm, mean, rstd = _head_norm(h, settings)
+    mixed = _mix_(h_norm.clone(), c, w, settings)
 
     # Down-projection and output gate.
     open_gate = F.silu(z)
@@ -248,44 +252,46 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
         h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
     )
 
-    # Projections: values come from x_m directly, queries, keys and gates through the convolution.
-    x_m_grad = torch.zeros_like(x_m)
-    block_grads, bias_grads = [], []
-    for y_grad, tokens, dense, grad in zip(
-        qkv_grads, (c, c, x_m), projections.dense, (c_grad, c_grad, x_m_grad)
-    ):
-        y_grad = y_grad.transpose(1, 2).flatten(2)
-        dense_grad, bias_grad = headwise_linear_backward(
-            y_grad, tokens, dense, w.q_bias is not None, grad
-        )
-        block_grads.append(dense_grad)
-        bias_grads.append(bias_grad)
-    folded_grads = gate_preactivations_backward(
-        torch.cat([igate_grad, fgate_grad], 1), c, x_m, projections.folded_gates, c_grad, x_m_grad
+    # Projections and gates, first what goes through the convolution.
+    gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).flatten(0, 1)
+    folded = projections.folded_gates
+    with_bias = w.q_bias is not None
+    q_grad, k_grad, v_grad = (grad.transpose(1, 2).flatten(2) for grad in qkv_grads)
+    q_dense_grad, q_bias_grad = headwise_linear_backward(
+        q_grad, c, projections.dense[0], with_bias, c_grad
     )
-    gates_grad, blocks_grad, biases_grad = fold_gates_backward(
-        folded_grads, projections.gates, projections.blocks, projections.biases
+    k_dense_grad, k_bias_grad = headwise_linear_backward(
+        k_grad, c, projections.dense[1], with_bias, c_grad
     )
-    gates_bias_grad = folded_grads.bias
-    blocks_grad = blocks_grad + diagonal_blocks(
-        torch.cat(block_grads), w.q_weight.shape[-1]
-    ).view_as(blocks_grad)
-    if biases_grad is None:
-        biases_grad = (None, None, None)
-    else:
-        biases_grad = biases_grad + torch.stack(bias_grads)
-
-    # Convolution, up-projection, norm.
-    a_grad = torch.ops.aten.silu_backward(c_grad, a)
-    conv_x_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
-        a_grad,
+    gates_c_grad = gate_preactivations_backward(gates_grad, c, folded.c, c_grad)
+    x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
+        torch.ops.aten.silu_backward(c_grad, a),
         x_m,
         _to(w.conv_weight, settings),
         w.conv_bias is not None,
         settings.grid,
         settings.reverse,
     )
-    x_m_grad += conv_x_grad
+    x_m_grad = x_m_grad.contiguous()
+    v_dense_grad, v_bias_grad = headwise_linear_backward(
+        v_grad, x_m, projections.dense[2], with_bias, x_m_grad
+    )
+    gates_x_grad = gate_preactivations_backward(gates_grad, x_m, folded.x, x_m_grad)
+    gates_bias_grad = gates_grad.sum(0)
+    gates_weight_grad, blocks_grad, biases_grad = fold_gates_backward(
+        GateWeights(gates_c_grad, gates_x_grad, gates_bias_grad),
+        projections.gates,
+        projections.blocks,
+        projections.biases,
+    )
+    dense_grad = torch.cat([q_dense_grad, k_dense_grad, v_dense_grad])
+    blocks_grad += diagonal_blocks(dense_grad, w.q_weight.shape[-1]).view_as(blocks_grad)
+    if with_bias:
+        biases_grad = biases_grad + torch.stack([q_bias_grad, k_bias_grad, v_bias_grad])
+    else:
+        biases_grad = (None, None, None)
+
+    # Up-projection and norm.
     x_norm, mean, rstd = _normalize(x, w, settings)
     up_m, up_z = _to(w.up_weight, settings).chunk(2)
     up_weight_grad = torch.cat([_weight_grad(x_m_grad, x_norm), _weight_grad(z_grad, x_norm)])
@@ -320,9 +326,9 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
         biases_grad[1],
         blocks_grad[2],
         biases_grad[2],
-        gates_grad[:heads],
+        gates_weight_grad[:heads],
         gates_bias_grad[:heads],
-        gates_grad[heads:],
+        gates_weight_grad[heads:],
         gates_bias_grad[heads:],
         out_norm_weight_grad,
         out_norm_bias_grad,

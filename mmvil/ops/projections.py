@@ -190,24 +190,22 @@ def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Ten
 
 
 def gate_preactivations_backward(
-    gates_grad: Tensor, c: Tensor, x: Tensor, weights: GateWeights, c_grad: Tensor, x_grad: Tensor
-) -> GateWeights:
-    """Gradients of :func:`gate_preactivations`.
+    gates_grad: Tensor, tokens: Tensor, weight: Tensor, tokens_grad: Tensor
+) -> Tensor:
+    """Gradients of :func:`gate_preactivations` with respect to one of its two operands.
 
     Args:
-        gates_grad (Tensor): Gradients of igate and fgate, shape (B, 2 NH, N).
-        c, x, weights: As in the forward pass.
-        c_grad, x_grad (Tensor): Shape (B, N, E), contiguous; the gradients of c and x are added.
+        gates_grad (Tensor): Gradients of both gates, shape (B * N, 2 NH), at least float32.
+        tokens (Tensor): The operand, shape (B, N, E).
+        weight (Tensor): Its weight, shape (2 NH, E).
+        tokens_grad (Tensor): Shape (B, N, E), contiguous; the operand's gradient is added to it.
 
     Returns:
-        GateWeights: Gradients of the weights.
+        Tensor: Gradient of the weight.
     """
-    flat_grad = gates_grad.transpose(1, 2).flatten(0, 1).to(weights.bias.dtype)  # (B * N, 2 NH)
-    weights_grad = []
-    for tokens, weight, grad in ((c, weights.c, c_grad), (x, weights.x, x_grad)):
-        weights_grad.append(torch.mm(flat_grad.t(), tokens.flatten(0, 1).to(flat_grad.dtype)))
-        grad.view(-1, grad.shape[2]).addmm_(flat_grad.to(grad.dtype), weight.to(grad.dtype))
-    return GateWeights(*weights_grad, flat_grad.sum(0))
+    dtype = tokens_grad.dtype
+    tokens_grad.view(-1, tokens_grad.shape[2]).addmm_(gates_grad.to(dtype), weight.to(dtype))
+    return torch.mm(gates_grad.t(), tokens.flatten(0, 1).to(gates_grad.dtype))
 
 
 def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmvil.ops.projections import (
+    GateWeights,
     by_head,
     dense_blocks,
     diagonal_blocks,
@@ -73,7 +74,12 @@ def test_gates_equal_linear_maps_of_q_k_and_v(with_bias):
         folded = fold_gates(gates, bias, weights, biases)
         actual = torch.cat(gate_preactivations(c, x, folded), 1)
         c_grad, x_grad = torch.ones_like(c), torch.ones_like(x)  # are added to
-        folded_grads = gate_preactivations_backward(grad, c, x, folded, c_grad, x_grad)
+        flat_grad = grad.transpose(1, 2).flatten(0, 1)
+        folded_grads = GateWeights(
+            gate_preactivations_backward(flat_grad, c, folded.c, c_grad),
+            gate_preactivations_backward(flat_grad, x, folded.x, x_grad),
+            flat_grad.sum(0),
+        )
         gates_grad, weights_grad, biases_grad = fold_gates_backward(
             folded_grads, gates, weights, biases
         )
