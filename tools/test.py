@@ -21,6 +21,7 @@ from _common import (
     make_parser,
     parse_args,
     run,
+    torch,
 )
 
 
@@ -39,7 +40,13 @@ def add_arguments(parser):
     )
     parser.add_argument('--dump', metavar='PKL', help='write all predictions to a pickle file')
     parser.add_argument('--tta', action='store_true', help='multi-scale and flip, or flip only')
-    parser.add_argument('--amp', action='store_true', help='test with mixed precision')
+    parser.add_argument(
+        '--precision',
+        choices=['float32', 'float16', 'bfloat16'],
+        default='float32',
+        help='test in this precision (default: float32); on a CPU, half precision is bfloat16',
+    )
+    parser.add_argument('--amp', action='store_true', help='the same as --precision float16')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument(
         '--show-dir',
@@ -56,8 +63,10 @@ def apply_args(cfg, args):
     apply_common_args(cfg, args)
     cfg.load_from = args.checkpoint
     is_classifier = cfg.model.type.endswith('Classifier')
-    if args.amp:
-        cfg.test_cfg.fp16 = True
+    precision = 'float16' if args.amp else args.precision
+    if precision != 'float32':
+        cfg.test_cfg.fp16 = True  # mmengine's name for autocast, which has the dtype of PyTorch
+        torch.set_autocast_gpu_dtype(getattr(torch, precision))
     if args.show or args.show_dir is not None:
         draw(cfg, args, is_classifier)
     if args.tta:

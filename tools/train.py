@@ -45,6 +45,11 @@ def add_arguments(parser):
         'CPU this is slow, and only shows whether the numbers overflow',
     )
     parser.add_argument(
+        '--precision',
+        choices=['float32', 'float16', 'bfloat16'],
+        help="train in this precision instead of the config's",
+    )
+    parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate during training'
     )
     parser.add_argument(
@@ -73,9 +78,15 @@ def apply_args(cfg, args):
         cfg.resume = True
         if args.resume != 'auto':
             cfg.load_from = args.resume
-    if args.amp:
+    if args.precision == 'float32':
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        for option in ('dtype', 'loss_scale'):
+            cfg.optim_wrapper.pop(option, None)
+    elif args.amp or args.precision:
         on_cpu = get_device() == 'cpu'
         cfg.optim_wrapper.type = 'mmvil.engine.CPUAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'
+        if args.precision:
+            cfg.optim_wrapper.dtype = args.precision
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
