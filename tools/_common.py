@@ -75,6 +75,7 @@ def _raised_in_mmvil(error: Exception) -> bool:
 
 try:
     import torch
+    from _malloc import keep_freed_memory
     from mmengine.config import Config, DictAction
     from mmengine.device import get_device
     from mmengine.hooks import Hook
@@ -195,9 +196,15 @@ def apply_common_args(cfg: Config, args: argparse.Namespace) -> None:
             loader.pin_memory = False
         if loader.get('num_workers', 0) == 0:  # else torch refuses persistent workers
             loader.persistent_workers = False
-        if args.data_root is not None:
-            for dataset in _datasets(loader.dataset):
-                dataset.data_root = args.data_root
+    set_data_root(cfg, args.data_root)
+
+
+def set_data_root(cfg: Config, data_root) -> None:
+    """Let all data sets of a config read from a folder, unless it is None."""
+    if data_root is not None:
+        for loader in _loaders(cfg):
+            for dataset in innermost_datasets(loader.dataset):
+                dataset.data_root = data_root
 
 
 def fit_to_cpu(cfg: Config) -> list:
@@ -211,6 +218,7 @@ def fit_to_cpu(cfg: Config) -> list:
     """
     if get_device() != 'cpu':
         return []
+    keep_freed_memory()
     notes = []
     wrapper = cfg.get('optim_wrapper') or {}
     if wrapper.get('type') == 'AmpOptimWrapper':
@@ -299,13 +307,25 @@ def check_work_dir(cfg: Config) -> None:
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
+    """Make sure that what the named dataloaders read is there: folders, images, annotations.
+
+    Raises:
+        UserError: If something is missing.
+    """
+    check_folders(cfg, *loaders)
+    for loader in filter(cfg.get, loaders):
+        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
+            check_annotations_are_there(build_lazily(dataset_cfg, cfg.get('default_scope')))
+
+
+def check_folders(cfg: Config, *loaders: str) -> None:
     """Make sure that the folders which the named dataloaders read exist and hold images.
 
     Raises:
         UserError: If one is missing or empty.
     """
     for loader in filter(cfg.get, loaders):
-        for dataset_cfg in _datasets(cfg[loader].dataset):
+        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
             root = dataset_cfg.get('data_root') or ''
             dataset = build_lazily(dataset_cfg, cfg.get('default_scope'))
             prefix = getattr(dataset, 'data_prefix', {})
@@ -320,7 +340,6 @@ def check_data(cfg: Config, *loaders: str) -> None:
             folder = prefix.get('img_path') or ''
             if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
                 raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
-            check_annotations_are_there(dataset)
 
 
 def check_annotations_are_there(dataset) -> None:
@@ -333,17 +352,17 @@ def check_annotations_are_there(dataset) -> None:
     images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
     if not images or not maps or dataset.ann_file or dataset.test_mode or '://' in images + maps:
         return
-    names = [_stems(images, dataset.img_suffix), _stems(maps, dataset.seg_map_suffix)]
-    missing = sorted(names[0] - names[1])
+    names = stems(images, dataset.img_suffix)
+    missing = sorted(names - stems(maps, dataset.seg_map_suffix))
     if missing:
         raise UserError(
-            f'{len(missing)} of {len(names[0])} images in {images} have no annotation in {maps} '
+            f'{len(missing)} of {len(names)} images in {images} have no annotation in {maps} '
             f'({missing[0]}{dataset.seg_map_suffix}, …). Was the download complete? '
             'tools/check_dataset.py CONFIG lists all that is wrong.'
         )
 
 
-def _stems(folder: str, suffix: str) -> set:
+def stems(folder: str, suffix: str) -> set:
     """Files under a folder that end in a suffix, without it, relative to the folder."""
     found = set()
     for parent, _, files in os.walk(folder, followlinks=True):
@@ -447,13 +466,13 @@ def _loaders(cfg: Config) -> list:
     return [cfg[name] for name in names if cfg.get(name) is not None]
 
 
-def _datasets(dataset: dict):
+def innermost_datasets(dataset: dict):
     """The innermost datasets: wrappers such as RepeatDataset and ConcatDataset hold others."""
     inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
     if not inner:
         yield dataset
     for each in inner:
-        yield from _datasets(each)
+        yield from innermost_datasets(each)
 
 
 def build_lazily(dataset_cfg: dict, scope: str):

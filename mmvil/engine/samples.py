@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class SampleError(ValueError):
@@ -39,7 +39,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
         TypeError: If the loader's samples are no numbered list, or fetched in a way of their own.
     """
     batches, dataset = loader.batch_sampler, loader.dataset
-    if not hasattr(batches, 'sampler') or not hasattr(dataset, '__getitem__'):
+    if not hasattr(batches, 'sampler') or isinstance(dataset, IterableDataset):
         raise TypeError(
             f'{type(dataset).__name__} with {type(batches).__name__} has no numbered samples'
         )

@@ -1,0 +1,131 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The augmentation of a sample depends on its place in the training alone."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from mmvil.engine import SampleError
+from mmvil.engine import samples as module
+from mmvil.engine.samples import seed_samples
+
+
+class Noise(Dataset):
+    """Each sample is its index and one number of each generator."""
+
+    metainfo = dict(classes=('a', 'b'))
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index, random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def draw(batches, sampler=InfiniteSampler, workers=0, seed=3, **options):
+    """The samples of some batches, in one list of numbers."""
+    dataset = Noise()
+    loader = DataLoader(
+        dataset,
+        batch_size=2,
+        sampler=sampler(dataset, shuffle=True, seed=0),
+        num_workers=workers,
+        collate_fn=list,
+    )
+    seed_samples(loader, seed, **options)
+    drawn = [sample for _, batch in zip(range(batches), loader) for sample in batch]
+    return drawn
+
+
+def test_samples_are_the_same_with_and_without_workers():
+    alone = draw(5)
+    assert len(set(alone)) == 10
+    assert draw(5, workers=2) == alone
+    assert draw(5, seed=4) != alone
+
+
+def test_samples_go_on_where_a_training_was_left():
+    assert draw(3, passed=4) == draw(7)[8:]
+
+
+def test_second_time_an_image_is_augmented_differently():
+    drawn = draw(6)
+    first, second = sorted(drawn[:6]), sorted(drawn[6:])
+    assert [sample[0] for sample in first] == [sample[0] for sample in second]
+    assert not {sample[1:] for sample in first} & {sample[1:] for sample in second}
+
+
+def test_epochs_differ_and_repeat():
+    def epochs(first, number):
+        dataset = Noise()
+        sampler = DefaultSampler(dataset, shuffle=False, seed=0)
+        loader = DataLoader(dataset, batch_size=2, sampler=sampler, collate_fn=list)
+        seed_samples(loader, 0, epoch=first)
+        return [[sample for batch in loader for sample in batch] for _ in range(number)]
+
+    straight = epochs(0, 3)
+    assert straight[0] != straight[1] != straight[2]
+    assert epochs(1, 2) == straight[1:]
+
+
+def test_two_processes_draw_what_one_draws(monkeypatch):
+    whole = draw(6)
+    for rank in (0, 1):
+        monkeypatch.setattr(module, 'get_dist_info', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr('mmengine.dataset.sampler.get_dist_info', lambda rank=rank: (rank, 2))
+        assert draw(3) == whole[rank::2]
+
+
+def test_data_sets_without_numbers_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    with pytest.raises(TypeError, match='Stream .* no numbered samples'):
+        seed_samples(DataLoader(Stream()), 0)
+
+
+class Broken(Noise):
+    """Samples of a segmentor: the first is fine, each other one is bad in its own way."""
+
+    ignore_index = 255
+
+    def get_data_info(self, index):
+        return dict(img_path=f'{index}.jpg', seg_map_path=f'{index}.png')
+
+    def __getitem__(self, index):
+        labels = torch.zeros(1, 4, 4, dtype=torch.long)
+        if index == 1:
+            raise OSError('failed to load\nthe image')
+        if index == 2:
+            labels = labels[..., :2]
+        labels[0, 0, 0] = {3: 255, 4: 2, 5: -1}.get(index, 1)
+        target = SimpleNamespace(gt_sem_seg=SimpleNamespace(data=labels))
+        return dict(inputs=torch.zeros(3, 4, 4), data_samples=target)
+
+
+@pytest.mark.parametrize(
+    'index, workers, message',
+    [
+        (0, 0, None),
+        (1, 0, 'cannot load 1.jpg with annotation 1.png: OSError: failed to load the image'),
+        (1, 1, 'cannot load 1.jpg with annotation 1.png: OSError: failed to load the image'),
+        (2, 0, '2.jpg with annotation 2.png: the annotation has 4x2 pixels and the image 4x4'),
+        (3, 0, None),
+        (4, 0, '4.jpg with annotation 4.png: its labels run from 0 to 2, but .* classes 0 to 1'),
+        (5, 0, '5.jpg .*: its labels run from -1 to 0'),
+    ],
+)
+def test_bad_sample_is_named(index, workers, message):
+    loader = DataLoader(Broken(), sampler=[index], num_workers=workers, collate_fn=list)
+    seed_samples(loader, 0)
+    if message is None:
+        assert len(next(iter(loader))) == 1
+    else:
+        with pytest.raises(SampleError, match=message):
+            next(iter(loader))

@@ -1,0 +1,111 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""check_dataset.py finds what is wrong with the files of a data set, and names them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tool_process import call_tool
+
+ROOT = Path(__file__).parents[2]
+CHECK = ROOT / 'tools/check_dataset.py'
+CAMVID = ROOT / 'configs/upernet_vil_t_camvid.py'
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """A sound data set in the layout of CamVid: 4 training images, 1 validation image."""
+    pytest.importorskip('mmseg')
+    rng = np.random.default_rng(0)
+    for split, number in (('training', 4), ('validation', 1)):
+        for i in range(number):
+            write(tmp_path / f'images/{split}/{i}.jpg', rng.integers(0, 255, (48, 64, 3)))
+            write(tmp_path / f'annotations/{split}/{i}.png', rng.integers(0, 12, (48, 64)))
+    return tmp_path
+
+
+def check(config, root, *options, status):
+    return call_tool(CHECK, config, '--data-root', root, '-j', 1, *options, status=status)
+
+
+def test_check_dataset_finds_each_kind_of_bad_file(camvid):
+    images, maps = camvid / 'images/training', camvid / 'annotations/training'
+    rng = np.random.default_rng(0)
+    cut = images / '0.jpg'
+    cut.write_bytes(cut.read_bytes()[:-500])
+    (images / '1.jpg').write_bytes(b'')
+    (images / '2.jpg').write_text('<html>not found</html>')
+    (maps / '3.png').unlink()
+    for i in range(10, 15):
+        write(images / f'{i}.jpg', rng.integers(0, 255, (48, 64, 3)))
+    write(maps / '10.png', rng.integers(0, 12, (24, 32)))  # half the size
+    write(maps / '11.png', rng.integers(0, 12, (48, 64, 3)))  # colors
+    write(maps / '12.png', np.full((48, 64), 12))  # 1 to 11 are classes
+    palette = Image.fromarray(rng.integers(0, 12, (48, 64)).astype(np.uint8), mode='P')
+    palette.putpalette(list(range(48)))
+    palette.save(maps / '13.png')  # fine
+    Image.fromarray(np.full((48, 64), 300, np.uint16)).save(maps / '14.png')
+    write(maps / 'alone.png', np.zeros((48, 64)))
+
+    said = check(CAMVID, camvid, '--out', camvid / 'found.txt', status=1)
+    found = set((camvid / 'found.txt').read_text().splitlines())
+    assert found == {
+        f'{images}/0.jpg: image cut off',
+        f'{images}/1.jpg: image empty',
+        f'{images}/2.jpg: image damaged: no image format is recognized',
+        f'{maps}/3.png: annotation missing',
+        f'{maps}/10.png: annotation has another size than its image',
+        f'{maps}/11.png: annotation has colors (mode RGB), not one label per pixel',
+        f'{maps}/12.png: annotation has labels that less 1 (reduce_zero_label) are none of the 11 '
+        'classes: [12]',
+        f'{maps}/14.png: annotation has labels beyond 255, which the loading cuts off',
+        f'{maps}/alone.png: annotation without an image',
+    }
+    assert '9 problems' in said and str(cut) in said
+
+
+def test_check_dataset_counts_classes_and_passes_a_sound_data_set(camvid):
+    for path in camvid.rglob('*.png'):  # 0 is no label, 1 and 2 are sky and building
+        write(path, np.repeat([[0, 1, 2, 2]], 48, 0).repeat(16, 1))
+    said = check(CAMVID, camvid, status=0)
+    assert 'All is well' in said
+    assert '33.33%      4 sky' in said and '66.67%      4 building' in said
+    assert '9 classes never occur: pole, road' in said
+
+
+def test_check_dataset_refuses_a_model_for_other_classes(camvid):
+    options = ('--splits', 'val', '--cfg-options', 'model.decode_head.num_classes=12')
+    said = check(CAMVID, camvid, *options, status=1)
+    assert 'num_classes=12 in UPerHead, but the data set has 11' in said
+
+
+def test_check_dataset_of_a_classifier_reads_every_image(tmp_path):
+    pytest.importorskip('mmpretrain')
+    dataset = "dict(dataset=dict(type='CustomDataset', data_root='data', data_prefix='{}'))"
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "default_scope = 'mmpretrain'\n"
+        "model = dict(head=dict(type='LinearClsHead', num_classes=2))\n"
+        f'train_dataloader = {dataset.format("train")}\nval_dataloader = {dataset.format("val")}\n'
+    )
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog'):
+            write(tmp_path / f'{split}/{name}/a.jpg', np.zeros((40, 40, 3)))
+    said = check(config, tmp_path, status=0)
+    assert 'train: 2 images, 2 classes' in said and '50.00%      1 dog' in said
+    broken = tmp_path / 'train/dog/a.jpg'
+    broken.write_bytes(broken.read_bytes()[:-100])
+    said = check(config, tmp_path, status=1)
+    assert '1 × image cut off' in said and str(broken) in said
+
+
+def test_missing_data_set_is_one_line(tmp_path):
+    pytest.importorskip('mmseg')
+    said = check(CAMVID, tmp_path / 'nowhere', status=2)
+    assert 'error: data not found' in said and 'Traceback' not in said
