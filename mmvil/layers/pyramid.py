@@ -18,8 +18,8 @@ class FeaturePyramid(nn.Module):
         channels (int): D, width of all incoming maps.
         scales (Sequence[float]): Size of each outgoing map relative to the incoming one, powers of
             two: 4, 2, 1, 0.5.
-        out_channels (Sequence[int], optional): Width of each outgoing map, by a 1x1 convolution.
-            Default: D, without one.
+        out_channels (Sequence[int | None], optional): Width of each outgoing map, by a 1x1
+            convolution; None leaves a map as it is. Default: D, without one.
         norm_layer (Callable): Makes the norm of a number of channels. Default: ``nn.BatchNorm2d``.
     """
 
@@ -27,7 +27,7 @@ class FeaturePyramid(nn.Module):
         self,
         channels: int,
         scales: Sequence[float],
-        out_channels: Optional[Sequence[int]] = None,
+        out_channels: Optional[Sequence[Optional[int]]] = None,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FeaturePyramid(nn.Module):
                 layers.append(nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2))
             if octave < 0:
                 layers.append(nn.MaxPool2d(kernel_size=2 ** int(-octave), ceil_mode=True))
-            if out_channels is not None:
+            if out_channels is not None and out_channels[level] is not None:
                 layers.append(nn.Conv2d(channels, out_channels[level], kernel_size=1))
             self.levels.append(nn.Sequential(*layers))
 
