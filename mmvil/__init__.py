@@ -7,7 +7,7 @@ from .version import __version__, check_versions
 
 check_versions()
 
-from .apis import register_models  # noqa: E402
+from .apis import get_model, list_models, register_models  # noqa: E402
 from .backbones import VisionLSTM  # noqa: E402
 from .engine import IterationSeedHook, LayerDecayOptimWrapperConstructor  # noqa: E402
 
@@ -16,5 +16,7 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'VisionLSTM',
     '__version__',
+    'get_model',
+    'list_models',
     'register_models',
 ]

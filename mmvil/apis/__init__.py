@@ -1,6 +1,14 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """What people call by hand. The only part of mmvil that names mmseg, mmpretrain, mmdet or timm."""
 
-from .models import register_models
+from .checkpoints import convert_checkpoint, fetch_checkpoint, read_checkpoint
+from .models import get_model, list_models, register_models
 
-__all__ = ['register_models']
+__all__ = [
+    'convert_checkpoint',
+    'fetch_checkpoint',
+    'get_model',
+    'list_models',
+    'read_checkpoint',
+    'register_models',
+]

@@ -1,37 +1,182 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Models by name."""
 
+import difflib
+import fnmatch
 import functools
+import importlib.util
 from pathlib import Path
+from typing import Any, List, Optional, Sequence, Union
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from ..converters import OFFICIAL_CHECKPOINTS, find_official, is_official, vil_to_mmvil
+
+
+def list_models(pattern: Optional[str] = None) -> List[str]:
+    """Names of the classifiers that :func:`get_model` builds, those that the authors publish.
+
+    Args:
+        pattern (str, optional): Only names that begin like this; ``*`` stands for anything.
+
+    Returns:
+        list[str]: The names, sorted.
+
+    Example:
+        >>> mmvil.list_models('vil2')
+        ['vil2-base', 'vil2-small', 'vil2-tiny', 'vil2-tiny-e400']
+    """
+    names = sorted(official.model for official in OFFICIAL_CHECKPOINTS)
+    return fnmatch.filter(names, f'{pattern or ""}*')
+
+
+def get_model(
+    name: str,
+    pretrained: Union[bool, str, Path] = False,
+    device: Union[str, torch.device, None] = None,
+    num_classes: Optional[int] = None,
+    out_indices: Union[int, Sequence[int], None] = None,
+    **kwargs: Any,
+) -> BaseModel:
+    """Build a classifier of mmpretrain by name.
+
+    Called with images that are normalized, shape (B, 3, H, W), it returns logits (B, classes);
+    ``extract_feat(images)`` returns what the linear layer sees. ``mmpretrain.inference_model(model,
+    'cat.jpg')`` takes files.
+
+    Args:
+        name (str): One of :func:`list_models`.
+        pretrained (bool | str | Path): True for the published weights, which are downloaded once
+            and cached, or a checkpoint: ours or an official one, as path, URL or ``mmvil://NAME``.
+            Default: False, random weights.
+        device (str | torch.device, optional): Where to put the model.
+        num_classes (int, optional): Another number of classes. The linear layer of a checkpoint
+            with other classes is not loaded.
+        out_indices (int | Sequence[int], optional): Leave the classifier out, and return the
+            feature maps (B, D, h, w) after these blocks as a tuple.
+        **kwargs: Other settings of the model config, such as ``backbone=dict(frozen_stages=24)``.
+
+    Returns:
+        ImageClassifier: The model, in evaluation mode.
+
+    Raises:
+        ImportError: If mmpretrain is not installed.
+        ValueError: If there is no such model, or the checkpoint does not fit.
+
+    Example:
+        >>> import mmvil
+        >>> logits = mmvil.get_model('vil2-tiny', pretrained=True)(images)
+        >>> maps = mmvil.get_model('vil2-base', out_indices=(7, 11, 15, 23))(images)
+    """
+    names = list_models()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f' Did you mean {close[0]!r}?' if close else ''
+        raise ValueError(f'Unknown model {name!r}.{hint} Choose from {", ".join(names)}.')
+    _register_mmpretrain('get_model()')
+    import mmpretrain
+
+    settings = dict(kwargs)
+    if num_classes is not None:
+        settings['head'] = dict(num_classes=num_classes, **settings.get('head') or {})
+        settings['data_preprocessor'] = dict(
+            num_classes=num_classes, **settings.get('data_preprocessor') or {}
+        )
+    if out_indices is not None:
+        settings['head'] = None
+        settings['backbone'] = dict(
+            out_indices=out_indices, out_type='featmap', **settings.get('backbone') or {}
+        )
+    model = mmpretrain.get_model(name, pretrained=False, **settings)
+    if pretrained:
+        address = f'mmvil://{find_official(name).name}' if pretrained is True else str(pretrained)
+        _load(model, address, keep_head=num_classes is not None)
+    return model.to(device) if device is not None else model
+
+
+def _load(model: BaseModel, address: str, keep_head: bool) -> None:
+    """Load a classifier's checkpoint; unlike mmengine, refuse one that does not fit.
+
+    Raises:
+        ValueError: If tensors are missing or have other shapes.
+    """
+    checkpoint = _load_checkpoint(address, map_location='cpu')
+    state = checkpoint.get('state_dict', checkpoint)
+    state = vil_to_mmvil(state) if is_official(state) else dict(state)
+    own = model.state_dict()
+    head = [name for name in own if name.startswith('head.')]
+    if keep_head and any(name in state and state[name].shape != own[name].shape for name in head):
+        MMLogger.get_current_instance().info(f'{address} has other classes: head not loaded.')
+        state = {name: value for name, value in state.items() if name not in head}
+        own = {name: value for name, value in own.items() if name not in head}
+    missing = [name for name in own if name not in state]
+    misshapen = [
+        f'{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model'
+        for name in own
+        if name in state
+        and not name.endswith('pos_embed')  # which is resized
+        and state[name].shape != own[name].shape
+    ]
+    if missing or misshapen:
+        raise ValueError(
+            f'{address} does not fit this model. '
+            + (f'Missing: {", ".join(missing)}. ' if missing else '')
+            + (f'Other shapes: {"; ".join(misshapen)}. ' if misshapen else '')
+            + 'Choose another model or checkpoint'
+            + (', or give num_classes.' if not keep_head else '.')
+        )
+    model.load_state_dict(state, strict=False)
+    model._dataset_meta = checkpoint.get('meta', {}).get('dataset_meta') or model._dataset_meta
 
 
 @functools.cache
 def register_models() -> None:
-    """Make ViL's classifiers known to mmpretrain by name.
+    """Make ViL's classifiers known to mmpretrain and timm by name, as far as these are installed.
 
-    Afterwards ``mmpretrain.list_models('vil-*')`` lists them and ``mmpretrain.get_model`` builds
-    them, as it does mmpretrain's own. Calling it again does nothing.
+    Afterwards ``mmpretrain.list_models('vil2-*')`` and ``timm.list_models('mmvil*')`` list them,
+    and ``mmpretrain.get_model``, ``mmpretrain.inference_model`` and ``timm.create_model`` build
+    them. Calling it again does nothing.
 
     Raises:
-        ImportError: If mmpretrain is not installed.
+        ImportError: If neither is installed.
         FileNotFoundError: If this installation of mmvil lacks the list of models.
 
     Example:
-        >>> import mmpretrain
         >>> from mmvil import register_models
         >>> register_models()
-        >>> model = mmpretrain.get_model('vil-tiny_in1k')
+        >>> mmpretrain.inference_model('vil2-tiny', 'cat.jpg', pretrained=True)
+        >>> timm.create_model('mmvil_tiny_patch16_224', pretrained=True)
     """
+    if _installed('timm'):
+        from . import timm_models  # noqa: F401
+    if _installed('mmpretrain') or not _installed('timm'):
+        _register_mmpretrain('register_models()')
+
+
+@functools.cache
+def _register_mmpretrain(caller: str) -> None:
     try:
         from mmpretrain.apis import ModelHub
     except ImportError as error:
         raise ImportError(
-            'register_models() needs mmpretrain, which cannot be imported '
-            f'({error}). How to install it: see README.md.'
+            f'{caller} needs mmpretrain, which cannot be imported ({error}). How to install it: '
+            'see README.md. Without it, use timm, or mmvil.VisionLSTM itself.'
         ) from error
     root = _root()
-    # The other list in model-index.yml is of segmentors, which mmpretrain cannot build.
-    ModelHub.register_model_index(root / 'configs' / 'metafile_imagenet.yml', config_prefix=root)
+    if not ModelHub.has(OFFICIAL_CHECKPOINTS[0].model):
+        # The other list in model-index.yml is of segmentors, which mmpretrain cannot build.
+        index = root / 'configs' / 'metafile_imagenet.yml'
+        ModelHub.register_model_index(index, config_prefix=root)
+
+
+def _installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ValueError:  # a module that tests have replaced
+        return False
 
 
 def _root() -> Path:

@@ -71,8 +71,9 @@ class VisionLSTM(BaseModule):
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         lean (bool): Keep little for backward, see :class:`mmvil.layers.ViLBlock`. Default: True.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our
-            checkpoints (of a backbone, or of a whole model) and the official ones, and resizes
-            position embeddings. Default: None.
+            checkpoints (of a backbone, or of a whole model) and the official ones (files, URLs, or
+            short names such as ``mmvil://vil2_base16``), and resizes position embeddings. Default:
+            None.
 
     Raises:
         ValueError: For unknown choices and sizes that do not fit, naming both the value and what is
@@ -284,7 +285,7 @@ class VisionLSTM(BaseModule):
                 outputs.append(self._format(x, grid, last=index == self.out_indices[-1]))
         if self.pyramid is not None:
             outputs = [
-                y[:, :, : -(-image_size[0] // stride), : -(-image_size[1] // stride)]
+                y[:, :, : (image_size[0] - 1) // stride + 1, : (image_size[1] - 1) // stride + 1]
                 for y, stride in zip(self.pyramid(outputs), self.pyramid_strides)
             ]
         return tuple(outputs)
@@ -384,55 +385,79 @@ class VisionLSTM(BaseModule):
         state = {
             key[len(prefix) :]: value for key, value in source.items() if key.startswith(prefix)
         }
+        self._check_fit(state, filename + (f', {prefix}*,' if prefix else ''))
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        total = len(self.state_dict())
+        logger.info(
+            f'Loaded {total - len(missing)} of {total} backbone tensors from {filename}. '
+            f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
+            f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
+        )
 
+    def _check_fit(self, state: Dict[str, Tensor], source: str) -> None:
+        """Make sure that a state dict has the embeddings and every block, in the right shapes.
+
+        Raises:
+            ValueError: If it does not.
+        """
         own = self.state_dict()
         misshapen = [
             f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} here'
             for key, value in state.items()
-            if key in own and key != 'pos_embed' and value.shape != own[key].shape
+            if key in own and value.shape != own[key].shape and not self._resizes(key, value)
         ]
-        if misshapen or not any(key.startswith('layers.') for key in state):
-            reason = (
-                'its shapes differ: ' + '; '.join(misshapen[:3])
-                if misshapen
-                else 'it has no ViL blocks' + (f' under the prefix {prefix!r}' if prefix else '')
-            )
-            raise ValueError(
-                f'{filename} does not fit this VisionLSTM '
-                f'(embed_dims={self.embed_dims}, version={self.version}): '
-                f'{reason}. Choose the arch and version of the checkpoint, or another checkpoint.'
-            )
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        logger.info(
-            f'Loaded {len(own) - len(missing)} of {len(own)} backbone tensors from {filename}. '
-            f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
-            f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
+        trunk = [key for key in own if key.startswith(('patch_embed.', 'pos_embed', 'layers.'))]
+        missing = [key for key in trunk if key not in state]
+        if not any(key.startswith('layers.') for key in state):
+            reason = 'it has no ViL blocks'
+        elif misshapen:
+            reason = f'its shapes differ: {_summary(misshapen, "; ")}'
+        elif missing:
+            reason = f'it lacks weights: {_summary(missing)}'
+        else:
+            return
+        raise ValueError(
+            f'{source} does not fit this VisionLSTM (embed_dims={self.embed_dims}, '
+            f'version={self.version}): {reason}. Choose the arch and version of the checkpoint, or '
+            'another checkpoint.'
         )
-        missing_blocks = [key for key in missing if key.startswith('layers.')]
-        if missing_blocks:
-            raise ValueError(
-                f'{filename} lacks weights of blocks that this VisionLSTM has: '
-                f'{_summary(missing_blocks)}. '
-                'Choose the arch and version of the checkpoint, or another checkpoint.'
-            )
+
+    def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
+        """Let official checkpoints load into a whole classifier: mmpretrain's ``ImageClassifier``
+        calls this before it loads.
+        """
+        source = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
+        if not is_official(source):
+            return
+        converted = vil_to_mmvil(source)
+        name = 'backbone.'
+        backbone = {key[len(name) :]: x for key, x in converted.items() if key.startswith(name)}
+        self._check_fit(backbone, 'The official checkpoint')
+        for key in source:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in converted.items()})
+
+    def _resizes(self, key: str, value: Tensor) -> bool:
+        """Whether a loaded tensor is a position embedding of another image size."""
+        return key == 'pos_embed' and value.dim() == 4 and value.shape[-1] == self.embed_dims
 
     def _resize_loaded_pos_embed(self, state_dict: dict, prefix: str, *args) -> None:
         """Let checkpoints of another image size load."""
         name = prefix + 'pos_embed'
         loaded = state_dict.get(name)
-        if loaded is None or loaded.shape == self.pos_embed.shape or loaded.dim() != 4:
+        if loaded is None or loaded.shape == self.pos_embed.shape:
             return
-        grid = tuple(self.pos_embed.shape[1:3])
-        if loaded.shape[-1] == self.embed_dims:
+        if self._resizes('pos_embed', loaded):
+            grid = tuple(self.pos_embed.shape[1:3])
             MMLogger.get_current_instance().info(
                 f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
             )
             state_dict[name] = resize_pos_embed(loaded, grid)
 
 
-def _summary(names: Sequence[str], limit: int = 4) -> str:
+def _summary(names: Sequence[str], separator: str = ', ', limit: int = 4) -> str:
     if not names:
         return 'nothing'
-    return ', '.join(names[:limit]) + (
+    return separator.join(names[:limit]) + (
         f' and {len(names) - limit} more' if len(names) > limit else ''
     )

@@ -1,6 +1,16 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Pure functions from foreign state dicts to ours."""
+"""Pure functions from foreign state dicts to ours, and the list of what the authors publish."""
 
-from .vil import is_official, vil_to_mmvil
+from .official import OFFICIAL_CHECKPOINTS, OFFICIAL_URL, OfficialCheckpoint, find_official
+from .vil import infer_architecture, is_official, official_names, vil_to_mmvil
 
-__all__ = ['is_official', 'vil_to_mmvil']
+__all__ = [
+    'OFFICIAL_CHECKPOINTS',
+    'OFFICIAL_URL',
+    'OfficialCheckpoint',
+    'find_official',
+    'infer_architecture',
+    'is_official',
+    'official_names',
+    'vil_to_mmvil',
+]

@@ -3,7 +3,7 @@
 
 import re
 from collections import OrderedDict
-from typing import Dict, Mapping
+from typing import Dict, Mapping, Optional
 
 from torch import Tensor
 
@@ -29,12 +29,14 @@ _STANDALONE = re.compile(
     r'^blocks\.(?P<block>\d+)\.'
     r'((?P<direction>rowwise_from_top_left|rowwise_from_bot_right)\.)?(layer\.)?(?P<rest>.+)$'
 )
+_NORM_WEIGHT_OF_THE_STACK = re.compile(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$')
 
 
 def is_official(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has one of the official layouts."""
-    return 'pos_embed.embed' in state_dict and any(
-        _TRAINING.match(key) or _STANDALONE.match(key) for key in state_dict
+    """Whether a state dict has one of the official layouts, be it complete or not."""
+    return any(
+        '.mlstm_cell.' in key and (_TRAINING.match(key) or _STANDALONE.match(key))
+        for key in state_dict
     )
 
 
@@ -43,10 +45,9 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     (``backbone.*``, ``head.fc.*``).
 
     Both official layouts are understood: that of the training checkpoints (``xlstm.blocks.*``) and
-        that of the standalone
-    models (``blocks.*``, ``norm``, ``legacy_norm``), versions 1 and 2. The norms inside the block
-    stack store their weight minus 1; the 1 is added here in float64, so that a float64 model loses
-    no digit (loading rounds to the model's dtype).
+    that of the standalone models (``blocks.*``, ``norm``, ``legacy_norm``), versions 1 and 2. The
+    norms inside the block stack store their weight minus 1; the 1 is added here in float64, so that
+    a float64 model loses no digit (loading rounds to the model's dtype).
 
     Args:
         state_dict (Mapping[str, Tensor]): Official names and tensors.
@@ -55,78 +56,144 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         dict[str, Tensor]: Our names and tensors.
 
     Raises:
-        ValueError: If the state dict is not an official one, or a name in it is not known.
+        ValueError: If the state dict is not an official one, or names in it are not known.
     """
-    if not is_official(state_dict):
-        raise ValueError(
-            "This is not an official Vision-LSTM state dict: it has no 'pos_embed.embed' beside "
-            "'xlstm.blocks.*' or 'blocks.*'."
-        )
-    converted = OrderedDict()
-    unknown = []
-    names = _outer_names(state_dict)
-    for key, value in state_dict.items():
-        if key.endswith('causal_mask'):  # a buffer that was stored by accident
-            continue
-        name = names.get(key.rpartition('.')[0])
-        name = f'{name}.{key.rpartition(".")[2]}' if name else _block_name(key)
-        if key == 'pos_embed.embed':
-            name = 'backbone.pos_embed'
-        if name is None:
-            unknown.append(key)
-            continue
-        inside_stack = re.match(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$', name)
-        converted[name] = value.double() + 1 if inside_stack else value
+    names = official_names(state_dict)
+    unknown = [official for official, name in names.items() if name is None]
     if unknown:
         raise ValueError(
-            f'Unknown names in an official Vision-LSTM state dict: {unknown[:5]}'
-            + (f' and {len(unknown) - 5} more.' if len(unknown) > 5 else '.')
+            f'Unknown names in an official Vision-LSTM state dict: {", ".join(unknown)}.'
         )
+    converted = OrderedDict()
+    for official, name in names.items():
+        value = state_dict[official]
+        in_stack = _NORM_WEIGHT_OF_THE_STACK.match(name)
+        converted[name] = value.double() + 1 if in_stack else value
     return converted
 
 
-def _block_name(key: str):
+def official_names(state_dict: Mapping[str, Tensor]) -> Dict[str, Optional[str]]:
+    """What the tensors of an official state dict are called here.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): Official names and tensors.
+
+    Returns:
+        dict[str, str | None]: From each official name to ours, or to None where there is no such
+        tensor in a Vision-LSTM. Masks that were stored by accident are left out.
+
+    Raises:
+        ValueError: If the state dict is not an official one.
+    """
+    if not is_official(state_dict):
+        raise ValueError(
+            'This is not an official Vision-LSTM state dict: it has no mLSTM cells, neither '
+            "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*'."
+        )
+    outside = _names_outside_blocks(state_dict)
+    names = OrderedDict()
+    for key in state_dict:
+        if key.endswith('causal_mask'):
+            continue
+        module, _, parameter = key.rpartition('.')
+        if key == 'pos_embed.embed':
+            names[key] = 'backbone.pos_embed'
+        elif module in outside:
+            names[key] = f'{outside[module]}.{parameter}'
+        else:
+            names[key] = _name_in_block(key)
+    return names
+
+
+def _name_in_block(key: str) -> Optional[str]:
     """Our name of a parameter of a block, or None."""
-    match = _TRAINING.match(key)
-    if match:
-        block = int(match['block'])
-    else:
-        match = _STANDALONE.match(key)
-        if not match:
-            return None
-        block = int(match['block'])
-        if match['direction']:  # version 2 counts pairs
-            block = 2 * block + (match['direction'] == 'rowwise_from_bot_right')
-    rest = match['rest']
-    if rest == 'learnable_skip':
+    match = _TRAINING.match(key) or _STANDALONE.match(key)
+    if not match:
+        return None
+    groups = match.groupdict()
+    block = int(groups['block'])
+    if groups.get('direction'):  # version 2 counts pairs
+        block = 2 * block + (groups['direction'] == 'rowwise_from_bot_right')
+    if groups['rest'] == 'learnable_skip':
         return f'backbone.layers.{block}.skip'
-    module, _, parameter = rest.rpartition('.')
-    return (
-        f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
-        if module in _BLOCK_NAMES
-        else None
-    )
+    module, _, parameter = groups['rest'].rpartition('.')
+    if module not in _BLOCK_NAMES:
+        return None
+    return f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
 
 
-def _outer_names(state_dict: Mapping[str, Tensor]) -> Dict[str, str]:
-    """Names of the modules outside the blocks."""
+def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> Dict[str, str]:
+    """Official names of the modules outside the blocks, and ours."""
     names = {'patch_embed.proj': 'backbone.patch_embed.projection'}
     if any(key.startswith('xlstm.') for key in state_dict):
-        names.update(
-            {
-                'xlstm.post_blocks_norm': 'backbone.norm',
-                'head.0': 'backbone.pool_norm',
-                'head.1': 'head.fc',
-            }
-        )
-    else:
-        # The standalone models swapped the roles of their two norms between the versions.
-        version2 = any('rowwise_from' in key for key in state_dict)
-        names.update(
-            {
-                'norm': 'backbone.norm' if version2 else 'backbone.pool_norm',
-                'legacy_norm': 'backbone.pool_norm' if version2 else 'backbone.norm',
-                'head': 'head.fc',
-            }
-        )
-    return names
+        return {
+            **names,
+            'xlstm.post_blocks_norm': 'backbone.norm',
+            'head.0': 'backbone.pool_norm',
+            'head.1': 'head.fc',
+        }
+    # The standalone models swapped the roles of their two norms between the versions.
+    version2 = any('rowwise_from' in key for key in state_dict)
+    return {
+        **names,
+        'norm': 'backbone.norm' if version2 else 'backbone.pool_norm',
+        'legacy_norm': 'backbone.pool_norm' if version2 else 'backbone.norm',
+        'head': 'head.fc',
+    }
+
+
+def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
+    """Read the sizes of a classifier off its tensors.
+
+    What tensors cannot tell is the stride of the patches: the position embedding has one entry per
+    patch of an image that is cut without overlap, in the models with overlap too.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): A classifier in our layout, see :func:`vil_to_mmvil`.
+
+    Returns:
+        dict: version, embed_dims, depth, num_heads, patch_size, in_channels, img_size (height and
+        width), out_type, num_classes.
+
+    Raises:
+        ValueError: If a tensor that says so is missing or has an impossible shape.
+    """
+    blocks = {}
+    for key, value in state_dict.items():
+        match = re.match(r'backbone\.layers\.(\d+)\.(.+)', key)
+        if match:
+            blocks.setdefault(match[2], []).append((int(match[1]), value))
+
+    def shape(name: str, dims: int):
+        tensors = [value for _, value in blocks[name]] if name in blocks else []
+        tensors += [state_dict[name]] if name in state_dict else []
+        if not tensors:
+            raise ValueError(
+                f'There is no {name} (as it is called here), which a Vision-LSTM classifier has.'
+            )
+        if tensors[0].dim() != dims:
+            raise ValueError(
+                f'{name} (as it is called here) has {tensors[0].dim()} dimensions, '
+                f'{tuple(tensors[0].shape)}, instead of {dims}.'
+            )
+        return tuple(tensors[0].shape)
+
+    embed_dims, in_channels, *patch = shape('backbone.patch_embed.projection.weight', 4)
+    _, rows, columns, _ = shape('backbone.pos_embed', 4)
+    num_heads, _ = shape('igate.weight', 2)
+    num_classes, _ = shape('head.fc.weight', 2)
+    (pooled,) = shape('backbone.pool_norm.weight', 1)
+    if patch[0] != patch[1]:
+        raise ValueError(f'Patches must be square, but are {patch[0]} x {patch[1]}.')
+    return dict(
+        # Version 1 convolves along the tokens, version 2 over the image.
+        version=1 if any(conv.dim() == 3 for _, conv in blocks.get('conv.weight', ())) else 2,
+        embed_dims=embed_dims,
+        depth=1 + max(block for tensors in blocks.values() for block, _ in tensors),
+        num_heads=num_heads,
+        patch_size=patch[0],
+        in_channels=in_channels,
+        img_size=(rows * patch[0], columns * patch[0]),
+        out_type='bilateral_concat' if pooled == 2 * embed_dims else 'bilateral_avg',
+        num_classes=num_classes,
+    )

@@ -115,5 +115,5 @@ def test_metafiles_name_configs_that_exist():
 def test_metafiles_reach_the_model_listing_of_mmpretrain():
     model = pytest.importorskip('mmpretrain.apis.model')
     mmvil.register_models()
-    assert 'vil-tiny_in1k' in model.list_models('vil', task='Image Classification')
-    assert model.ModelHub.get('vil-base_in1k').config.model.backbone.arch == 'base'
+    assert 'vil2-tiny' in model.list_models('vil', task='Image Classification')
+    assert model.ModelHub.get('vil2-base').config.model.backbone.arch == 'base'

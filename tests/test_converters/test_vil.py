@@ -61,7 +61,7 @@ def test_other_state_dicts_are_refused():
     assert not is_official({'layers.0.skip': torch.ones(1)})
     with pytest.raises(ValueError, match='not an official Vision-LSTM state dict'):
         vil_to_mmvil({'conv1.weight': torch.ones(1)})
-    with pytest.raises(ValueError, match="Unknown names .*'xlstm.blocks.0.surprise.weight'"):
+    with pytest.raises(ValueError, match='Unknown names .*: xlstm.blocks.0.surprise.weight'):
         vil_to_mmvil({**load('vil2_dim32'), 'xlstm.blocks.0.surprise.weight': torch.ones(1)})
 
 

@@ -1,0 +1,8 @@
+# ViL-S+, version 1, at 224x224: see vil1_t_imagenet.py. The authors' checkpoint is
+# mmvil://vil_smallplus16. Published top-1: 80.9.
+_base_ = './vil1_t_imagenet.py'
+
+model = dict(
+    backbone=dict(arch='small_plus', drop_path_rate=0.05),
+    head=dict(in_channels=384),
+)

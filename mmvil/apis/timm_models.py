@@ -1,0 +1,334 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Vision-LSTM as models of timm. Importing this registers them; :func:`mmvil.register_models` does.
+
+``timm.list_models('mmvil*')`` lists them: 'mmvil_base_patch16_224' is version 2, 'mmvil1_…' the
+paper's first version.
+"""
+
+from contextlib import nullcontext
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..backbones import VisionLSTM
+from ..converters import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, is_official, vil_to_mmvil
+from ..layers import resize_pos_embed
+from ..layers.embed import tokens_to_map
+
+__all__ = ['TimmVisionLSTM']
+
+POOLS = ('bilateral_concat', 'bilateral_avg', 'avg', '')
+
+
+class TimmVisionLSTM(nn.Module):
+    """A :class:`mmvil.VisionLSTM` under the interface of timm's models. Features are maps
+    (B, D, h, w).
+
+    Args:
+        arch (str | dict): As in :class:`mmvil.VisionLSTM`, like version, patch_size and stride.
+        version (int): Default: 2.
+        img_size (int | tuple[int, int]): Image size for which the position embedding is made;
+            others are accepted. Default: 224.
+        patch_size (int): Default: 16.
+        stride (int, optional): Default: ``patch_size``.
+        in_chans (int): Default: 3.
+        num_classes (int): 0 for no classifier. Default: 1000.
+        global_pool (str, optional): 'bilateral_concat' (first and last token side by side),
+            'bilateral_avg' (their mean), 'avg' (mean of all) or '' (none). Default: as published,
+            the first for version 2 and the second for version 1.
+        drop_rate (float): Dropout before the classifier. Default: 0.
+        drop_path_rate (float): Stochastic depth, the same in all blocks. Default: 0.
+        device, dtype: Where and as what to create the parameters.
+        **kwargs: Further arguments of :class:`mmvil.VisionLSTM`: backend, lean, drop_path_mode.
+    """
+
+    output_fmt = 'NCHW'
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = 'base',
+        version: int = 2,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        patch_size: int = 16,
+        stride: Optional[int] = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Optional[str] = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        with nullcontext() if device is None else torch.device(device):
+            self.backbone = VisionLSTM(
+                arch,
+                version=version,
+                img_size=img_size,
+                patch_size=patch_size,
+                stride=stride,
+                in_channels=in_chans,
+                drop_path_rate=drop_path_rate,
+                **kwargs,
+            )
+        self.in_chans = in_chans
+        self.num_features = self.embed_dim = self.backbone.embed_dims
+        self.grad_checkpointing = False
+        self.feature_info = [
+            dict(
+                module=f'backbone.layers.{i}',
+                num_chs=self.num_features,
+                reduction=self.backbone.stride,
+            )
+            for i in range(len(self.backbone.layers))
+        ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.fc_norm: nn.Module = nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        self.to(dtype)
+        if global_pool is None:
+            global_pool = 'bilateral_concat' if version == 2 else 'bilateral_avg'
+        self._set_pool(global_pool)
+        self._set_classifier(num_classes)
+
+    # ------------------------------------------------------------------------------- classifier
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the classifier sees."""
+        return self.num_features * (2 if self.global_pool == 'bilateral_concat' else 1)
+
+    def _like(self, module: nn.Module) -> nn.Module:
+        """Bring a new module to the device, dtype and mode of the model."""
+        weight = self.backbone.pos_embed
+        return module.to(device=weight.device, dtype=weight.dtype).train(self.training)
+
+    def _set_pool(self, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f'Unknown global_pool {global_pool!r}; choose from {POOLS}.')
+        self.global_pool = global_pool
+        self.fc_norm = nn.Identity()
+        if global_pool:
+            eps = 1e-5 if self.backbone.version == 2 else 1e-6
+            with self.backbone.pos_embed.device:
+                self.fc_norm = self._like(nn.LayerNorm(self.head_hidden_size, eps=eps))
+
+    def _set_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            with self.backbone.pos_embed.device:
+                self.head = self._like(nn.Linear(self.head_hidden_size, num_classes))
+                trunc_normal_(self.head.weight, std=2e-5)
+                nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier, and the pooling if another one is named."""
+        if global_pool is not None and global_pool != self.global_pool:
+            self._set_pool(global_pool)
+        self._set_classifier(num_classes)
+
+    # ---------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images (B, C, H, W): logits (B, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The normalized map after the last block, shape (B, D, h, w)."""
+        x, grid, _ = self._run_blocks(x)
+        return tokens_to_map(self._norm(x), grid)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map (B, D, h, w) and classify it."""
+        if self.global_pool == 'avg':
+            x = x.mean(dim=(2, 3))
+        elif self.global_pool:
+            first, last = x[:, :, 0, 0], x[:, :, -1, -1]
+            concat = self.global_pool == 'bilateral_concat'
+            x = torch.cat([first, last], dim=1) if concat else (first + last) / 2
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, Sequence[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Features after several blocks.
+
+        Args:
+            x (Tensor): Images, shape (B, C, H, W).
+            indices (int | Sequence[int], optional): Blocks, or the last so many. Default: all.
+            norm (bool): Apply the final norm to all of them. Default: False.
+            stop_early (bool): Do not run the blocks after the last index. Default: False.
+            output_fmt (str): 'NCHW' maps or 'NLC' tokens. Default: 'NCHW'.
+            intermediates_only (bool): Leave out the final features. Default: False.
+
+        Returns:
+            list[Tensor] | tuple[Tensor, list[Tensor]]: The features, after what
+            ``forward_features`` returns.
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', but is {output_fmt!r}.")
+        take, last = feature_take_indices(len(self.backbone.layers), indices)
+        x, grid, intermediates = self._run_blocks(x, take, last if stop_early else None)
+        if norm:
+            intermediates = [self._norm(y) for y in intermediates]
+        if output_fmt == 'NCHW':
+            intermediates = [tokens_to_map(y, grid) for y in intermediates]
+        if intermediates_only:
+            return intermediates
+        return tokens_to_map(self._norm(x), grid), intermediates
+
+    def _run_blocks(
+        self, x: Tensor, take: Sequence[int] = (), last: Optional[int] = None
+    ) -> Tuple[Tensor, Tuple[int, int], List[Tensor]]:
+        """Tokens (B, N, D) after the last block, their grid, and those after the blocks to take."""
+        backbone = self.backbone
+        backbone._check_image(x)
+        x, grid = backbone.patch_embed(x)
+        x = x + resize_pos_embed(backbone.pos_embed, grid).flatten(1, 2)
+        intermediates = []
+        for index, layer in enumerate(backbone.layers):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, grid, use_reentrant=False)
+            else:
+                x = layer(x, grid)
+            if index in take:
+                intermediates.append(x)
+            if index == last:
+                break
+        return x, grid, intermediates
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x if self.backbone.norm is None else self.backbone.norm(x)
+
+    # --------------------------------------------------------------------------------- training
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, Sequence[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the features after these blocks do not need."""
+        take, last = feature_take_indices(len(self.backbone.layers), indices)
+        self.backbone.layers = self.backbone.layers[: last + 1]
+        if prune_norm:
+            self.backbone.norm = None
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks for backward."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        """Parameters without weight decay, beside those of one dimension."""
+        return {'backbone.pos_embed'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Groups for layer-wise learning rates: embeddings, pairs of blocks, norms."""
+        pairs = [
+            (rf'^backbone\.layers\.(?:{2 * pair}|{2 * pair + 1})\.', (pair,))
+            for pair in range((len(self.backbone.layers) + 1) // 2)
+        ]
+        return dict(
+            stem=r'^backbone\.(?:patch_embed|pos_embed)',
+            blocks=r'^backbone\.layers'
+            if coarse
+            else [*pairs, (r'^(?:backbone\.norm|fc_norm)', (99999,))],
+        )
+
+
+# -------------------------------------------------------------------------------------- registering
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Official checkpoints, and those of our classifiers, to the names of the model in timm."""
+    state_dict = state_dict.get('state_dict', state_dict)
+    if is_official(state_dict):
+        state_dict = vil_to_mmvil(state_dict)
+    renamed = {}
+    for name, value in state_dict.items():
+        name = name.replace('backbone.pool_norm.', 'fc_norm.').replace('head.fc.', 'head.')
+        renamed[name] = value
+    return renamed
+
+
+def _model_name(official: OfficialCheckpoint) -> str:
+    """'mmvil_base_patch16_224' of version 2, 'mmvil1_base_patch16_stride8_224' of version 1."""
+    prefix = 'mmvil' if official.version == 2 else 'mmvil1'
+    stride = '' if official.stride == 16 else f'_stride{official.stride}'
+    return f'{prefix}_{official.arch.replace("_", "")}_patch16{stride}_224'
+
+
+def _pretrained_cfg(official: OfficialCheckpoint) -> Dict[str, Any]:
+    grid = (224 - 16) // official.stride + 1
+    return dict(
+        url=official.url,
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(grid, grid),
+        crop_pct=1.0,
+        interpolation='bicubic',
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv='backbone.patch_embed.projection',
+        classifier='head',
+        origin_url='https://github.com/NX-AI/vision-lstm',
+        paper_ids='arXiv:2406.04303',
+    )
+
+
+def _register(name: str, official: OfficialCheckpoint) -> None:
+    """Register the function that builds a model."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        settings = dict(arch=official.arch, version=official.version, stride=official.stride)
+        return build_model_with_cfg(
+            TimmVisionLSTM,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+            **{**settings, **kwargs},
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f'ViL, version {official.version}, arch {official.arch!r}.'
+    globals()[name] = register_model(build)
+
+
+# Several checkpoints of one model differ by the tag, as in 'mmvil_tiny_patch16_224.e400_in1k'; the
+# first is the default.
+default_cfgs = generate_default_cfgs(
+    {
+        f'{_model_name(official)}.e{official.epochs}_in1k': _pretrained_cfg(official)
+        for official in OFFICIAL_CHECKPOINTS
+    }
+)
+_MODELS = {_model_name(each): each for each in OFFICIAL_CHECKPOINTS}
+for _name in _MODELS:
+    _register(_name, _MODELS[_name])
