@@ -1,0 +1,77 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""GPU kernels in Triton. Importing this package does not import Triton."""
+
+import os
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Optional
+
+import torch
+
+MIN_TRITON = (3, 4)
+"""Oldest Triton that the tests were run with; it came with torch 2.8."""
+MIN_CAPABILITY = (8, 0)
+"""Ampere: the first with bfloat16 and asynchronous copies."""
+MAX_HEAD_WIDTH = 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
+    """Why the kernels cannot run, or None if they can.
+
+    Args:
+        device (torch.device): Where the features are. The CPU will do where Triton interprets its
+            kernels (``TRITON_INTERPRET=1``).
+        dtype (torch.dtype): Of the features.
+        head_width (int): DH.
+    """
+    if dtype not in DTYPES:
+        return f'the dtype is {dtype}, not one of {", ".join(map(str, DTYPES))}'
+    if head_width > MAX_HEAD_WIDTH:
+        return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
+    return _triton_problem() or _device_problem(device.type, device.index)
+
+
+@lru_cache
+def _triton_problem() -> Optional[str]:
+    needed = '.'.join(map(str, MIN_TRITON))
+    try:
+        installed = version('triton')
+    except PackageNotFoundError:
+        return f'Triton is not installed (it comes with PyTorch on Linux); {needed} is needed'
+    if tuple(map(int, installed.split('.')[:2])) < MIN_TRITON:
+        return f'Triton is {installed}, and {needed} is needed, which comes with a newer PyTorch'
+    return None
+
+
+@lru_cache
+def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
+    if interpreted():
+        return None
+    if kind != 'cuda' or torch.version.hip:
+        return f'the device is {kind}, not an NVIDIA GPU (or TRITON_INTERPRET=1 for tests)'
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        have, need = ('.'.join(map(str, x)) for x in (capability, MIN_CAPABILITY))
+        return f'the GPU has compute capability {have}, and {need} is needed'
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels as Python code, as it decides once, when it is imported."""
+    return os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes', 'y')
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    if device.type != 'cuda':
+        return 227 * 1024
+    limits = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    return limits.get(torch.cuda.get_device_capability(device), 99) * 1024
+
+
+def default_chunk_size(length: int, head_width: int) -> int:
+    """Tokens in a chunk: all, as long as that costs fewer products than states would."""
+    chunk = 128 if head_width <= 128 else 256
+    return length if length <= chunk + 2 * head_width else chunk

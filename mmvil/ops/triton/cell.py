@@ -232,7 +232,6 @@ def readers_kernel(
     COLUMNS: tl.constexpr,
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
 ):
     """For a tile of reading tokens t, sums over what was written before: h, or (GRAD) dq.
 
@@ -265,7 +264,7 @@ def readers_kernel(
         index = tl.cast(program, tl.int64) * bounds + (chunk_start // chunk - 1)
         state, vector = states + index * DH * DH, state_vectors + index * DH
         totals = _read_state(
-            a, a_strides, start, length, state, GRAD, ROWS, STEP, DH, WIDTH, TILES, STATE_PRECISION
+            a, a_strides, start, length, state, GRAD, ROWS, STEP, DH, WIDTH, TILES, PRECISION
         )
         if GRAD:
             totals = _scaled(totals, weight * inv, TILES)
@@ -305,25 +304,23 @@ def readers_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def writers_kernel(
-    q,
+    a,
+    b,
+    c,
+    out,
     k,
-    v,
-    h_grad,
-    k_grad,
-    v_grad,
-    q_strides,
+    a_strides,
+    b_strides,
+    c_strides,
+    out_strides,
     k_strides,
-    v_strides,
-    h_grad_strides,
-    k_grad_strides,
-    v_grad_strides,
     source,
     running_max,
     inverse,
     normalizer_grad,
     source_grad,
-    states_grad,
-    state_vectors_grad,
+    states,
+    state_vectors,
     heads,
     length,
     chunk,
@@ -335,19 +332,20 @@ def writers_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
 ):
-    """For a tile of written tokens j, sums over those who read them: dk and the gradient of g
-    (KEYS), dv (VALUES), or both.
+    """For a tile of written tokens j, sums over those who read them: dv, or (KEYS) dk and with it
+    the gradient of g.
+
+    With (a, b, c) = (k, q, dh) it gives dv, with (v, dh, q) it gives dk. ``states`` are gradients.
+    The two share no product, and their sums would not fit into registers at once.
     """
     tiles = tl.cdiv(length, ROWS)
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    q = matrix(q, q_strides, program, heads)
-    k = matrix(k, k_strides, program, heads)
-    v = matrix(v, v_strides, program, heads)
-    h_grad = matrix(h_grad, h_grad_strides, program, heads)
+    a = matrix(a, a_strides, program, heads)
+    b = matrix(b, b_strides, program, heads)
+    c = matrix(c, c_strides, program, heads)
+    out = matrix(out, out_strides, program, heads)
     row = tl.cast(program, tl.int64) * length
     token = start + tl.arange(0, ROWS)
     inside = token < length
@@ -356,82 +354,43 @@ def writers_kernel(
     g = (g - base).to(tl.float32)
 
     chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
-    k_totals = zero_tiles(ROWS, WIDTH, TILES)
-    v_totals = zero_tiles(ROWS, WIDTH, TILES)
+    totals = zero_tiles(ROWS, WIDTH, TILES)
     if chunk_end < length:  # the chunks read later, through the state's gradient
         end = (tl.load(running_max + row + chunk_end - 1) - base).to(tl.float32)
         weight = tl.exp(g - end)
         bounds = tl.cdiv(length, chunk) - 1
         index = tl.cast(program, tl.int64) * bounds + (chunk_end // chunk - 1)
-        state, vector = states_grad + index * DH * DH, state_vectors_grad + index * DH
+        state, vector = states + index * DH * DH, state_vectors + index * DH
+        totals = _read_state(
+            a, a_strides, start, length, state, KEYS, ROWS, STEP, DH, WIDTH, TILES, PRECISION
+        )
+        totals = _scaled(totals, weight, TILES)
         if KEYS:
-            k_totals = _read_state(
-                v,
-                v_strides,
-                start,
-                length,
-                state,
-                True,
-                ROWS,
-                STEP,
-                DH,
-                WIDTH,
-                TILES,
-                STATE_PRECISION,
-            )
-            k_totals = _scaled(k_totals, weight, TILES)
-            k_totals = _plus_outer(k_totals, weight, vector, DH, WIDTH, TILES)
-        if VALUES:
-            v_totals = _read_state(
-                k,
-                k_strides,
-                start,
-                length,
-                state,
-                False,
-                ROWS,
-                STEP,
-                DH,
-                WIDTH,
-                TILES,
-                STATE_PRECISION,
-            )
-            v_totals = _scaled(v_totals, weight, TILES)
+            totals = _plus_outer(totals, weight, vector, DH, WIDTH, TILES)
 
-    if KEYS:
-        v_tiles = load_tiles(v, v_strides, start, length, ROWS, DH, WIDTH, TILES)
-    if VALUES:
-        k_tiles = load_tiles(k, k_strides, start, length, ROWS, DH, WIDTH, TILES)
+    a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
     for left in range(start, chunk_end, COLUMNS):
         column = left + tl.arange(0, COLUMNS)
         column_inside = column < chunk_end
         m = tl.load(running_max + row + column, mask=column_inside, other=float('inf'))
         m = (m - base).to(tl.float32)
         inv = tl.load(inverse + row + column, mask=column_inside, other=0.0)
-        n = tl.load(normalizer_grad + row + column, mask=column_inside, other=0.0)
-        q_tiles = load_tiles(q, q_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        h_grad_tiles = load_tiles(h_grad, h_grad_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        read = token[:, None] <= column[None, :]
-        weight = tl.exp(tl.where(read, g[:, None] - m[None, :], float('-inf'))) * scale
-        if VALUES:
-            of_v = scores(k_tiles, q_tiles, ROWS, COLUMNS, TILES, PRECISION)
-            of_v *= weight * inv[None, :]
-            v_totals = add_product(
-                v_totals, of_v.to(q.dtype.element_ty), h_grad_tiles, TILES, PRECISION
-            )
+        b_tiles = load_tiles(b, b_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        c_tiles = load_tiles(c, c_strides, left, length, COLUMNS, DH, WIDTH, TILES)
+        weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION) * inv[None, :]
         if KEYS:
-            of_k = scores(v_tiles, h_grad_tiles, ROWS, COLUMNS, TILES, PRECISION)
-            of_k = (of_k * inv[None, :] + n[None, :]) * weight
-            k_totals = add_product(k_totals, of_k.to(q.dtype.element_ty), q_tiles, TILES, PRECISION)
+            n = tl.load(normalizer_grad + row + column, mask=column_inside, other=0.0)
+            weight += n[None, :]
+        read = token[:, None] <= column[None, :]
+        logarithm = tl.where(read, g[:, None] - m[None, :], float('-inf'))
+        weight *= tl.exp(logarithm) * scale
+        totals = add_product(totals, weight.to(c.dtype.element_ty), c_tiles, TILES, PRECISION)
 
     if KEYS:
+        k = matrix(k, k_strides, program, heads)
         of_source = tl.zeros((ROWS,), tl.float32)
         for i in tl.static_range(TILES):
             k_tile = load_tile(k, k_strides, start, length, i * WIDTH, ROWS, DH, WIDTH)
-            of_source += tl.sum(k_tile.to(tl.float32) * k_totals[i], 1)
+            of_source += tl.sum(k_tile.to(tl.float32) * totals[i], 1)
         tl.store(source_grad + row + token, of_source, mask=inside)
-        to = matrix(k_grad, k_grad_strides, program, heads)
-        store_tiles(to, k_grad_strides, start, length, k_totals, ROWS, DH, WIDTH, TILES)
-    if VALUES:
-        to = matrix(v_grad, v_grad_strides, program, heads)
-        store_tiles(to, v_grad_strides, start, length, v_totals, ROWS, DH, WIDTH, TILES)
+    store_tiles(out, out_strides, start, length, totals, ROWS, DH, WIDTH, TILES)

@@ -27,12 +27,13 @@ features if that is bfloat16, as the matrix units would round them to it in any 
 otherwise (float16 lacks the range for a sum over all tokens).
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import triton
 from torch import Tensor
 
+from . import default_chunk_size, shared_memory
 from .cell import denominators_kernel, readers_kernel, states_kernel, writers_kernel
 from .gates import gate_gradients_kernel, gate_statistics_kernel
 
@@ -51,117 +52,129 @@ class Tiling(NamedTuple):
     """Rows of the state that are read at once."""
     state: int
     """Side of the tile of the state that one program sums up."""
-    split: bool
-    """Gradients of keys and values in two launches: at once, their sums do not fit into registers."""
 
 
-def tiling(head_width: int, dtype: torch.dtype) -> Tiling:
-    """The static table that stands for autotuning."""
+def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
+    """The static table that stands for autotuning, by what fits: registers, and bytes of shared
+    memory.
+    """
     width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
+    single = dtype == torch.float32
+    wide = padded > 128
+    rows = 32 if single else 64
+    columns = 32 if wide or single else 64
+    if single and padded > 192:
+        columns = 16
+    room = shared // (dtype.itemsize * padded) - rows  # rows that loops may have on their way
     return Tiling(
         width=width,
         tiles=tiles,
-        rows=64,
-        columns=64 if padded <= 192 else 32,
-        warps=4 if padded <= 128 else 8,
-        stages=2,
+        rows=rows,
+        columns=columns,
+        warps=8 if wide else 4,
+        stages=2 if room >= 4 * columns + 16 else 1,
         step=min(width, 32),
-        state=min(triton.next_power_of_2(padded), 64 if padded <= 192 else 128),
-        split=padded > 192,
+        state=min(triton.next_power_of_2(padded), 128 if padded > 192 and not single else 64),
     )
 
 
-def default_chunk_size(length: int, head_width: int) -> int:
-    """Tokens in a chunk: one chunk as long as that costs fewer products than states would."""
-    chunk = 128 if head_width <= 128 else 256
-    return length if length <= chunk + 2 * head_width else chunk
+class _Cell:
+    """The launches of one call, and what they share: sizes, constants, gate scalars."""
 
-
-class _Call:
-    """What the kernels of one call have in common: sizes, constants, gate scalars."""
-
-    def __init__(self, q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, chunk_size: int):
-        self.batch, self.heads, self.length, self.width = q.shape
-        self.programs = self.batch * self.heads
-        self.reverse = reverse
-        self.tiling = tiling(self.width, q.dtype)
-        unit = max(self.tiling.rows, self.tiling.columns)
-        self.chunk = triton.cdiv(min(chunk_size, self.length), unit) * unit
-        self.scale = self.width**-0.5
-        self.device = q.device
-        self.precision, self.state_precision, self.state_dtype = _precision(q.dtype)
-        self.block = min(1024, max(16, triton.next_power_of_2(self.length)))
-
-        self.source, self.running_max = self.scalars(torch.float64), self.scalars(torch.float64)
+    def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: Optional[int]):
+        batch, heads, self.length, self.width = q.shape
+        self.q, self.k, self.v, self.fgate, self.reverse = q, k, v, fgate, reverse
+        self.device, self.programs = q.device, batch * heads
+        self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
+        self.precision, self.state_dtype = _precision(q.dtype)
+        chunk = chunk_size or default_chunk_size(self.length, self.width)
+        unit = self.tiling.rows  # a multiple of columns
+        self.chunk = triton.cdiv(min(chunk, self.length), unit) * unit
+        self.sizes = dict(heads=heads, length=self.length)
+        self.gates = dict(
+            source=self.scalars(torch.float64), running_max=self.scalars(torch.float64)
+        )
         self.floor = self.scalars()
-        self.igate, self.fgate = self.reading(igate), self.reading(fgate)
+        self.block = dict(BLOCK=min(1024, max(16, triton.next_power_of_2(self.length))))
         gate_statistics_kernel[(self.programs,)](
-            self.igate[0],
-            self.fgate[0],
-            self.igate[1],
-            self.fgate[1],
-            self.source,
-            self.running_max,
-            self.floor,
-            self.heads,
-            self.length,
-            BLOCK=self.block,
+            **self.reading(igate=igate, fgate=fgate),
+            **self.gates,
+            floor=self.floor,
+            **self.sizes,
+            **self.block,
         )
 
     def scalars(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """One number per token, in reading order."""
         return torch.empty(self.programs, self.length, dtype=dtype, device=self.device)
 
-    def reading(self, x: Tensor) -> Tuple[Tensor, Tuple[int, ...]]:
-        """A tensor (B, NH, N, ...) from the token read first on, and its strides from there."""
-        if not self.reverse:
-            return x, x.stride()
-        batch, head, token, *rest = x.stride()
-        return x[:, :, -1:], (batch, head, -token, *rest)
+    def reading(self, **tensors: Tensor) -> Dict[str, Any]:
+        """Arguments for tensors (B, NH, N, ...): where the token lies that is read first, and the
+        strides from there.
+        """
+        arguments = {}
+        for name, x in tensors.items():
+            strides = x.stride()
+            if self.reverse:
+                x, strides = x[:, :, -1:], (*strides[:2], -strides[2], *strides[3:])
+            arguments[name], arguments[f'{name}_strides'] = x, strides
+        return arguments
 
-    def states(self, a: Tensor, b: Tensor, grad: Optional[Tuple[Tensor, Tensor]] = None):
-        """States before all chunks but the first, and their normalizers; or gradients of them."""
+    def denominators(self, h_grad: Tensor, h: Tensor, normalizer: Tensor) -> Dict[str, Tensor]:
+        """The scalars of the backward pass that need no matrix product."""
+        names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
+        by_token = {name: self.scalars() for name in names}
+        denominators_kernel[(self.programs * triton.cdiv(self.length, 16),)](
+            **self.reading(h_grad=h_grad, h=h, normalizer=normalizer),
+            floor=self.floor,
+            **by_token,
+            **self.sizes,
+            DH=self.width,
+            WIDTH=min(128, triton.next_power_of_2(self.width)),
+            ROWS=16,
+        )
+        return by_token
+
+    def states(self, a: Tensor, b: Tensor, by_token: Optional[Dict[str, Tensor]] = None):
+        """States before all chunks but the first and their normalizers, or gradients of both."""
         bounds = triton.cdiv(self.length, self.chunk) - 1
         shape = (self.programs, bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
-        if bounds:
-            a, a_strides = self.reading(a)
-            b, b_strides = self.reading(b)
-            tile = self.tiling.state
-            inverse, normalizer_grad = grad or (self.floor, self.floor)
-            states_kernel[(self.programs * triton.cdiv(self.width, tile) ** 2,)](
-                a,
-                b,
-                a_strides,
-                b_strides,
-                self.source,
-                self.running_max,
-                inverse,
-                normalizer_grad,
-                states,
-                vectors,
-                self.heads,
-                self.length,
-                self.chunk,
-                self.scale,
-                DH=self.width,
-                A_WIDTH=tile,
-                B_WIDTH=tile,
-                ROWS=self.tiling.rows,
-                GRAD=grad is not None,
-                PRECISION=self.state_precision,
-                num_warps=self.tiling.warps,
-                num_stages=self.tiling.stages,
-            )
-        return states, vectors
-
-    def constants(self):
-        """Of the kernels for readers and writers."""
         t = self.tiling
-        return dict(
+        if bounds:
+            states_kernel[(self.programs * triton.cdiv(self.width, t.state) ** 2,)](
+                **self.reading(a=a, b=b),
+                **self.gates,
+                **self.backward_scalars(by_token),
+                states=states,
+                state_vectors=vectors,
+                **self.sizes,
+                chunk=self.chunk,
+                scale=self.width**-0.5,
+                DH=self.width,
+                A_WIDTH=t.state,
+                B_WIDTH=t.state,
+                ROWS=t.rows,
+                GRAD=by_token is not None,
+                PRECISION=self.precision,
+                num_warps=t.warps,
+                num_stages=t.stages,
+            )
+        return dict(states=states, state_vectors=vectors)
+
+    def products(self, kernel, by_token: Optional[Dict[str, Tensor]], **arguments) -> None:
+        """Launch the kernel of readers or writers."""
+        t = self.tiling
+        kernel[(self.programs * triton.cdiv(self.length, t.rows),)](
+            **self.gates,
+            **self.backward_scalars(by_token),
+            **arguments,
+            **self.sizes,
+            chunk=self.chunk,
+            scale=self.width**-0.5,
             DH=self.width,
             WIDTH=t.width,
             TILES=t.tiles,
@@ -169,52 +182,38 @@ class _Call:
             ROWS=t.rows,
             COLUMNS=t.columns,
             PRECISION=self.precision,
-            STATE_PRECISION=self.state_precision,
             num_warps=t.warps,
             num_stages=t.stages,
         )
 
-    def readers(self, a, b, c, out, normalizer, grad, states):
-        a, a_strides = self.reading(a)
-        b, b_strides = self.reading(b)
-        c, c_strides = self.reading(c)
-        out, out_strides = self.reading(out)
-        normalizer, normalizer_strides = self.reading(normalizer)
-        inverse, normalizer_grad = grad or (self.floor, self.floor)
-        readers_kernel[(self.programs * triton.cdiv(self.length, self.tiling.rows),)](
-            a,
-            b,
-            c,
-            out,
-            a_strides,
-            b_strides,
-            c_strides,
-            out_strides,
-            self.source,
-            self.running_max,
-            self.floor,
-            normalizer,
-            normalizer_strides,
-            inverse,
-            normalizer_grad,
-            *states,
-            self.heads,
-            self.length,
-            self.chunk,
-            self.scale,
-            GRAD=grad is not None,
-            **self.constants(),
+    def backward_scalars(self, by_token: Optional[Dict[str, Tensor]]) -> Dict[str, Tensor]:
+        names = ('inverse', 'normalizer_grad')  # in the forward pass any pointer will do
+        return {name: by_token[name] if by_token else self.floor for name in names}
+
+    def gate_gradients(self, by_token, source_grad, igate_grad, fgate_grad) -> None:
+        gate_gradients_kernel[(self.programs,)](
+            **self.reading(fgate=self.fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
+            **self.gates,
+            source_grad=source_grad,
+            row_grad=by_token['row_grad'],
+            stabilizer_grad=by_token['stabilizer_grad'],
+            **self.sizes,
+            **self.block,
         )
 
 
-def _precision(dtype: torch.dtype) -> Tuple[str, str, torch.dtype]:
-    """How float32 operands are multiplied, in general and with states, and the dtype of states."""
+def _precision(dtype: torch.dtype) -> Tuple[str, torch.dtype]:
+    """How operands in float32 are multiplied, and the dtype of states."""
     if dtype == torch.bfloat16:
-        return 'tf32', 'tf32', torch.bfloat16
+        return 'tf32', torch.bfloat16
     if dtype == torch.float16:
-        return 'tf32', 'tf32', torch.float32  # tf32 has all the digits of float16
-    precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
-    return precision, precision, torch.float32
+        return 'tf32', torch.float32  # tf32 has all the digits of float16
+    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3', torch.float32
+
+
+def _new_tokens(x: Tensor) -> Tensor:
+    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def mlstm_forward(
@@ -238,10 +237,16 @@ def mlstm_forward(
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N)
         in float32, needed for backward.
     """
-    call = _Call(q, igate, fgate, reverse, chunk_size or default_chunk_size(*q.shape[2:]))
-    h = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    normalizer = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    call.readers(q, k, v, h, normalizer, None, call.states(k, v))
+    cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
+    h, normalizer = _new_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    cell.products(
+        readers_kernel,
+        None,
+        **cell.reading(a=q, b=k, c=v, out=h, normalizer=normalizer),
+        **cell.states(k, v),
+        floor=cell.floor,
+        GRAD=False,
+    )
     return h, normalizer
 
 
@@ -268,76 +273,27 @@ def mlstm_backward(
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH) and of igate, fgate (B, NH, N), in
         their dtypes.
     """
-    call = _Call(q, igate, fgate, reverse, chunk_size or default_chunk_size(*q.shape[2:]))
-    grads = tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, igate, fgate)
+    cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
+    q_grad, k_grad, v_grad = (_new_tokens(x) for x in (q, k, v))
+    igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
+    by_token = cell.denominators(h_grad, h, normalizer)
+    cell.products(
+        readers_kernel,
+        by_token,
+        **cell.reading(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
+        **cell.states(k, v),
+        floor=cell.floor,
+        GRAD=True,
     )
-    q_grad, k_grad, v_grad, igate_grad, fgate_grad = grads
-    inverse, normalizer_grad, row_grad, stabilizer_grad, source_grad = (
-        call.scalars() for _ in range(5)
-    )
-    t = call.tiling
-    (h_grad_first, h_grad_strides), (h, h_strides) = call.reading(h_grad), call.reading(h)
-    n_first, n_strides = call.reading(normalizer)
-    denominators_kernel[(call.programs * triton.cdiv(call.length, 16),)](
-        h_grad_first,
-        h,
-        n_first,
-        h_grad_strides,
-        h_strides,
-        n_strides,
-        call.floor,
-        inverse,
-        normalizer_grad,
-        row_grad,
-        stabilizer_grad,
-        call.heads,
-        call.length,
-        DH=call.width,
-        WIDTH=min(128, triton.next_power_of_2(call.width)),
-        ROWS=16,
-    )
-    grad = (inverse, normalizer_grad)
-    call.readers(h_grad, v, k, q_grad, normalizer, grad, call.states(k, v))
-
-    states_grad = call.states(q, h_grad, grad)
-    tensors = [call.reading(x) for x in (q, k, v, h_grad, k_grad, v_grad)]
-    for keys, values in ((True, False), (False, True)) if t.split else ((True, True),):
-        writers_kernel[(call.programs * triton.cdiv(call.length, t.rows),)](
-            *(first for first, _ in tensors),
-            *(strides for _, strides in tensors),
-            call.source,
-            call.running_max,
-            inverse,
-            normalizer_grad,
-            source_grad,
-            *states_grad,
-            call.heads,
-            call.length,
-            call.chunk,
-            call.scale,
+    states_grad, source_grad = cell.states(q, h_grad, by_token), cell.scalars()
+    for keys, a, b, c, out in ((False, k, q, h_grad, v_grad), (True, v, h_grad, q, k_grad)):
+        cell.products(
+            writers_kernel,
+            by_token,
+            **cell.reading(a=a, b=b, c=c, out=out, k=k),
+            **states_grad,
+            source_grad=source_grad,
             KEYS=keys,
-            VALUES=values,
-            **call.constants(),
         )
-
-    (igate_grad_first, igate_strides), (fgate_grad_first, fgate_strides) = (
-        call.reading(igate_grad),
-        call.reading(fgate_grad),
-    )
-    gate_gradients_kernel[(call.programs,)](
-        *call.fgate,
-        call.source,
-        call.running_max,
-        source_grad,
-        row_grad,
-        stabilizer_grad,
-        igate_grad_first,
-        fgate_grad_first,
-        igate_strides,
-        fgate_strides,
-        call.heads,
-        call.length,
-        BLOCK=call.block,
-    )
-    return grads
+    cell.gate_gradients(by_token, source_grad, igate_grad, fgate_grad)
+    return q_grad, k_grad, v_grad, igate_grad, fgate_grad
