@@ -2,11 +2,31 @@
 """What the tools that use a trained model share: build it, load its weights, know its classes."""
 
 import warnings
+from pathlib import Path
 
 from _common import UserError, build_lazily, check_checkpoint, check_fit
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+
+
+def find_images(path):
+    """The image, or the images in the folder, sorted by name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f'image not found: {path.absolute()}')
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+    if not images:
+        raise UserError(f'no images in {path.absolute()} (looked for {", ".join(IMAGES)})')
+    return images
 
 
 def build_model(cfg, checkpoint, device='cpu'):

@@ -1,63 +1,53 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Predict an image or a folder of images, and draw the predictions.
+"""Predict images, a folder of images, a video or a webcam, and draw the predictions.
 
 python tools/demo.py street.jpg configs/upernet_vil_t_ade20k.py checkpoint.pth --out-dir pictures
+python tools/demo.py drive.mp4 configs/upernet_vil_t_ade20k.py checkpoint.pth --every 5
+python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 """
 
 import argparse
+import sys
+import time
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
-from _common import (
-    DictAction,
-    UserError,
-    build_lazily,
-    check_checkpoint,
-    check_fit,
-    load_config,
-    parse_args,
-    run,
-)
-from mmengine.runner import CheckpointLoader
-from PIL import Image
+from _common import DictAction, UserError, check_checkpoint, load_config, parse_args, run
+from _models import find_images, load_weights
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('image', help='image, or folder of images')
+    parser.add_argument('input', help='image, folder of images, video, or number of a webcam')
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out-dir', default='pictures', help='folder for the pictures (PNG)')
+    parser.add_argument(
+        '--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)'
+    )
     parser.add_argument(
         '--opacity', type=float, default=0.5, help='of the classes over the image, 0 to 1'
+    )
+    parser.add_argument('--no-legend', action='store_true', help='do not write names of classes')
+    parser.add_argument(
+        '--every', type=int, default=1, metavar='N', help='of a video, take each Nth frame'
+    )
+    parser.add_argument('--max-frames', type=int, help='of a video or webcam, stop after that many')
+    parser.add_argument(
+        '--show', action='store_true', help='show video or webcam in a window too; q stops'
     )
     parser.add_argument('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
     )
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load the checkpoint even if it asks for functions that may run code',
-    )
     parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
-def find_images(path):
-    """The image, or the images in the folder, sorted by name."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f'image not found: {path.absolute()}')
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not images:
-        raise UserError(f'no images in {path.absolute()} (looked for {", ".join(SUFFIXES)})')
-    return images
+# -- Prediction ------------------------------------------------------------------------------------
 
 
 def build_inferencer(cfg, checkpoint, device):
@@ -73,53 +63,185 @@ def build_inferencer(cfg, checkpoint, device):
 
             inferencer = ImageClassificationInferencer(cfg, pretrained=False, device=device)
     inferencer.show_progress = False
-
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    check_fit(inferencer.model, loaded, checkpoint)
-    state = loaded.get('state_dict', loaded)
-    inferencer.model.load_state_dict(
-        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
-    )
-    meta = loaded.get('meta', {}).get('dataset_meta')
-    if meta is None:
-        meta = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope).metainfo
-    inferencer.classes = meta['classes']
-    inferencer.model.dataset_meta = dict(classes=meta['classes'], palette=meta.get('palette'))
+    load_weights(inferencer.model, checkpoint, cfg)
+    inferencer.classes = inferencer.model.dataset_meta['classes']
     return inferencer
 
 
-def segment(inferencer, image, out_file, opacity):
-    """Draw the classes over an image; return which cover most of it."""
-    result = inferencer(str(image), return_vis=True, opacity=opacity)
-    Image.fromarray(result['visualization']).save(out_file)
-    labels, counts = np.unique(result['predictions'], return_counts=True)
-    order = np.argsort(-counts)[:5]
-    shares = counts / counts.sum()
-    return ', '.join(f'{inferencer.classes[labels[i]]} {shares[i]:.0%}' for i in order)
+def make_artist(cfg, inferencer, opacity, legend):
+    """What draws a prediction.
+
+    Returns:
+        Callable: From a frame (H, W, 3) uint8 in BGR to the drawn frame and what was found in it.
+    """
+    if cfg.default_scope != 'mmseg':
+
+        def classify(frame):
+            result = inferencer(frame)[0]
+            found = f'{result["pred_class"]} {result["pred_score"]:.1%}'
+            return (write_legend(frame, [(found, None)]) if legend else frame), found
+
+        return classify
+
+    classes, palette = inferencer.classes, inferencer.model.dataset_meta['palette']
+    if palette is None:
+        palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
+    colors = np.array(palette, np.float32)[:, ::-1]  # BGR
+
+    def segment(frame):
+        labels = inferencer(frame)['predictions']
+        drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
+        present, counts = np.unique(labels, return_counts=True)
+        order = np.argsort(-counts)[:12]
+        largest = [
+            (classes[present[i]], counts[i] / labels.size, colors[present[i]]) for i in order
+        ]
+        if legend:
+            drawn = write_legend(drawn, [(name, color) for name, _, color in largest])
+        return drawn, ', '.join(f'{name} {share:.0%}' for name, share, _ in largest[:5])
+
+    return segment
 
 
-def classify(inferencer, image, out_file):
-    """Write the class on an image; return its name and score."""
-    result = inferencer(str(image), show_dir=str(out_file.parent))[0]
-    return f'{result["pred_class"]} {result["pred_score"]:.1%}'
+def write_legend(frame, entries):
+    """Write names, each with a patch of its color, into the lower left corner.
+
+    Args:
+        frame (ndarray): (H, W, 3) uint8, BGR; not changed.
+        entries (list[tuple]): Name and BGR color, or None for no patch; those that do not fit are
+            left out.
+
+    Returns:
+        ndarray: (H, W, 3) uint8.
+    """
+    frame = frame.copy()
+    height, width = frame.shape[:2]
+    scale = max(0.35, min(height, width) / 900)
+    line = round(26 * scale) + 4
+    entries = entries[: max(1, (height - 4) // line)]
+    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] for name, _ in entries]
+    patch = 0 if entries[0][1] is None else line
+    top, right = height - line * len(entries) - 4, min(width, max(sizes) + patch + 10)
+    frame[max(top, 0) :, :right] //= 3  # a dark ground
+    for row, (name, color) in enumerate(entries):
+        bottom = top + line * (row + 1)
+        if color is not None:
+            corners = (4, bottom - line + 4), (line - 2, bottom - 2)
+            cv2.rectangle(frame, *corners, color=[int(x) for x in color], thickness=-1)
+        place = (patch + 5, bottom - line // 4)
+        white = (255, 255, 255)
+        cv2.putText(frame, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, white, 1, cv2.LINE_AA)
+    return frame
+
+
+# -- Inputs and outputs ----------------------------------------------------------------------------
+
+
+def draw_images(images, draw, out_dir):
+    """Draw every image into a PNG of the same name."""
+    start = time.perf_counter()
+    for image in images:
+        # Not cv2.imread, which knows no paths with letters beyond ASCII on Windows.
+        frame = cv2.imdecode(np.fromfile(image, np.uint8), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise UserError(f'cannot read the image {image}')
+        drawn, found = draw(frame)
+        out_file = out_dir / f'{image.stem}.png'
+        cv2.imencode('.png', drawn)[1].tofile(out_file)
+        print(f'{image} -> {out_file}: {found}')
+    if len(images) > 1:
+        seconds = time.perf_counter() - start
+        print(f'{len(images)} images, {len(images) / seconds:.1f} per second')
+
+
+def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
+    """Draw the frames of a video or webcam into a video.
+
+    Args:
+        source (str | int): File, or number of a webcam.
+        draw (Callable): Of :func:`make_artist`.
+        out_file (Path): Video to write.
+        every (int): Take each Nth frame. Default: 1.
+        max_frames (int, optional): Stop after that many.
+        show (bool): Show the frames in a window. Default: False.
+    """
+    capture = cv2.VideoCapture(source)
+    if not capture.isOpened():
+        raise UserError(
+            f'cannot open the {"webcam" if isinstance(source, int) else "video"} {source}'
+        )
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    fps = fps if 0 < fps < 1000 else 25  # webcams and some files do not know
+    total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) // every
+    if max_frames:
+        total = min(total, max_frames) or max_frames
+    writer, done, position, last = None, 0, 0, 0.0
+    start = time.perf_counter()
+    try:
+        while max_frames is None or done < max_frames:
+            if not capture.grab():
+                break
+            position += 1
+            if (position - 1) % every:
+                continue
+            drawn, found = draw(capture.retrieve()[1])
+            if writer is None:
+                writer = open_writer(out_file, fps / every, drawn.shape[:2])
+            writer.write(drawn)
+            done += 1
+            seconds = time.perf_counter() - start
+            if seconds - last >= (1 if sys.stdout.isatty() else 10):
+                last = seconds
+                of = f' of {total}' if total else ''
+                print(f'frame {done}{of}, {done / seconds:.1f} per second: {found}', flush=True)
+            if show:
+                cv2.imshow(str(source), drawn)
+                if cv2.waitKey(1) & 0xFF == ord('q'):
+                    break
+    except KeyboardInterrupt:
+        print()  # the usual way to stop a webcam
+    finally:
+        capture.release()
+        if writer is not None:
+            writer.release()
+    if not done:
+        raise UserError(f'no frames in {source}')
+    rate = done / (time.perf_counter() - start)
+    print(f'{source} -> {out_file}: {done} frames, {rate:.1f} per second')
+
+
+def open_writer(out_file, fps, size):
+    """A writer of MP4 files, for frames of a size (height, width)."""
+    writer = cv2.VideoWriter(str(out_file), cv2.VideoWriter_fourcc(*'mp4v'), fps, size[::-1])
+    if not writer.isOpened():
+        raise UserError(f'OpenCV cannot write the video {out_file}')
+    return writer
 
 
 def main():
     args = parse_args(make_parser())
+    if args.every < 1:
+        raise UserError(f'--every must be at least 1, but is {args.every}')
     cfg = load_config(args.config, args.cfg_options)
-    images = find_images(args.image)
+    webcam = args.input.isdigit() and not Path(args.input).exists()
+    video = webcam or Path(args.input).suffix.lower() in VIDEOS
+    if video and not webcam and not Path(args.input).is_file():
+        raise UserError(f'video not found: {Path(args.input).absolute()}')
+    images = None if video else find_images(args.input)
     check_checkpoint(args.checkpoint)
     inferencer = build_inferencer(cfg, args.checkpoint, args.device)
+    draw = make_artist(cfg, inferencer, args.opacity, legend=not args.no_legend)
 
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for image in images:
-        out_file = out_dir / f'{image.stem}.png'
-        if cfg.default_scope == 'mmseg':
-            found = segment(inferencer, image, out_file, args.opacity)
-        else:
-            found = classify(inferencer, image, out_file)
-        print(f'{image} -> {out_file}: {found}')
+    if video:
+        source = int(args.input) if webcam else args.input
+        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
+        if not webcam and out_file.resolve() == Path(source).resolve():
+            raise UserError(f'{out_file} is the input; choose another --out-dir')
+        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
+    else:
+        draw_images(images, draw, out_dir)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,101 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Videos, folders and the legend of tools/demo.py; single images: test_train_and_test.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_export import CLASSIFIER, SEGMENTOR, save_random_model
+from tool_process import call_tool
+
+cv2 = pytest.importorskip('cv2')
+DEMO = Path(__file__).parents[2] / 'tools/demo.py'
+
+SEGMENTOR_CONFIG = (
+    SEGMENTOR
+    + """
+test_dataloader = dict(dataset=dict(type='BaseSegDataset'))
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+test_dataloader['dataset']['pipeline'] = test_pipeline
+visualizer = dict(type='SegLocalVisualizer', name='visualizer')
+"""
+)
+CLASSIFIER_CONFIG = (
+    CLASSIFIER
+    + """
+test_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(32, 32)), dict(type='PackInputs')]
+test_dataloader = dict(dataset=dict(type='CustomDataset', pipeline=test_pipeline))
+"""
+)
+
+
+def write_video(path, frames, size=(48, 64)):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, size[::-1])
+    assert writer.isOpened()
+    for i in range(frames):
+        writer.write(np.full((*size, 3), 20 * i, np.uint8))
+    writer.release()
+
+
+def read_video(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while capture.grab():
+        frames.append(capture.retrieve()[1])
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_demo_draws_every_nth_frame_of_a_video(tmp_path):
+    config, checkpoint = save_random_model(tmp_path, SEGMENTOR_CONFIG)
+    video = tmp_path / 'drive.avi'
+    write_video(video, frames=9)
+    said = call_tool(
+        DEMO, video, config, checkpoint, '--out-dir', tmp_path / 'out', '--every', 2, '--opacity', 1
+    )
+    assert '5 frames' in said and 'per second' in said
+    frames, fps = read_video(tmp_path / 'out/drive.mp4')
+    assert len(frames) == 5 and frames[0].shape == (48, 64, 3)
+    assert fps == pytest.approx(5)
+
+
+def test_demo_captions_a_video_of_a_classifier(tmp_path):
+    backbone = dict(arch=dict(embed_dims=16, depth=2), img_size=32, out_type='bilateral_concat')
+    text = CLASSIFIER_CONFIG.format(backbone=backbone, width=32, classes=3)
+    config, checkpoint = save_random_model(tmp_path, text)
+    video = tmp_path / 'drive.avi'
+    write_video(video, frames=6)
+    said = call_tool(
+        DEMO, video, config, checkpoint, '--out-dir', tmp_path / 'out', '--max-frames', 2
+    )
+    assert '2 frames' in said
+    frames, _ = read_video(tmp_path / 'out/drive.mp4')
+    assert len(frames) == 2
+    assert frames[0].max() > 100  # the caption on a black frame
+
+
+def test_demo_says_what_is_wrong_with_the_input(tmp_path):
+    config, checkpoint = save_random_model(tmp_path, SEGMENTOR_CONFIG)
+    said = call_tool(DEMO, tmp_path / 'none.mp4', config, checkpoint, status=2)
+    assert 'error: video not found' in said
+    (tmp_path / 'broken.mp4').write_text('no video')
+    said = call_tool(DEMO, tmp_path / 'broken.mp4', config, checkpoint, status=2)
+    assert 'error: cannot open the video' in said
+
+
+def test_legend_names_the_classes_and_keeps_the_size():
+    import sys
+
+    sys.path.insert(0, str(DEMO.parent))
+    try:
+        from demo import write_legend
+    finally:
+        sys.path.remove(str(DEMO.parent))
+    frame = np.full((200, 300, 3), 128, np.uint8)
+    color = (10, 200, 30)
+    drawn = write_legend(frame, [('sky', color), ('grass', (200, 10, 30))])
+    assert drawn.shape == frame.shape
+    assert (drawn == color).all(-1).sum() > 30
+    assert (drawn[:100] == 128).all() and (frame == 128).all()
+    tiny = write_legend(frame[:16, :16], [('a very long name of a class', color)] * 9)
+    assert tiny.shape == (16, 16, 3)
