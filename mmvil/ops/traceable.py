@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The mLSTM in a few plain operations, for exporters: no loop, nothing in place, no custom backward.
+r"""The mLSTM in a few plain operations, for exporters: no loop, nothing in place.
 
 The chunkwise form passes states from chunk to chunk in a loop, whose length a graph with dynamic
 shapes does not know. But what reaches a chunk is again a weighted sum over the chunks before it, so
@@ -9,9 +9,9 @@ chunk c,
 
 .. math:: C_c = \sum_{b < c} e^{T_b - M^-_c} \sum_{j \in b} e^{g_j - T_b} k_j v_j^\top
 
-is the memory that the chunk finds, and token t sees it with the weight :math:`e^{M^-_c - M_t}`. This
-costs :math:`n^2` products of a weight with a (DH, DH) memory, little as long as n is well below the
-chunk length. The running maxima are those of masked matrices, because ONNX has no cumulative one.
+is the memory that the chunk finds, and token t sees it with the weight :math:`e^{M^-_c - M_t}`.
+This costs :math:`n^2` products of a weight with a (DH, DH) memory, little as long as n is well
+below the chunk length. Running maxima are those of masked matrices, as ONNX has no cumulative one.
 """
 
 from typing import Tuple

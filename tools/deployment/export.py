@@ -161,7 +161,7 @@ DECOMPOSITIONS = {
     torch.ops.mmvil.mlstm.default: mlstm_traceable,
     torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
 }
-"""Operators that exporters do not know, or know for fixed sizes only, in operators that they know."""
+"""What exporters do not know, or know for fixed sizes only, in operators that they know."""
 
 
 def trace(model, size, static=False, chunk_size=None):
