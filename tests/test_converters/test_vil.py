@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from mmvil import VisionLSTM
-from mmvil.converters import is_official, vil_to_mmvil
+from mmvil.converters import (
+    OFFICIAL_CHECKPOINTS,
+    find_official,
+    infer_architecture,
+    is_official,
+    vil_to_mmvil,
+)
 from tests.conftest import REFERENCE, ROOT
 
 
@@ -88,3 +94,74 @@ def test_all_published_layouts_load_strictly():
         own = {f'backbone.{key}': tuple(x.shape) for key, x in backbone.state_dict().items()}
         own.update({'head.fc.weight': (1000, width * version), 'head.fc.bias': (1000,)})
         assert {key: tuple(value.shape) for key, value in converted.items()} == own
+
+
+# ---------------------------------------------------------------------------- what tensors tell
+
+
+@pytest.mark.parametrize('version, classes_of', [(1, 'bilateral_avg'), (2, 'bilateral_concat')])
+def test_architecture_is_read_off_the_tensors(version, classes_of):
+    assert infer_architecture(vil_to_mmvil(load(f'vil{version}_dim32'))) == dict(
+        version=version,
+        embed_dims=32,
+        depth=4,
+        num_heads=4,
+        patch_size=16,
+        in_channels=3,
+        img_size=(64, 64),
+        out_type=classes_of,
+        num_classes=10,
+    )
+
+
+def test_architecture_of_other_sizes():
+    converted = vil_to_mmvil(load('vil2_dim32'))
+    converted['backbone.patch_embed.projection.weight'] = torch.zeros(32, 5, 8, 8)
+    converted['backbone.pos_embed'] = torch.zeros(1, 3, 7, 32)
+    converted['head.fc.weight'] = torch.zeros(2, 64)
+    found = infer_architecture(converted)
+    assert (found['patch_size'], found['in_channels'], found['num_classes']) == (8, 5, 2)
+    assert found['img_size'] == (24, 56)  # height first
+
+
+@pytest.mark.parametrize('name', ['head.fc.weight', 'backbone.pos_embed'])
+def test_architecture_names_the_tensor_that_it_misses(name):
+    converted = vil_to_mmvil(load('vil2_dim32'))
+    with pytest.raises(ValueError, match=f'no {name}'):
+        infer_architecture({key: value for key, value in converted.items() if key != name})
+    with pytest.raises(ValueError, match=f'{name} .* has 1 dimensions'):
+        infer_architecture({**converted, name: torch.zeros(3)})
+
+
+# ------------------------------------------------------------------------ what the authors publish
+
+
+def test_official_checkpoints_are_those_of_the_reference():
+    files = {each.file for each in OFFICIAL_CHECKPOINTS}
+    assert len(files) == 13
+    assert {each.name for each in OFFICIAL_CHECKPOINTS} == {
+        file.removesuffix('.th').replace('_in1k', '').replace('_e400', '').replace('_e800', '')
+        for file in files
+    } | {'vil2_tiny16_e400', 'vil_tiny16_e400', 'vil_tinyplus16_e400'}
+    for each in OFFICIAL_CHECKPOINTS:
+        assert (each.version == 2) == each.file.startswith('vil2_')
+        assert (each.stride == 8) == ('stride8' in each.file)
+        assert each.arch.replace('_', '') in each.file
+
+
+@pytest.mark.parametrize(
+    'address',
+    [
+        'mmvil://vil2_base16',
+        'mmvil://vil2_base16_e400_in1k.th',
+        'https://ml.jku.at/research/vision_lstm/download/vil2_base16_e400_in1k.th',
+        'vil2-base',
+    ],
+)
+def test_find_official_knows_names_files_and_urls(address):
+    assert find_official(address).file == 'vil2_base16_e400_in1k.th'
+
+
+def test_find_official_lists_what_there_is():
+    with pytest.raises(ValueError, match="'mmvil://vil3'; known are mmvil:// and vil2_tiny16, "):
+        find_official('mmvil://vil3')
