@@ -31,6 +31,8 @@ from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
 
 PORTION_BYTES = 2**20
+"""Queries of a portion on a CPU; with all that is made of them they fill a common L2 cache."""
+
 DENSE_TRANSFER = 32
 """Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
 

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Sequence
 
 import torch
 
-from .chunkwise import chunk_length
+from .chunkwise import DENSE_TRANSFER, chunk_length
 
 
 def mlstm_flops(
@@ -27,7 +27,8 @@ def mlstm_flops(
         chunk_size (int): As given to the operator; from N on this is the parallel form.
         backward (bool): Of the backward pass instead of the forward pass. Default: False.
         visible_only (bool): Count only pairs of tokens of which one has read the other, and no
-            padding. The PyTorch forms compute whole squares. Default: False.
+            padding. The PyTorch forms compute whole squares, of tokens and of chunks. Default:
+            False.
 
     Returns:
         int: Twice the number of multiply-adds.
@@ -46,6 +47,8 @@ def mlstm_flops(
     if length < shape[2]:
         # The state is a matrix, with a vector beside it: the normalizer.
         multiply_adds += ((5 if backward else 2) * head_width + 1) * tokens * head_width
+        if chunks <= DENSE_TRANSFER and not visible_only:  # from chunk to chunk, by products
+            multiply_adds += (2 if backward else 1) * chunks**2 * head_width * (head_width + 1)
     return 2 * batch * heads * multiply_adds
 
 
@@ -60,10 +63,12 @@ def flop_formulas(visible_only: bool = False) -> Dict[Any, Callable[..., int]]:
         which torch's own formula takes for dense ones where they are depthwise.
     """
 
-    def forward(q, k, v, igate, fgate, reverse, chunk_size, **_):
+    def forward(q, k, v, igate, fgate, reverse, chunk_size, triton=False, **_):
         return mlstm_flops(q, chunk_size, visible_only=visible_only)
 
-    def backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, **_):
+    def backward(
+        h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, **_
+    ):
         return mlstm_flops(q, chunk_size, backward=True, visible_only=visible_only)
 
     return {

@@ -99,7 +99,11 @@ def headwise_linear_backward(
     """
     width = dense.shape[1]
     y_grad_groups = _groups(y_grad, width)
-    _groups(x_grad, width).baddbmm_(y_grad_groups, dense.transpose(1, 2))
+    if is_compiling():
+        x_part = torch.bmm(y_grad_groups, dense.transpose(1, 2))
+        x_grad += x_part.transpose(0, 1).reshape(x_grad.shape)
+    else:
+        _groups(x_grad, width).baddbmm_(y_grad_groups, dense.transpose(1, 2))
     dense_grad = torch.bmm(_groups(x, width).transpose(1, 2), y_grad_groups)
     return dense_grad, y_grad.sum((0, 1)) if with_bias else None
 
@@ -185,7 +189,7 @@ def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Ten
     c_flat, x_flat = (tokens.flatten(0, 1).to(weights.bias.dtype) for tokens in (c, x))
     gates = torch.addmm(weights.bias, c_flat, weights.c.t())
     gates = gates + torch.mm(x_flat, weights.x.t())
-    igate, fgate = gates.view(*c.shape[:2], -1).transpose(1, 2).contiguous().chunk(2, dim=1)
+    igate, fgate = gates.view(*c.shape[:2], gates.shape[1]).transpose(1, 2).contiguous().chunk(2, dim=1)
     return igate, fgate
 
 
@@ -219,7 +223,7 @@ def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):
     else:
         height, width, padding = x.shape[1], 1, [weight.shape[2] - 1, 0]
         weight = weight.unsqueeze(-1)
-    return x.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2), weight, padding
+    return x.view(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2), weight, padding
 
 
 def token_conv(
@@ -277,7 +281,7 @@ def token_conv_backward(
         y_grad = F.pad(y_grad, (0, 0, extra, 0) if reverse else (0, 0, 0, extra))
     maps, weight, padding = _conv_layout(x, weight, grid)
     height = maps.shape[2] + 2 * padding[0] - weight.shape[2] + 1
-    y_grad = y_grad.view(x.shape[0], height, maps.shape[3], -1).permute(0, 3, 1, 2)
+    y_grad = y_grad.view(x.shape[0], height, maps.shape[3], x.shape[2]).permute(0, 3, 1, 2)
     channels = x.shape[-1]
     x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
         y_grad,

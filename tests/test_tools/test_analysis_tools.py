@@ -46,11 +46,13 @@ def product_flops(function, *args):
     return counter.get_total_flops()
 
 
-# Several chunks with and without padding, one chunk, one token.
-@pytest.mark.parametrize('tokens,chunk_size', [(96, 32), (97, 32), (97, 200), (1, 64)])
+# Several chunks with and without padding, many chunks, one chunk, one token.
+@pytest.mark.parametrize(
+    'tokens,chunk_size', [(96, 32), (97, 32), (165, 4), (97, 200), (1, 64)]
+)
 def test_mlstm_flops_are_those_of_the_products_in_the_code(tokens, chunk_size):
-    features = [torch.randn(3, tokens, 8) for _ in range(3)]
-    gates = [torch.randn(3, tokens) for _ in range(2)]
+    features = [torch.randn(1, 3, tokens, 8) for _ in range(3)]
+    gates = [torch.randn(1, 3, tokens) for _ in range(2)]
     args = (*features, *gates)
     h, normalizer = chunkwise_forward(*args, False, chunk_size)
     assert mlstm_flops((1, 3, tokens, 8), chunk_size) == product_flops(
@@ -70,7 +72,7 @@ def test_mlstm_flops_of_visible_pairs():
 
 def test_mlstm_flops_grow_linearly_by_chunks_and_quadratically_in_one():
     def ratio(chunk_size):
-        once, twice = (mlstm_flops((1, 4, tokens, 96), chunk_size) for tokens in (1024, 2048))
+        once, twice = (mlstm_flops((1, 4, tokens, 96), chunk_size) for tokens in (4096, 8192))
         return twice / once
 
     assert ratio(64) == 2

@@ -18,11 +18,15 @@ import time
 from pathlib import Path
 
 import torch
-from get_flops import UserError, flop_formulas, load_config, parse_args, run
-from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmvil
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import UserError, load_config, parse_args, run  # noqa: E402
+from _malloc import keep_freed_memory  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+
+import mmvil  # noqa: E402
+from mmvil.ops.flops import flop_formulas  # noqa: E402
 
 DEIT = {
     'tiny': 'deit_tiny_patch16_224',
@@ -418,6 +422,8 @@ def main():
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if torch.device(args.device).type == 'cpu':
+        keep_freed_memory()  # as training and testing do
     start = time.perf_counter()
 
     def progress(text):
