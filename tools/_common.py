@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec('mmvil') is None:  # run from a checkout that is not pip-installed
@@ -84,6 +85,7 @@ try:
     from mmengine.runner import Runner
 
     import mmvil  # registers the backbone, refuses versions that do not fit
+    from mmvil.apis.swap import swap_backbone
     from mmvil.converters import is_official
     from mmvil.engine import (
         SampleError,
@@ -104,7 +106,16 @@ except ImportError as import_error:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the arguments that training and testing have in common."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    parser.add_argument(
+        'config',
+        help='config file, such as configs/upernet_vil_t_ade20k.py; or one that an installed '
+        'library brings along, such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
+    )
+    parser.add_argument(
+        '--backbone',
+        metavar='VIL',
+        help="put ViL in the place of the config's backbone: vil-t, vil-s or vil-b",
+    )
     parser.add_argument(
         '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)'
     )
@@ -158,12 +169,21 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 # -- Config ---------------------------------------------------------------------------------------
 
 
-def load_config(path: str, options: dict) -> Config:
+def load_config(path: str, options: dict, backbone: Optional[str] = None, **swap) -> Config:
     """Read a config file and merge the command line's options into it.
+
+    Args:
+        path (str): The file, or ``LIBRARY::PATH`` for a config of an installed library.
+        options (dict): To be merged.
+        backbone (str, optional): A ViL to put in the place of the config's backbone first.
+        **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
 
     Raises:
         UserError: If the file is missing or broken, or needs a library that is not installed.
     """
+    library, scoped, inside = path.partition('::')
+    if scoped and (spec := importlib.util.find_spec(library)):
+        path = str(Path(spec.origin).parent / '.mim' / 'configs' / inside)
     if not os.path.isfile(path):
         known = {config.name: config for config in (ROOT / 'configs').glob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
@@ -171,9 +191,14 @@ def load_config(path: str, options: dict) -> Config:
         raise UserError(f'config not found: {path}. {hint}')
     try:
         cfg = Config.fromfile(path)
-        cfg.merge_from_dict(options)
     except Exception as error:
         raise UserError(f'cannot read {path}: {_one_line(error)}') from error
+    if backbone is not None:
+        cfg = swap_backbone(cfg, backbone, **swap)
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:
+        raise UserError(f'--cfg-options do not fit {path}: {_one_line(error)}') from error
 
     libraries = {cfg.get('default_scope', 'mmengine')}
     libraries.update(node['type'].partition('.')[0] for node in _dicts(cfg) if _has_scope(node))

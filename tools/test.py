@@ -118,7 +118,7 @@ def use_tta(cfg, is_classifier):
 
 def main():
     args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, args.backbone)
     apply_args(cfg, args)
     check_backbone(cfg)
     check_data(cfg, 'test_dataloader')

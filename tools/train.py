@@ -32,6 +32,14 @@ from mmvil.engine.safe_checkpoint import PARTIAL
 
 def add_arguments(parser):
     parser.add_argument(
+        '--checkpoint', help="with --backbone: weights of ViL to start from, ours or the authors'"
+    )
+    parser.add_argument(
+        '--backbone-optim',
+        action='store_true',
+        help="with --backbone: replace the config's optimizer and schedule by ViL's recipe",
+    )
+    parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
@@ -173,7 +181,10 @@ def lock_work_dir(work_dir):
 
 def main():
     args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    cfg = load_config(args.config, args.cfg_options)
+    if args.backbone is None and (args.checkpoint or args.backbone_optim):
+        raise UserError('--checkpoint and --backbone-optim need --backbone')
+    swap = dict(checkpoint=args.checkpoint, optim=args.backbone_optim) if args.backbone else {}
+    cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
     apply_args(cfg, args)
     check_backbone(cfg)
     check_work_dir(cfg)

@@ -1,0 +1,329 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Try ViL in the configs of the installed OpenMMLab libraries, and write down what works.
+
+python tools/analysis_tools/swap_matrix.py --out docs/swap_matrix.md
+python tools/analysis_tools/swap_matrix.py --libraries mmseg --only pspnet
+
+Of each folder of configs, every combination of backbone, neck and head is tried once: the backbone
+is swapped (mmvil.swap_backbone), the model is built, trained for one step, in which the loss is
+finite and every parameter gets a gradient, and predicts. ViL is tiny and so are the images; the
+rest of the network has its full size.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import sys
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _common import Config, UserError, run  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
+from mmengine.model import revert_sync_batchnorm  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+from mmengine.structures import InstanceData, PixelData  # noqa: E402
+
+from mmvil.apis.swap import swap_backbone  # noqa: E402
+
+LIBRARIES = ('mmseg', 'mmpretrain', 'mmdet')
+ARCH = dict(embed_dims=32, depth=10)
+SIDE = 64  # of the images
+
+# Folders of mmpretrain and mmdet that stand for the others: classifiers by their kind of features,
+# linear probes, self-supervised frameworks with and without masks, other tasks; detectors.
+CHOSEN = dict(
+    mmpretrain=(
+        'resnet vgg mobilenet_v3 hrnet swin_transformer convnext vision_transformer deit levit '
+        'efficientformer poolformer mlp_mixer conformer csra arcface barlowtwins byol densecl '
+        'mocov2 mocov3 simclr simsiam swav beit beitv2 cae mae maskfeat milan mixmim simmim spark '
+        'eva itpn clip blip'
+    ).split(),
+    mmdet=(
+        'faster_rcnn mask_rcnn cascade_rcnn retinanet fcos atss detr deformable_detr dino '
+        'mask2former ssd yolox rtmdet centernet'
+    ).split(),
+)
+
+HEADER = """\
+# Where ViL fits: the configs of OpenMMLab
+
+Written by `tools/analysis_tools/swap_matrix.py`; do not edit. How to swap: see
+[swap_backbone.md](swap_backbone.md).
+
+Every line was tried: `mmvil.swap_backbone`, one training step in which the loss was finite and
+every parameter got a gradient, one prediction, on {side}x{side} images with a tiny ViL
+({versions}).
+"""
+
+
+# -- Cases: one config of each combination ---------------------------------------------------------
+
+
+def find_cases(library, only=''):
+    """The configs to try.
+
+    Args:
+        library (str): 'mmseg', 'mmpretrain' or 'mmdet'.
+        only (str): Part of the path that the configs must have. Default: any.
+
+    Returns:
+        dict[tuple, str]: From (folder, backbone, neck, heads) to the config's path, relative to the
+        library's configs.
+    """
+    root = config_root(library)
+    cases = {}
+    for path in sorted(root.glob('*/**/*.py'), key=lambda path: (len(path.parts), path.name)):
+        folder = path.relative_to(root).parts[0]
+        chosen = CHOSEN.get(library, [folder])
+        if folder not in chosen or folder.startswith('_') or only not in str(path):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                model = Config.fromfile(path).get('model') or {}
+        except Exception as error:
+            cases.setdefault((folder, f'{type(error).__name__}: {error}', '', ''), path)
+            continue
+        parts = [type_names(model.get(part)) for part in ('backbone', 'neck')]
+        heads = [type_names(model[key]) for key in model if key in ('decode_head', 'head')]
+        if not heads or library == 'mmdet' or not model.get('backbone'):
+            heads = [str(model.get('type'))]
+        elif not str(model.get('type')).endswith(('EncoderDecoder', 'ImageClassifier')):
+            heads = [model['type']]
+        cases.setdefault((folder, *parts, '+'.join(heads)), path)
+    return {key: str(path.relative_to(root)) for key, path in sorted(cases.items())}
+
+
+def config_root(library):
+    """The folder of an installed library's configs."""
+    folder = Path(importlib.import_module(library).__file__).parent
+    for root in (folder / '.mim' / 'configs', folder.parent / 'configs'):
+        if root.is_dir():
+            return root
+    raise UserError(f'{library} is installed without its configs ({folder}/.mim/configs)')
+
+
+def type_names(node):
+    if isinstance(node, (list, tuple)):
+        return '+'.join(map(type_names, node))
+    kind = (node or {}).get('type', '')
+    return kind if isinstance(kind, str) else kind.__name__
+
+
+# -- One case --------------------------------------------------------------------------------------
+
+
+def try_config(path, arch=None):
+    """Swap, train a step, predict.
+
+    Returns:
+        tuple[str, str]: 'works', 'cannot' (and why) or 'fails' (which is a bug), and remarks.
+    """
+    torch.manual_seed(0)
+    try:
+        cfg = swap_backbone(path, arch=arch or ARCH)
+    except ValueError as error:
+        return 'cannot', ' '.join(str(error).split())
+    except ImportError as error:
+        return 'cannot', f'it needs what is not installed: {error}'
+    try:
+        model = build_small(cfg)
+        lacking = train_step(model, cfg)
+        predict(model, cfg)
+    except Exception as error:
+        return 'fails', f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    if lacking:
+        return 'fails', f'no gradient for {", ".join(lacking[:3])} ({len(lacking)} parameters)'
+    remarks = [f'keeps {kept_channels(cfg)}'] if kept_channels(cfg) else []
+    homes = {type(module).__module__ for module in model.modules()}
+    if any(home.startswith('mmdet.') for home in homes) and cfg.default_scope != 'mmdet':
+        remarks.append('needs mmdet')
+    if any(home.startswith('mmcv.ops.') for home in homes):
+        remarks.append("needs mmcv's compiled ops")
+    return 'works', '; '.join(remarks)
+
+
+def build_small(cfg):
+    """The model for tiny images, on the CPU."""
+    backbone = cfg.model.backbone
+    backbone.img_size = SIDE
+    if 'size' in (cfg.model.get('data_preprocessor') or {}):
+        cfg.model.data_preprocessor.size = (SIDE, SIDE)
+    if cfg.default_scope == 'mmpretrain' and 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    init_default_scope(cfg.default_scope)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model.init_weights()
+    return model
+
+
+def train_step(model, cfg):
+    """One forward and backward pass; the names of trainable parameters without gradient."""
+    model.train()
+    data = model.data_preprocessor(make_batch(cfg), training=True)
+    total, _ = model.parse_losses(model(**data, mode='loss'))
+    if not torch.isfinite(total):
+        raise ValueError(f'the loss is {total.item()}')
+    total.backward()
+    return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@torch.no_grad()
+def predict(model, cfg):
+    model.eval()
+    if cfg.default_scope == 'mmpretrain' and not cfg.model.type.endswith('Classifier'):
+        return  # self-supervised frameworks only train
+    model(**model.data_preprocessor(make_batch(cfg), training=False), mode='predict')
+
+
+def make_batch(cfg):
+    """Two images with labels as the data loader of a library gives them."""
+    channels = cfg.model.backbone.get('in_channels', 3)
+    images = [torch.randint(256, (channels, SIDE, SIDE), dtype=torch.uint8) for _ in range(2)]
+    samples = [SAMPLES[cfg.default_scope](cfg.model) for _ in images]
+    views = count_views(cfg.train_dataloader)
+    if views:
+        images = [torch.stack(images) for _ in range(views)]
+    return dict(inputs=images, data_samples=samples)
+
+
+def count_views(node):
+    """How many views of each image a self-supervised pipeline makes."""
+    if isinstance(node, dict):
+        if node.get('type') == 'MultiView':
+            views = node['num_views']
+            return sum(views) if isinstance(views, (list, tuple)) else views
+        node = list(node.values())
+    return max(map(count_views, node), default=0) if isinstance(node, (list, tuple)) else 0
+
+
+def seg_sample(model):
+    from mmseg.structures import SegDataSample
+
+    classes = find_key(model, 'num_classes')
+    labels = torch.randint(classes, (1, SIDE, SIDE))
+    return SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=META)
+
+
+def cls_sample(model):
+    from mmpretrain.structures import DataSample
+
+    sample = DataSample(metainfo=META).set_gt_label(1)
+    classes = find_key(model.get('head'), 'num_classes')
+    if classes and model.head.type.startswith(('MultiLabel', 'CSRA')):
+        sample.set_gt_score(torch.eye(classes)[1])
+    return sample
+
+
+def det_sample(model):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = torch.tensor([[4.0, 4, 40, 40], [20, 16, 60, 50]])
+    masks = torch.zeros(2, SIDE, SIDE, dtype=torch.uint8)
+    masks[0, 4:40, 4:40] = masks[1, 16:50, 20:60] = 1
+    return DetDataSample(
+        metainfo=META,
+        gt_instances=InstanceData(
+            bboxes=boxes, labels=torch.tensor([0, 1]), masks=BitmapMasks(masks.numpy(), SIDE, SIDE)
+        ),
+    )
+
+
+SAMPLES = dict(mmseg=seg_sample, mmpretrain=cls_sample, mmdet=det_sample)
+META = dict(
+    img_shape=(SIDE, SIDE),
+    ori_shape=(SIDE, SIDE),
+    pad_shape=(SIDE, SIDE),
+    batch_input_shape=(SIDE, SIDE),
+    scale_factor=(1.0, 1.0),
+    flip=False,
+    img_id=0,
+)
+
+
+def find_key(node, key):
+    """The first value of a key inside a config."""
+    if isinstance(node, dict):
+        if key in node:
+            return node[key]
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        return next((found for found in (find_key(each, key) for each in node) if found), None)
+    return None
+
+
+def kept_channels(cfg):
+    """The old widths, where ViL's maps are projected to them."""
+    return (cfg.model.backbone.get('pyramid') or {}).get('out_channels')
+
+
+# -- The table -------------------------------------------------------------------------------------
+
+
+def write_table(outcomes):
+    """Markdown.
+
+    Args:
+        outcomes (dict[str, dict[tuple, tuple]]): By library: from (folder, backbone, neck, heads)
+            to (path, verdict, remarks).
+    """
+    versions = []
+    for library in (*outcomes, 'mmcv', 'mmengine', 'torch'):
+        for name in importlib.metadata.packages_distributions().get(library, [])[:1]:
+            versions.append(f'{name} {importlib.metadata.version(name)}')
+    lines = [HEADER.format(side=SIDE, versions=', '.join(versions))]
+    for library, rows in outcomes.items():
+        counts = defaultdict(int)
+        for _, verdict, _ in rows.values():
+            counts[verdict] += 1
+        lines += [
+            f'\n## {library}: '
+            + ', '.join(
+                f'{counts[each]} {each}' for each in ('works', 'fails', 'cannot') if counts[each]
+            ),
+            '',
+            '| config | old backbone → neck → head | ViL | |',
+            '|---|---|---|---|',
+        ]
+        for (_, *parts), (path, verdict, remarks) in rows.items():
+            network = ' → '.join(part for part in parts if part)
+            lines.append(f'| `{path}` | {network} | {verdict} | {remarks} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--libraries', nargs='+', choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument('--only', default='', help='part of the path of the configs to try')
+    parser.add_argument('--out', type=Path, help='Markdown file (default: print)')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    MMLogger.get_instance('mmengine').setLevel(logging.ERROR)
+
+    outcomes = {}
+    for library in args.libraries:
+        if importlib.util.find_spec(library) is None:
+            print(f'{library} is not installed and left out', file=sys.stderr)
+            continue
+        cases = find_cases(library, args.only)
+        outcomes[library] = {}
+        for number, (key, path) in enumerate(cases.items(), start=1):
+            verdict, remarks = try_config(config_root(library) / path)
+            outcomes[library][key] = (path, verdict, remarks)
+            progress = f'[{number}/{len(cases)}] {path}: {verdict}'
+            print(f'{progress} ({remarks})' if remarks else progress, file=sys.stderr, flush=True)
+    table = write_table(outcomes)
+    if args.out:
+        args.out.write_text(table)
+    else:
+        print(table)
+
+
+if __name__ == '__main__':
+    run(main)
