@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import mlstm
 from ..ops.compat import autocast_dtype, without_autocast
 from ..ops.lean_layer import LayerSettings, LayerWeights, lean_layer
-from ..ops.mlstm import BACKENDS, resolve_chunk_size
+from ..ops.mlstm import BACKENDS, choose_form
 from ..ops.projections import fold_gates, gate_preactivations
 from .drop_path import DropPath
 from .projections import HeadwiseLinear, TokenConv
@@ -171,14 +171,17 @@ class ViLBlock(nn.Module):
             self.proj_down.bias,
         )
         head_width = len(self.skip) // self.num_heads
+        dtype = autocast_dtype(x)
         settings = LayerSettings(
             grid=grid,
             heads=self.num_heads,
             reverse=self.reverse,
-            chunk_size=resolve_chunk_size(x.shape[1], head_width, self.backend, self.chunk_size),
+            form=choose_form(
+                x.device, dtype, x.shape[1], head_width, self.backend, self.chunk_size
+            ),
             norm_eps=self.norm.eps,
             out_norm_eps=self.out_norm.eps,
-            dtype=autocast_dtype(x),
+            dtype=dtype,
         )
         return lean_layer(x, weights, settings)
 

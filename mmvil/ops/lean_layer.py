@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compat import is_compiling, without_autocast
-from .mlstm import refuse_second_derivatives
+from .mlstm import Form, refuse_second_derivatives
 from .projections import (
     GateWeights,
     by_head,
@@ -67,7 +67,7 @@ class LayerSettings(NamedTuple):
     grid: Tuple[int, int]
     heads: int
     reverse: bool
-    chunk_size: int
+    form: Form
     norm_eps: float
     out_norm_eps: float
     dtype: torch.dtype
@@ -174,7 +174,7 @@ def _forward(x: Tensor, w: LayerWeights, settings: LayerSettings):
         q, k, v = _project(c, x_m, projections.dense, w, settings)
         igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
         h, normalizer = torch.ops.mmvil.mlstm(
-            q, k, v, igate, fgate, settings.reverse, settings.chunk_size
+            q, k, v, igate, fgate, settings.reverse, *settings.form
         )
         h_norm, _, _ = _head_norm(h, settings)
         mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
@@ -249,7 +249,7 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
 
     # Cell.
     *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
-        h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, settings.chunk_size
+        h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, *settings.form
     )
 
     # Projections and gates, first what goes through the convolution.

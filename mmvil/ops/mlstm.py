@@ -5,7 +5,7 @@ exporters.
 What is decided here and nowhere else: the checks, the arithmetic's dtype, and which form runs.
 """
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -13,10 +13,23 @@ from torch import Tensor
 from .chunkwise import chunkwise_backward, chunkwise_forward
 from .compat import is_compiling
 from .reference import mlstm_reference
+from .triton import default_chunk_size as default_triton_chunk_size
+from .triton import unavailable as triton_unavailable
+from .triton import usable as triton_usable
 
-BACKENDS = ('auto', 'parallel', 'chunkwise', 'reference')
-"""``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear; ``'auto'`` takes what
-is faster; ``'reference'`` is the paper's time loop, for tests."""
+BACKENDS = ('auto', 'parallel', 'chunkwise', 'triton', 'reference')
+"""``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear, ``'triton'`` has
+kernels for both on GPUs; ``'auto'`` takes what is fastest; ``'reference'`` is the paper's time loop,
+for tests."""
+
+
+class Form(NamedTuple):
+    """How the operator computes: its last arguments."""
+
+    chunk_size: int
+    """Tokens in a chunk; from N on this is the parallel form."""
+    triton: bool = False
+    """Whether the Triton kernels compute, or PyTorch."""
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
@@ -51,7 +64,7 @@ def mlstm(
         h_t = \frac{\sum_{j \le t} S_{tj} v_j}{\max(|\sum_j S_{tj}|,\, e^{-m_t}) + 10^{-6}}
 
     In float64 this agrees with :func:`mmvil.ops.reference.mlstm_reference`. Half precision inputs
-    are computed in float32, gate statistics always in float64; the result has the dtype of the
+    are summed in float32, gate statistics always in float64; the result has the dtype of the
     inputs. First derivatives only.
 
     Args:
@@ -70,25 +83,51 @@ def mlstm(
         Tensor: Hidden states h, shape (B, NH, N, DH).
 
     Raises:
-        ValueError: For shapes or dtypes that do not fit together, an unknown backend or a chunk
-            size below 1.
+        ValueError: For shapes or dtypes that do not fit together, an unknown backend, one that
+            cannot run here, or a chunk size below 1.
     """
     _check(q, k, v, igate, fgate, backend, chunk_size)
     if backend == 'reference':
         return mlstm_reference(q, k, v, igate, fgate, reverse)
-    chunk_size = resolve_chunk_size(q.shape[2], q.shape[3], backend, chunk_size)
-    return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, chunk_size)[0]
+    form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
+    return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)[0]
 
 
-def resolve_chunk_size(
-    length: int, head_width: int, backend: str, chunk_size: Optional[int]
-) -> int:
-    """Chunk size that makes the chunkwise form the wanted backend: the parallel form is one
-    chunk.
+def choose_form(
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    head_width: int,
+    backend: str,
+    chunk_size: Optional[int] = None,
+) -> Form:
+    """What makes the operator the wanted backend.
+
+    Args:
+        device, dtype: Of the features.
+        length (int): N.
+        head_width (int): DH.
+        backend (str): One of :data:`BACKENDS`, but not 'reference'.
+        chunk_size (int, optional): Tokens in a chunk.
+
+    Raises:
+        ValueError: If the backend is 'triton' and cannot run.
     """
     if backend == 'parallel':
-        return length
-    return default_chunk_size(length, head_width) if chunk_size is None else chunk_size
+        return Form(length)
+    if backend == 'triton':
+        problem = triton_unavailable(device, dtype, head_width)
+        if problem:
+            raise ValueError(
+                f"backend='triton' cannot run: {problem}. Take 'auto', which chooses what can."
+            )
+    triton = backend == 'triton' or (
+        backend == 'auto' and device.type == 'cuda' and triton_usable(device, dtype, head_width)
+    )
+    if chunk_size is None:
+        default = default_triton_chunk_size if triton else default_chunk_size
+        chunk_size = default(length, head_width)
+    return Form(chunk_size, triton)
 
 
 def _check(
@@ -143,12 +182,12 @@ def refuse_second_derivatives() -> None:
 _library = torch.library.Library('mmvil', 'DEF')
 _library.define(
     'mlstm(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, bool reverse,'
-    ' SymInt chunk_size)'
+    ' SymInt chunk_size, bool triton=False)'
     ' -> (Tensor h, Tensor normalizer)'
 )
 _library.define(
     'mlstm_backward(Tensor h_grad, Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate,'
-    ' Tensor h, Tensor normalizer, bool reverse, SymInt chunk_size)'
+    ' Tensor h, Tensor normalizer, bool reverse, SymInt chunk_size, bool triton=False)'
     ' -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
 
@@ -160,18 +199,32 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int):
+def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton: bool = False):
     if q.numel() == 0:
         return _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size)
+    if triton:
+        from .triton.mlstm import mlstm_forward
+
+        with torch.cuda.device_of(q):
+            return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
     features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
     h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
     return h.to(q.dtype), normalizer
 
 
-def _mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse: bool, chunk_size: int):
+def _mlstm_backward(
+    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton: bool = False
+):
     inputs = (q, k, v, igate, fgate)
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    if triton:
+        from .triton.mlstm import mlstm_backward
+
+        with torch.cuda.device_of(q):
+            return mlstm_backward(
+                h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
+            )
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     grads = chunkwise_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
@@ -185,11 +238,13 @@ def _like_tokens(x):
     return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
-def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size):
+def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size, triton=False):
     return _like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
 
 
-def _mlstm_backward_fake(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size):
+def _mlstm_backward_fake(
+    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False
+):
     return (
         *(_like_tokens(x) for x in (q, k, v)),
         *(x.new_empty(x.shape) for x in (igate, fgate)),
@@ -202,11 +257,12 @@ class _MLSTM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, igate, fgate, reverse, chunk_size):
+    def forward(ctx, q, k, v, igate, fgate, reverse, chunk_size, triton=False):
+        form = Form(chunk_size, triton)
         with torch._C._AutoDispatchBelowAutograd():
-            h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, chunk_size)
+            h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)
         ctx.save_for_backward(q, k, v, igate, fgate, h, normalizer)
-        ctx.reverse, ctx.chunk_size = reverse, chunk_size
+        ctx.reverse, ctx.form = reverse, form
         ctx.mark_non_differentiable(normalizer)
         return h, normalizer
 
@@ -214,9 +270,8 @@ class _MLSTM(torch.autograd.Function):
     def backward(ctx, h_grad, _):
         refuse_second_derivatives()
         return (
-            *torch.ops.mmvil.mlstm_backward(
-                h_grad, *ctx.saved_tensors, ctx.reverse, ctx.chunk_size
-            ),
+            *torch.ops.mmvil.mlstm_backward(h_grad, *ctx.saved_tensors, ctx.reverse, *ctx.form),
+            None,
             None,
             None,
         )

@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """GPU kernels in Triton. Importing this package does not import Triton."""
 
+import logging
 import os
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,19 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Op
     if head_width > MAX_HEAD_WIDTH:
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
     return _triton_problem() or _device_problem(device.type, device.index)
+
+
+def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether the kernels can run. A GPU that has to do without is named once in the log."""
+    problem = unavailable(device, dtype, head_width)
+    if problem:
+        _log_once(f'The mLSTM runs in plain PyTorch, without GPU kernels: {problem}.')
+    return not problem
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    logging.getLogger('mmvil').warning(message)
 
 
 @lru_cache
