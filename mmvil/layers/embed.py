@@ -65,5 +65,5 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
 
 def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
     """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
-    maps = x.view(x.shape[0], *grid, -1).permute(0, 3, 1, 2)
+    maps = x.view(x.shape[0], *grid, x.shape[2]).permute(0, 3, 1, 2)
     return maps.contiguous() if is_exporting() else maps
