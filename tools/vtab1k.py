@@ -225,7 +225,7 @@ def work(protocol, train, say):
             trace = traceback.format_exc()
             claim.fail(trace)
             failures += 1
-            reason = trace.strip().splitlines()[-1]
+            reason = _short(trace.strip().splitlines()[-1])
             say(f'{job}: FAILED (attempt {claim.attempt}), {reason}')
             if failures == 3:
                 raise UserError(
@@ -408,8 +408,10 @@ def summarize(protocol, name):
     details = {}
     for dataset in protocol.datasets:
         lr = protocol.best_lr(dataset)
+        if lr is None:
+            continue
         final = [protocol.accuracy(Job(dataset, 'final', lr, seed)) for seed in protocol.seeds]
-        if lr is None or None in final:
+        if None in final:
             continue
         tuned = [protocol.accuracy(Job(dataset, 'tune', lr, seed)) for seed in protocol.seeds]
         spread = statistics.stdev(final) if len(final) > 1 else None
@@ -457,8 +459,8 @@ def as_csv(rows) -> str:
     return text.getvalue()
 
 
-def report(protocol, args):
-    """Write and show the tables, and name what failed."""
+def report(protocol, args) -> bool:
+    """Write and show the tables, and name what failed. Returns whether nothing has."""
     rows, details = summarize(protocol, Path(args.checkpoint).stem)
     table = as_markdown(rows, details)
     write(Path(args.work_dir, 'results.md'), table)
@@ -468,7 +470,8 @@ def report(protocol, args):
     if failed:
         print(f'\n{len(failed)} runs failed, and --retry would try them again:')
         for job in failed:
-            print(f'  {job}: {protocol.claims.last_error(job.name)}')
+            print(f'  {job}: {_short(protocol.claims.last_error(job.name))}')
+    return not failed
 
 
 def show_status(protocol):
@@ -480,6 +483,10 @@ def show_status(protocol):
         rest = ', '.join(f'{count[key]} {key}' for key in ('running', 'failed') if count[key])
         print(f'{dataset:22} {count["done"]:3} of {total} runs' + (f', {rest}' if rest else ''))
     print(progress(protocol))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:199] + '…'
 
 
 def _number(value) -> str:
@@ -541,12 +548,17 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # give the run back
     screen = Screen()
     screen.say(f'{progress(protocol)}; {args.work_dir}')
-    work(
-        protocol,
-        lambda job, claim: train_once(job, claim, args, architecture, screen.show),
-        screen.say,
-    )
-    report(protocol, args)
+
+    def train(job, claim):
+        return train_once(job, claim, args, architecture, screen.show)
+
+    try:
+        work(protocol, train, screen.say)
+    except KeyboardInterrupt:
+        screen.say('stopped; the same command goes on from here')
+        sys.exit(130)
+    if not report(protocol, args):
+        sys.exit(1)
 
 
 if __name__ == '__main__':

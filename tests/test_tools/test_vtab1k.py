@@ -174,7 +174,7 @@ def test_vtab1k_leaves_failing_runs_and_says_so(standin, tmp_path):
     broken = (*OPTIONS, 'model.head.type=NoSuchHead')
     said = call_tool(*command(standin, tmp_path, '--max-attempts', '1', options=broken), status=2)
     assert 'three runs in a row failed' in said and 'NoSuchHead' in said
-    said = call_tool(*command(standin, tmp_path, '--max-attempts', '1', options=broken))
+    said = call_tool(*command(standin, tmp_path, '--max-attempts', '1', options=broken), status=1)
     assert '4 runs failed' in said and '--retry' in said
     assert len(list(tmp_path.glob('runs/*.error'))) == 4  # and no final run
 
