@@ -7,7 +7,7 @@ from .version import __version__, check_versions
 
 check_versions()
 
-from .apis import get_model, list_models, register_models  # noqa: E402
+from .apis import get_model, list_models, register_models, swap_backbone  # noqa: E402
 from .backbones import VisionLSTM  # noqa: E402
 from .engine import IterationSeedHook, LayerDecayOptimWrapperConstructor  # noqa: E402
 
@@ -19,4 +19,5 @@ __all__ = [
     'get_model',
     'list_models',
     'register_models',
+    'swap_backbone',
 ]

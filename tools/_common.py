@@ -85,7 +85,7 @@ try:
     from mmengine.runner import Runner
 
     import mmvil  # registers the backbone, refuses versions that do not fit
-    from mmvil.apis.swap import swap_backbone
+    from mmvil import swap_backbone
     from mmvil.converters import is_official
     from mmvil.engine import (
         SampleError,

@@ -3,6 +3,7 @@
 
 from .checkpoints import convert_checkpoint, fetch_checkpoint, read_checkpoint
 from .models import get_model, list_models, register_models
+from .swap import swap_backbone
 
 __all__ = [
     'convert_checkpoint',
@@ -11,4 +12,5 @@ __all__ = [
     'list_models',
     'read_checkpoint',
     'register_models',
+    'swap_backbone',
 ]

@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM
-from mmvil.apis.swap import _out_indices, swap_backbone
+from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM, swap_backbone
+from mmvil.apis.swap import _out_indices
 from tests.conftest import ROOT
 
 TINY = dict(embed_dims=32, depth=10)

@@ -2,12 +2,12 @@
 """Try ViL in the configs of the installed OpenMMLab libraries, and write down what works.
 
 python tools/analysis_tools/swap_matrix.py --out docs/swap_matrix.md
-python tools/analysis_tools/swap_matrix.py --libraries mmseg --only pspnet
+python tools/analysis_tools/swap_matrix.py --libraries mmseg --only pspnet --out docs/swap_matrix.md
 
 Of each folder of configs, every combination of backbone, neck and head is tried once: the backbone
 is swapped (mmvil.swap_backbone), the model is built, trained for one step, in which the loss is
 finite and every parameter gets a gradient, and predicts. ViL is tiny and so are the images; the
-rest of the network has its full size.
+rest of the network has its full size. Lines of a file that are not tried again stay.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import importlib.metadata
 import logging
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.structures import InstanceData, PixelData  # noqa: E402
 
-from mmvil.apis.swap import swap_backbone  # noqa: E402
+from mmvil import swap_backbone  # noqa: E402
 
 LIBRARIES = ('mmseg', 'mmpretrain', 'mmdet')
 ARCH = dict(embed_dims=32, depth=10)
@@ -64,30 +64,30 @@ every parameter got a gradient, one prediction, on {side}x{side} images with a t
 # -- Cases: one config of each combination ---------------------------------------------------------
 
 
-def find_cases(library, only=''):
+def find_cases(library, only=('',)):
     """The configs to try.
 
     Args:
         library (str): 'mmseg', 'mmpretrain' or 'mmdet'.
-        only (str): Part of the path that the configs must have. Default: any.
+        only (Sequence[str]): Parts of paths, one of which the configs must have. Default: any.
 
     Returns:
-        dict[tuple, str]: From (folder, backbone, neck, heads) to the config's path, relative to the
-        library's configs.
+        dict[str, str]: From a config's path, relative to the library's configs, to its parts:
+        'backbone → neck → heads'.
     """
     root = config_root(library)
     cases = {}
     for path in sorted(root.glob('*/**/*.py'), key=lambda path: (len(path.parts), path.name)):
         folder = path.relative_to(root).parts[0]
         chosen = CHOSEN.get(library, [folder])
-        if folder not in chosen or folder.startswith('_') or only not in str(path):
+        if folder not in chosen or folder.startswith('_'):
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 model = Config.fromfile(path).get('model') or {}
-        except Exception as error:
-            cases.setdefault((folder, f'{type(error).__name__}: {error}', '', ''), path)
+        except Exception:  # it needs a library that is not installed
+            cases.setdefault((folder,), path)
             continue
         parts = [type_names(model.get(part)) for part in ('backbone', 'neck')]
         heads = [type_names(model[key]) for key in model if key in ('decode_head', 'head')]
@@ -96,7 +96,12 @@ def find_cases(library, only=''):
         elif not str(model.get('type')).endswith(('EncoderDecoder', 'ImageClassifier')):
             heads = [model['type']]
         cases.setdefault((folder, *parts, '+'.join(heads)), path)
-    return {key: str(path.relative_to(root)) for key, path in sorted(cases.items())}
+    cases = {str(path.relative_to(root)): parts for (_, *parts), path in cases.items()}
+    return {
+        path: ' → '.join(filter(None, parts))
+        for path, parts in sorted(cases.items())
+        if any(part in path for part in only)
+    }
 
 
 def config_root(library):
@@ -266,63 +271,69 @@ def kept_channels(cfg):
 # -- The table -------------------------------------------------------------------------------------
 
 
-def write_table(outcomes):
-    """Markdown.
+def read_table(path):
+    """What a file written by ``write_table`` says; nothing if there is none.
 
-    Args:
-        outcomes (dict[str, dict[tuple, tuple]]): By library: from (folder, backbone, neck, heads)
-            to (path, verdict, remarks).
+    Returns:
+        dict[str, dict[str, tuple]]: By library: from a config's path to (parts, verdict, remarks).
     """
+    outcomes = {}
+    for line in path.read_text().splitlines() if path and path.exists() else []:
+        if line.startswith('## '):
+            rows = outcomes.setdefault(line.split()[1].strip(':'), {})
+        elif line.startswith('| `'):
+            config, *cells = (cell.strip() for cell in line.strip('|').split('|'))
+            rows[config.strip('`')] = tuple(cells)
+    return outcomes
+
+
+def write_table(outcomes):
+    """Markdown, with what ``read_table`` returns."""
     versions = []
-    for library in (*outcomes, 'mmcv', 'mmengine', 'torch'):
-        for name in importlib.metadata.packages_distributions().get(library, [])[:1]:
+    for module in (*outcomes, 'mmcv', 'mmengine', 'torch'):
+        for name in importlib.metadata.packages_distributions().get(module, [])[:1]:
             versions.append(f'{name} {importlib.metadata.version(name)}')
     lines = [HEADER.format(side=SIDE, versions=', '.join(versions))]
     for library, rows in outcomes.items():
-        counts = defaultdict(int)
-        for _, verdict, _ in rows.values():
-            counts[verdict] += 1
+        counts = Counter(verdict for _, verdict, _ in rows.values())
         lines += [
-            f'\n## {library}: '
-            + ', '.join(
-                f'{counts[each]} {each}' for each in ('works', 'fails', 'cannot') if counts[each]
-            ),
+            f'## {library}: ' + ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common()),
             '',
             '| config | old backbone → neck → head | ViL | |',
             '|---|---|---|---|',
         ]
-        for (_, *parts), (path, verdict, remarks) in rows.items():
-            network = ' → '.join(part for part in parts if part)
-            lines.append(f'| `{path}` | {network} | {verdict} | {remarks} |')
-    return '\n'.join(lines) + '\n'
+        for path, (parts, verdict, remarks) in sorted(rows.items()):
+            lines.append(f'| `{path}` | {parts} | {verdict} | {remarks} |')
+        lines.append('')
+    return '\n'.join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--libraries', nargs='+', choices=LIBRARIES, default=LIBRARIES)
-    parser.add_argument('--only', default='', help='part of the path of the configs to try')
+    parser.add_argument(
+        '--only', nargs='+', default=[''], help='parts of the paths of the configs to try'
+    )
     parser.add_argument('--out', type=Path, help='Markdown file (default: print)')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     MMLogger.get_instance('mmengine').setLevel(logging.ERROR)
 
-    outcomes = {}
+    outcomes = read_table(args.out)
     for library in args.libraries:
         if importlib.util.find_spec(library) is None:
             print(f'{library} is not installed and left out', file=sys.stderr)
             continue
         cases = find_cases(library, args.only)
-        outcomes[library] = {}
-        for number, (key, path) in enumerate(cases.items(), start=1):
+        for number, (path, parts) in enumerate(cases.items(), start=1):
             verdict, remarks = try_config(config_root(library) / path)
-            outcomes[library][key] = (path, verdict, remarks)
+            outcomes.setdefault(library, {})[path] = (parts, verdict, remarks)
             progress = f'[{number}/{len(cases)}] {path}: {verdict}'
             print(f'{progress} ({remarks})' if remarks else progress, file=sys.stderr, flush=True)
-    table = write_table(outcomes)
-    if args.out:
-        args.out.write_text(table)
-    else:
-        print(table)
+            if args.out:
+                args.out.write_text(write_table(outcomes))
+    if not args.out:
+        print(write_table(outcomes))
 
 
 if __name__ == '__main__':
