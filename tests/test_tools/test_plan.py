@@ -1,0 +1,133 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The planner: memory within 10% of what a step takes, and a batch that stays the recipe's."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from tool_process import call_tool
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'tools' / 'analysis_tools' / 'plan.py'
+sys.path.insert(0, str(SCRIPT.parent))
+
+SMALL = [
+    *('model.backbone.arch._delete_=True', 'model.backbone.arch.embed_dims=32'),
+    'model.backbone.arch.depth=4',
+]
+
+
+@pytest.fixture(scope='module')
+def plan():
+    pytest.importorskip('mmseg')
+    import plan
+
+    return plan
+
+
+def small_config(name, **backbone):
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.model.backbone.update(arch=dict(embed_dims=32, depth=4), **backbone)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def segmentor():
+    cfg = small_config('upernet_vil_t_demo', out_indices=(0, 1, 2, 3))
+    cfg.model.decode_head.update(in_channels=[32] * 4, channels=32)
+    cfg.model.auxiliary_head.update(in_channels=32, channels=32)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    pytest.importorskip('mmpretrain')
+    cfg = small_config('vil_t_imagenet')
+    cfg.model.head.in_channels = 64
+    cfg.optim_wrapper.type = 'OptimWrapper'  # float32, as it is measured
+    return cfg
+
+
+@pytest.mark.parametrize('name', ['segmentor', 'classifier'])
+def test_plan_predicts_the_memory_of_a_step_within_ten_percent(plan, request, name):
+    cfg, batch = request.getfixturevalue(name), 8
+    predicted = plan.Memory(cfg).step(batch)
+
+    model = plan.build_model(cfg)
+    plan.train_step(model, cfg, batch, 'cpu')  # what is set up once
+    model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        plan.train_step(model, cfg, batch, 'cpu')
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    measured = max(itertools.accumulate(event.nbytes() for event in events))
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_plan_finds_the_largest_batch(plan, segmentor):
+    memory = plan.Memory(segmentor)
+    limit = memory.total(50)
+    largest = memory.largest_batch(limit)
+    assert memory.total(largest) <= limit < memory.total(largest + 1)
+
+
+def test_plan_counts_what_the_optimizer_keeps(plan, segmentor):
+    assert plan.optimizer_state(segmentor) == 2  # AdamW: both moments
+    sgd = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1))))
+    assert plan.optimizer_state(sgd) == 0
+
+
+@pytest.mark.parametrize(
+    'total, gpus, largest, expected',
+    [
+        (16, 8, 9, (2, 1)),
+        (16, 1, 9, (8, 2)),
+        (16, 1, 7, (4, 4)),
+        (12, 1, 5, (4, 3)),
+        (16, 3, 9, None),
+        (16, 1, 0, None),
+    ],
+)
+def test_plan_shares_the_batch_out(plan, total, gpus, largest, expected):
+    assert plan.share(total, gpus, largest) == expected
+
+
+def test_plan_stretches_what_is_told_in_iterations(plan):
+    cfg = Config.fromfile(ROOT / 'configs/upernet_vil_t_ade20k.py')
+    cfg.merge_from_dict(plan.options_for(cfg, 4, 4))
+    assert cfg.train_dataloader.batch_size == 4 and cfg.optim_wrapper.accumulative_counts == 4
+    assert cfg.train_cfg.max_iters == 640000
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.begin, warm_up.end, cosine.begin, cosine.end) == (0, 6000, 6000, 640000)
+
+    epochs = Config.fromfile(ROOT / 'configs/vil_t_imagenet.py')
+    assert plan.options_for(epochs, 128, 8) == {
+        'train_dataloader.batch_size': 128,
+        'optim_wrapper.accumulative_counts': 8,
+    }
+
+
+def test_plan_prints_options_that_keep_the_batch(plan, tmp_path):
+    printed = call_tool(
+        *(SCRIPT, ROOT / 'configs/vil_t_imagenet.py', '--gpu-memory', '1', '--gpus', '2'),
+        *('--json', tmp_path / 'plan.json', '--images-per-second', '1000'),
+        *('--cfg-options', *SMALL, 'model.head.in_channels=64'),
+    )
+    report = json.loads((tmp_path / 'plan.json').read_text())
+    assert 2 * report['batch_per_gpu'] * report['accumulated'] == 1024
+    assert report['batch_per_gpu'] <= report['largest_batch']
+    assert f'train_dataloader.batch_size={report["batch_per_gpu"]}' in printed
+    assert 'at best 2000.0 images/s' in printed
+
+
+def test_plan_says_what_does_not_go(plan):
+    config = ROOT / 'configs/vil_t_imagenet.py'
+    options = ('--cfg-options', *SMALL, 'model.head.in_channels=64')
+    said = call_tool(SCRIPT, config, '--gpu-memory', '1', '--gpus', '3', *options, status=2)
+    assert '1024 does not go into 3 GPUs' in said
+    if not torch.cuda.is_available():
+        assert '--gpu-memory 24' in call_tool(SCRIPT, config, status=2)
