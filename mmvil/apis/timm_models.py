@@ -249,16 +249,14 @@ class TimmVisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Groups for layer-wise learning rates: embeddings, pairs of blocks, norms."""
+        """Groups for layer-wise learning rates: embeddings, pairs of blocks, all else."""
         pairs = [
             (rf'^backbone\.layers\.(?:{2 * pair}|{2 * pair + 1})\.', (pair,))
             for pair in range((len(self.backbone.layers) + 1) // 2)
         ]
         return dict(
             stem=r'^backbone\.(?:patch_embed|pos_embed)',
-            blocks=r'^backbone\.layers'
-            if coarse
-            else [*pairs, (r'^(?:backbone\.norm|fc_norm)', (99999,))],
+            blocks=r'^backbone\.layers' if coarse else pairs,
         )
 
 
