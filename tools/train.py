@@ -105,10 +105,18 @@ def apply_args(cfg, args):
 
 
 def save_safely(cfg):
-    """Let checkpoints on local disks appear when they are complete, whatever config they are of."""
+    """Let checkpoints on local disks appear when they are complete, whatever config they are of.
+
+    Returns:
+        list[str]: What was changed, for the log.
+    """
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if hook and '://' not in str(hook.get('out_dir')) and 'file_client_args' not in hook:
         hook.setdefault('backend_args', dict(backend='mmvil_atomic'))
+    if hook and hook.get('max_keep_ckpts') == 1:
+        hook.max_keep_ckpts = 2
+        return ['keeping 2 checkpoints: of 1, mmengine removes it before it writes the next']
+    return []
 
 
 def choose_checkpoint(cfg, resume):
@@ -195,9 +203,8 @@ def main():
         return
 
     lock = lock_work_dir(cfg.work_dir) if is_first_process() else None
-    save_safely(cfg)
-    notes = choose_checkpoint(cfg, args.resume)
-    runner = build_runner(cfg, notes=[*notes, *fit_to_cpu(cfg)])
+    notes = [*save_safely(cfg), *choose_checkpoint(cfg, args.resume), *fit_to_cpu(cfg)]
+    runner = build_runner(cfg, notes=notes)
     if cfg.get('resume'):
         runner.register_hook(CheckFitHook())
     runner.train()

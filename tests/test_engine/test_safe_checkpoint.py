@@ -2,8 +2,12 @@
 """Checkpoints are whole or not there, and loading one runs nothing."""
 
 import errno
+import itertools
+import multiprocessing
 import os
 import resource
+import signal
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -143,6 +147,32 @@ def test_atomic_backend_shows_a_file_only_when_it_is_complete(tmp_path, monkeypa
     with pytest.raises(Killed):
         get_file_backend(backend_args=ATOMIC).put(b'whole', str(tmp_path / 'folder/a.pth'))
     assert not list(tmp_path.rglob('*.pth'))
+
+
+def save_for_ever(path):
+    for step in itertools.count():
+        weights = torch.full((500_000,), float(step))
+        save_checkpoint(dict(state_dict=dict(a=weights)), path, backend_args=ATOMIC)
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / 'iter_1.pth'
+    fork, killed_while_writing = multiprocessing.get_context('fork'), 0
+    for delay in np.linspace(0, 0.02, 15):
+        process = fork.Process(target=save_for_ever, args=(str(path),))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        verify(path)
+        assert len(load_safely(path)['state_dict']['a'].unique()) == 1
+        killed_while_writing += (tmp_path / 'iter_1.pth.partial').exists()
+        path.unlink()
+    assert killed_while_writing  # else this has shown nothing
 
 
 def test_find_good_checkpoint_passes_over_damaged_ones(tmp_path):
