@@ -98,8 +98,11 @@ def swap_backbone(
     size = _image_size(cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         old = _OldBackbone(model, size, outputs)
+        # mmpretrain's necks and heads pool a single map, whatever its size.
+        old.to_pool = cfg.get('default_scope') == 'mmpretrain' and len(old.shapes) == 1
         notes = _drop_old_weights(cfg)
-        backbone = dict(type='mmvil.VisionLSTM', arch=arch, img_size=size)
+        square = size[0] == size[1]
+        backbone = dict(type='mmvil.VisionLSTM', arch=arch, img_size=size[0] if square else size)
         backbone.update(old.kept_options(arch))
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
@@ -133,6 +136,7 @@ class _OldBackbone:
     Attributes:
         shapes (list[tuple]): Of each output, (2, C, h, w) of maps, (2, C) of vectors.
         pooled (bool): Whether the features are pooled: by itself, or by the neck.
+        to_pool (bool): Whether its single map is pooled in the end.
         read (set[int]): Indices of the outputs that are read.
         maps (list[Tensor] | None): What the heads read.
         runs (bool): Whether the heads can be run on shapes alone; ``failure`` says why not.
@@ -141,7 +145,7 @@ class _OldBackbone:
     def __init__(self, model: ConfigDict, size: Tuple[int, int], outputs=None) -> None:
         cfg = model.backbone
         self.cfg, self.size, self.name = cfg, size, _type_name(cfg)
-        self.frozen = False
+        self.frozen = self.to_pool = False
         if outputs is None:
             self.shapes = self._measure()
         else:
@@ -214,11 +218,8 @@ class _OldBackbone:
 
     @property
     def strides(self) -> List[int]:
-        """Stride of each map, as a power of two."""
-        return [
-            2 ** round(math.log2(max(self.size) / max(shape[2:]))) if len(shape) == 4 else 0
-            for shape in self.shapes
-        ]
+        """Stride of each map, a power of two."""
+        return [2 ** round(math.log2(max(self.size) / max(shape[2:]))) for shape in self.shapes]
 
     def kept_options(self, arch) -> dict:
         """What VisionLSTM takes over."""
@@ -356,7 +357,7 @@ def _rewritten(model: ConfigDict, old: _OldBackbone, backbone: dict):
                 f'as its classifiers were trained (out_type={backbone["out_type"]!r})'
             )
     else:
-        backbone = {**backbone, **_maps_like(old, backbone, _norm_cfg(model))}
+        backbone = {**backbone, **_maps_like(old, backbone, _mentions(model, 'SyncBN'))}
     new.backbone = ConfigDict(backbone)
     features = _run_vil(backbone, old)
 
@@ -383,34 +384,37 @@ def _rewritten(model: ConfigDict, old: _OldBackbone, backbone: dict):
 def _kept(model: ConfigDict, old: _OldBackbone, backbone: dict):
     """The model with maps of the old widths, so that necks and heads stay."""
     new = copy.deepcopy(model)
-    backbone = {**backbone, **_maps_like(old, backbone, _norm_cfg(model), keep=True)}
+    backbone = {**backbone, **_maps_like(old, backbone, _mentions(model, 'SyncBN'), keep=True)}
     new.backbone = ConfigDict(backbone)
     _check_runs(new, old, _run_vil(backbone, old))
     return new, [_describe(old, backbone)]
 
 
-def _maps_like(old: _OldBackbone, backbone: dict, norm_cfg: dict, keep: bool = False) -> dict:
+def _maps_like(old: _OldBackbone, backbone: dict, synchronized: bool, keep: bool = False) -> dict:
     """Options of ViL for as many maps as the old backbone has, at the same strides.
 
     Maps that nobody reads stay at the stride of the patches, without parameters of their own,
-    which would never get a gradient.
+    which would never get a gradient. Batch norms are synchronized if the old model has such.
     """
     plain = backbone.get('stride') or backbone.get('patch_size', 16)
     strides = [
         max(stride, FINEST_STRIDE) if index in old.read else plain
         for index, stride in enumerate(old.strides)
     ]
-    options = dict(
-        out_indices=_out_indices(len(strides), VisionLSTM._parse_arch(backbone['arch'])[1]),
-        final_norm=len(strides) == 1,
-    )
+    if old.to_pool:  # averages over all patches lose nothing
+        strides = [plain]
+    options = {}
+    if len(strides) > 1:
+        depth = VisionLSTM._parse_arch(backbone['arch'])[1]
+        options.update(out_indices=_out_indices(len(strides), depth), final_norm=False)
     if keep or any(stride != plain for stride in strides):
-        pyramid = dict(strides=tuple(strides), norm_cfg=norm_cfg)
+        options['pyramid'] = pyramid = dict(strides=tuple(strides))
         if keep:
             pyramid['out_channels'] = tuple(
                 width if index in old.read else None for index, width in enumerate(old.widths)
             )
-        options['pyramid'] = pyramid
+        if synchronized:
+            pyramid['norm_cfg'] = dict(type='SyncBN')
     # What the caller asked for wins.
     return {key: value for key, value in options.items() if key not in backbone}
 
@@ -477,11 +481,6 @@ def _check_runs(new: dict, old: _OldBackbone, features: Sequence[Tensor]) -> Non
             f'outputs {sorted(_read_by(results, features))} are read, before it was '
             f'{sorted(old.read)}'
         )
-
-
-def _norm_cfg(model: dict) -> dict:
-    """Batch norm for the pyramid, synchronized if the old model synchronizes any."""
-    return dict(type='SyncBN' if _mentions(model, 'SyncBN') else 'BN')
 
 
 def _describe(old: _OldBackbone, backbone: dict) -> str:

@@ -90,6 +90,38 @@ def test_what_the_matrix_says_works_does(matrix, name):
     assert verdict == 'works', remarks
 
 
+# -- docs/swap_backbone.md -------------------------------------------------------------------------
+
+
+def child_configs():
+    """The configs of the page: {name of the base: text}."""
+    page = (ROOT / 'docs' / 'swap_backbone.md').read_text()
+    blocks = re.findall(r"```python\n(_base_ = '\./(\S+)\.py'.*?)```", page, re.DOTALL)
+    return {base: text for text, base in blocks}
+
+
+@pytest.mark.parametrize('base, text', child_configs().items(), ids=child_configs())
+def test_child_configs_of_the_page_are_short_and_equal_swap_backbone(base, text, tmp_path):
+    assert len(text.splitlines()) <= 6
+    path = None
+    for library in ('mmseg', 'mmpretrain'):
+        root = Path(pytest.importorskip(library).__file__).parent / '.mim' / 'configs'
+        path = next(root.glob(f'*/{base}.py'), path)
+    (tmp_path / 'child.py').write_text(text.replace(f'./{base}.py', str(path)))
+    model = Config.fromfile(tmp_path / 'child.py').model
+    kept = bool(model.backbone.get('pyramid', {}).get('out_channels'))
+    assert same(model, swap_backbone(path, 'small', keep_channels=kept).model)
+
+
+def same(one, other):
+    """Equality of configs; a tuple counts as a list, what is absent as None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(same(one.get(key), other.get(key)) for key in {*one, *other})
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 # -- What is changed, and what is not --------------------------------------------------------------
 
 
@@ -101,7 +133,7 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
 
     backbone = cfg.model.backbone
     assert backbone.type == 'mmvil.VisionLSTM' and backbone.arch == 't'
-    assert backbone.img_size == (512, 512) and backbone.drop_path_rate == 0.1
+    assert backbone.img_size == 512 and backbone.drop_path_rate == 0.1
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint='vil.th')
     assert backbone.out_indices == (7, 11, 15, 23)
     # Of the maps at 4, 8, 8, 8, nobody reads the first two: they stay at 16, without parameters.
@@ -153,7 +185,7 @@ def test_swap_gives_classifiers_the_pooling_of_vil(version, out_type, width):
     cfg = swap_backbone(load(RESNET), 'tiny', version=version)
     assert cfg.model.neck is None
     assert cfg.model.backbone.out_type == f'bilateral_{out_type}'
-    assert cfg.model.backbone.img_size == (224, 224)
+    assert cfg.model.backbone.img_size == 224
     assert cfg.model.head.in_channels == width
 
 
