@@ -76,6 +76,8 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         Returns:
             Tensor: A scalar; (B, H, W) with ``reduction_override='none'``.
         """
+        # The sum over an image's pixels leaves float16's range.
+        cls_score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
         class_weight = self.class_weight and cls_score.new_tensor(self.class_weight)
         losses = F.cross_entropy(
             cls_score, label, weight=class_weight, ignore_index=ignore_index, reduction='none'
@@ -188,3 +190,14 @@ def _sum(x: Tensor) -> Tensor:
     x = x.clone()
     all_reduce(x)
     return x
+
+
+def wrap_classes(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int, names: Sequence[str]
+) -> bool:
+    """Policy of FSDP that makes a unit of every module whose class has one of the names.
+
+    Units must be called as a whole. A ViLBlock is; its parts are not, because the block reads their
+    weights itself.
+    """
+    return recurse or type(module).__name__ in names

@@ -1,10 +1,13 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Layer-wise learning rate decay for any OpenMMLab model whose backbone knows its depth."""
 
-from typing import List
+import re
+from contextlib import nullcontext
+from typing import Iterator, List, Tuple
 
+import torch
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
@@ -17,7 +20,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     everything outside the backbone (necks, heads) trains with the full ``lr``. The backbone says
     which layer a parameter belongs to: ``backbone.get_layer_depth(name) -> (i, n)``, the method
     that mmpretrain's transformers have. So one constructor serves segmentors, classifiers and
-    detectors, plain or wrapped (DDP).
+    detectors, plain or wrapped (DDP, FSDP).
 
     Parameters that share learning rate and weight decay share one parameter group: a few dozen
     groups rather than one per tensor, which keeps the log short and lets the optimizer work on
@@ -70,6 +73,25 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ValueError('the learning rate of each layer derives from optimizer.lr: set it')
 
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper of a model.
+
+        FSDP leaves each process flat pieces of the parameters. The groups are made while they are
+        whole, because shapes decide about weight decay, and gradients are clipped at the norm of
+        all pieces.
+
+        Args:
+            model (nn.Module): The whole model, plain or wrapped.
+        """
+        sharded = hasattr(model, 'summon_full_params')
+        with model.summon_full_params(model, writeback=False) if sharded else nullcontext():
+            optim_wrapper = super().__call__(model)
+        if sharded:
+            _check_still_trained(optim_wrapper.optimizer, model)
+            if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
+                optim_wrapper.clip_func = lambda params, **kwargs: model.clip_grad_norm_(**kwargs)
+        return optim_wrapper
+
     def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
         """Append the parameter groups of a model to ``params``.
 
@@ -79,7 +101,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """
         layers_above = self._layers_above(module)
         groups = {}
-        for name, param in module.named_parameters():
+        for name, param in _named_parameters(module):
             if not param.requires_grad:
                 continue
             above = layers_above.get(param, 0)
@@ -108,7 +130,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 'mmvil.VisionLSTM, or take layer_decay_rate out of optim_wrapper.paramwise_cfg.'
             )
         above = {}
-        for name, param in backbone.named_parameters():
+        for name, param in _named_parameters(backbone):
             layer, num_layers = backbone.get_layer_depth(name)
             above[param] = num_layers - 1 - layer
         return above
@@ -120,6 +142,22 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             custom = self.custom_keys[max(found, key=len)]
             return custom.get('lr_mult', 1.0), custom.get('decay_mult', 1.0)
         return 1.0, self.flat_decay_mult if param.ndim <= 1 else 1.0
+
+
+def _named_parameters(module: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
+    """Parameters by the names that they have in the plain model."""
+    for name, param in module.named_parameters():
+        yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param
+
+
+def _check_still_trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse FSDP's flat parameters, whose pieces cannot have settings of their own."""
+    own = set(model.parameters())
+    if not all(param in own for group in optimizer.param_groups for param in group['params']):
+        raise ValueError(
+            'FSDP with use_orig_params=False has no parameters that could have learning rates of '
+            'their own. Set strategy.model_wrapper.use_orig_params=True.'
+        )
 
 
 def _refuse_unknown(where: str, options: dict, known: tuple) -> None:

@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,38 @@ _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(
     ['mmengine.runner', 'mmseg.apis', 'mmseg.models', 'mmseg.datasets', 'mmpretrain']
 )
+
+
+def call_tool_in_two_processes(script, *arguments):
+    """Run a script as torchrun does with two processes.
+
+    Returns:
+        str: What the first one printed.
+    """
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    together = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE='2')
+    command = [str(part) for part in (script, *arguments, '--launcher', 'pytorch')]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(2)]
+        processes = [
+            _SERVER.Process(
+                target=_run,
+                args=(command, output, dict(RANK=output.name, LOCAL_RANK=output.name, **together)),
+            )
+            for output in outputs
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=300)
+        printed = [output.read_text() for output in outputs]
+        for process in processes:
+            process.kill()
+    statuses = [process.exitcode for process in processes]
+    assert statuses == [0, 0], '\n'.join(text[-6000:] for text in printed)
+    return printed[0]
 
 
 def call_tool(script, *arguments, status=0):
@@ -41,9 +74,11 @@ def call_tool(script, *arguments, status=0):
     return printed
 
 
-def _run(command, output):
+def _run(command, output, environment=None):
     """In the new process: become `python script arguments > output 2>&1`."""
     import torch
+
+    os.environ.update(environment or {})
 
     torch.set_num_threads(1)
     with output.open('w') as file:

@@ -1,0 +1,13 @@
+# Fully sharded data parallel: every GPU keeps a share of weights, gradients and optimizer state.
+runner_type = 'FlexibleRunner'
+strategy = dict(
+    type='FSDPStrategy',
+    model_wrapper=dict(
+        type='MMFullyShardedDataParallel',
+        use_orig_params=True,
+        # A block is gathered when it runs; all else, such as the heads, forms one more unit.
+        auto_wrap_policy=dict(type='mmvil.engine.distributed.wrap_classes', names=('ViLBlock',)),
+    ),
+    # One file, as of plain training. 'local': each process writes its share.
+    state_dict_cfg='full',
+)
