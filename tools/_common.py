@@ -56,7 +56,7 @@ def _explain(error: Exception):
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
     if isinstance(error, UntrustedCheckpointError):
         return f'{error}. If you trust its source, add --trust-checkpoint.'
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             return None
         file = f' while writing {error.filename}' if error.filename else ''
@@ -86,7 +86,7 @@ try:
 
     import mmvil  # registers the backbone, refuses versions that do not fit
     from mmvil import swap_backbone
-    from mmvil.converters import is_official
+    from mmvil.converters import find_official, is_official, vil_to_mmvil
     from mmvil.engine import (
         SampleError,
         UntrustedCheckpointError,
@@ -401,7 +401,10 @@ def check_checkpoint(path: str) -> None:
 
     Raises:
         UserError: If it is missing or something else.
+        ValueError: If there is no official checkpoint of this name.
     """
+    if path.startswith('mmvil://'):
+        find_official(path)
     if '://' in path:
         return
     if not os.path.isfile(path):
@@ -434,9 +437,7 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     given = checkpoint.get('state_dict', checkpoint)
     given = {name.removeprefix('module.'): tensor for name, tensor in given.items()}
     if is_official(given):
-        raise UserError(
-            f"{path} has the authors' layout; convert it first, with mmvil.converters.vil_to_mmvil"
-        )
+        given = vil_to_mmvil(given)  # as the classifier does when it loads
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in given]
     misfits = [name for name in wanted if name in given and not _fits(name, given, wanted)]

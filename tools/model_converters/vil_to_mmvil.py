@@ -1,0 +1,96 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Convert an official Vision-LSTM checkpoint to one that mmpretrain loads.
+
+python tools/model_converters/vil_to_mmvil.py vil2_tiny16_e800_in1k.th vil2_tiny16.pth --check
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from _common import UserError, run
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmvil.apis import convert_checkpoint, fetch_checkpoint
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('src', help='official file, or mmvil://NAME to download it')
+    parser.add_argument('dst', help='file to write')
+    parser.add_argument(
+        '--stride',
+        type=int,
+        help='pixels from patch to patch, which tensors do not tell (default: what the file or its '
+        'name says, else the patch size)',
+    )
+    parser.add_argument(
+        '--check', action='store_true', help='build the model, load it strictly and run it'
+    )
+    parser.add_argument('--force', action='store_true', help='replace DST if it exists')
+    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
+    return parser.parse_args()
+
+
+def describe(meta: dict) -> str:
+    found = meta['architecture']
+    stride = f'stride {found["stride"]} ({found["stride_from"]})'
+    return (
+        f'ViL version {found["version"]}, {found["depth"]} blocks, {found["embed_dims"]} wide, '
+        f'{found["num_heads"]} heads, patch size {found["patch_size"]}, {stride}, '
+        f'image size {"x".join(map(str, found["img_size"]))}, {found["num_classes"]} classes\n'
+        f'SHA-256 of {meta["source"]}: {meta["source_sha256"]}'
+    )
+
+
+def check(path: Path) -> str:
+    """Build the model that a converted file describes, load it strictly and run it."""
+    init_default_scope('mmpretrain')
+    from mmpretrain.registry import MODELS
+
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
+    model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(checkpoint['state_dict'], strict=True)
+    found = checkpoint['meta']['architecture']
+    images = torch.randn(1, found['in_channels'], *found['img_size'])
+    with torch.no_grad():
+        logits = model(images)
+    if logits.shape != (1, found['num_classes']) or not logits.isfinite().all():
+        raise UserError(f'the converted model gives no finite logits: shape {tuple(logits.shape)}')
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f'Checked: {count:,} parameters load strictly, and the model gives finite logits.'
+
+
+def main():
+    args = parse_args()
+    source = args.src
+    target = Path(args.dst)
+    if target.exists() and not args.force:
+        raise UserError(f'{target} exists; --force replaces it')
+    if not target.absolute().parent.is_dir():
+        raise UserError(f'there is no folder {target.absolute().parent}')
+    if '://' in source:
+        source = fetch_checkpoint(source)
+    checkpoint = convert_checkpoint(source, args.stride)
+    print(describe(checkpoint['meta']))
+
+    # Nobody finds half a file, nor one that failed its check.
+    unfinished = target.with_name(f'.{target.name}.{os.getpid()}')
+    try:
+        torch.save(checkpoint, unfinished)
+        if args.check:
+            print(check(unfinished))
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f'Wrote {target}.')
+
+
+if __name__ == '__main__':
+    run(main)
