@@ -48,7 +48,7 @@ class Claims:
         self._suspects = {}
 
     def states(self, names: List[str]) -> Dict[str, str]:
-        """How runs stand: 'done', 'running', 'open' or 'failed'."""
+        """How runs stand: 'done', 'running', 'failed', 'open', or 'again': open, but not new."""
         files = set(os.listdir(self.folder))
         attempts = self._attempts(files)
         now = self._now()
@@ -58,7 +58,7 @@ class Claims:
         """Begin a run, or return None where it is not open, or not any more."""
         files = set(os.listdir(self.folder))
         attempt = self._attempts(files).get(name, 0)
-        if self._state(name, files, attempt, self._now()) != 'open':
+        if self._state(name, files, attempt, self._now()) not in ('open', 'again'):
             return None
         attempt += 1
         path = self.folder / f'{name}.attempt-{attempt}'
@@ -98,14 +98,16 @@ class Claims:
     def _state(self, name: str, files: set, attempt: int, now: float) -> str:
         if f'{name}.json' in files:
             return 'done'
-        if attempt and f'{name}.attempt-{attempt}.error' not in files:
+        if not attempt:
+            return 'open'
+        if f'{name}.attempt-{attempt}.error' not in files:
             try:
                 touched = (self.folder / f'{name}.attempt-{attempt}').stat().st_mtime
             except FileNotFoundError:  # just released
                 return 'open'
             if not self._is_dead(name, attempt, touched, now):
                 return 'running'
-        return 'failed' if attempt >= self.max_attempts else 'open'
+        return 'failed' if attempt >= self.max_attempts else 'again'
 
     def _is_dead(self, name: str, attempt: int, touched: float, now: float) -> bool:
         """Whether an attempt gives no sign of life, and gave none since it was first suspected."""

@@ -160,9 +160,12 @@ class Protocol:
                 if lr is not None:
                     final += [Job(dataset, 'final', lr, seed) for seed in self.seeds]
         known.update(self._states(final))
-        # Data set by data set, so that complete rows of the table come early.
+        # Data set by data set, so that complete rows of the table come early; what has failed
+        # before comes last.
         order = {dataset: i for i, dataset in enumerate(self.datasets)}
-        return dict(sorted(known.items(), key=lambda item: order[item[0].dataset]))
+        return dict(
+            sorted(known.items(), key=lambda item: (order[item[0].dataset], item[1] == 'again'))
+        )
 
     def best_lr(self, dataset):
         """The learning rate with the best mean accuracy on val200, of equal ones the smallest. One
@@ -191,11 +194,11 @@ class Protocol:
 
 def work(protocol, train, say):
     """Do open runs until none is left, neither here nor elsewhere."""
-    failures = 0
+    failed = set()  # since the last success
     waiting = False
     while True:
         states = protocol.runs()
-        open_runs = [job for job, state in states.items() if state == 'open']
+        open_runs = [job for job, state in states.items() if state in ('open', 'again')]
         claim = None
         for job in open_runs:
             claim = protocol.claims.claim(job.name)
@@ -216,7 +219,7 @@ def work(protocol, train, say):
             accuracy = train(job, claim)
             seconds = time.monotonic() - start
             claim.finish(dict(accuracy=accuracy, seconds=round(seconds, 1)))
-            failures = 0
+            failed.clear()
             say(f'{job}: {accuracy:.2f} % in {_duration(seconds)}; {progress(protocol)}')
         except ClaimLost:
             claim.release()
@@ -224,10 +227,10 @@ def work(protocol, train, say):
         except Exception:
             trace = traceback.format_exc()
             claim.fail(trace)
-            failures += 1
+            failed.add(job)
             reason = _short(trace.strip().splitlines()[-1])
             say(f'{job}: FAILED (attempt {claim.attempt}), {reason}')
-            if failures == 3:
+            if len(failed) == 3:
                 raise UserError(
                     'stopped, because three runs in a row failed; that is hardly the fault of the '
                     f'runs. The last one: {reason}. Traces: {protocol.claims.folder}/*.error'
@@ -439,8 +442,9 @@ def as_markdown(rows, details) -> str:
         lines.append(f'| {name} | ' + ' | '.join(_number(numbers[key]) for key in columns) + ' |')
     if any(rows[name][key] is None for name in rows for key in columns):
         lines += ['', '– : not all data sets of the group are complete.']
-    lines += ['', '| data set | group | learning rate | val200 | test | std of test |']
-    lines.append('|---|---|---:|---:|---:|---:|')
+    if details:
+        lines += ['', '| data set | group | learning rate | val200 | test | std of test |']
+        lines.append('|---|---|---:|---:|---:|---:|')
     for group, datasets in GROUPS.items():
         for dataset in filter(details.get, datasets):
             lr, val, test, spread = details[dataset]
@@ -468,7 +472,7 @@ def report(protocol, args) -> bool:
     print(f'\n{table}\nalso in {args.work_dir}/results.md and results.csv')
     failed = [job for job, state in protocol.runs().items() if state == 'failed']
     if failed:
-        print(f'\n{len(failed)} runs failed, and --retry would try them again:')
+        print(f'\nFailed runs: {len(failed)}. --retry tries them again.')
         for job in failed:
             print(f'  {job}: {_short(protocol.claims.last_error(job.name))}')
     return not failed
