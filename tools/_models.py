@@ -70,7 +70,8 @@ def load_weights(model, checkpoint, cfg):
         {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
     )
     meta = loaded.get('meta', {}).get('dataset_meta')
-    if meta is None:
+    if meta is None and cfg.get('test_dataloader') is not None:
         dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
-        meta = getattr(dataset, 'metainfo', {})
+        meta = getattr(dataset, 'metainfo', None)
+    meta = meta or {}
     model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))

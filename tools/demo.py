@@ -65,6 +65,8 @@ def build_inferencer(cfg, checkpoint, device):
     inferencer.show_progress = False
     load_weights(inferencer.model, checkpoint, cfg)
     inferencer.classes = inferencer.model.dataset_meta['classes']
+    if inferencer.classes is None:
+        raise UserError(f'neither {checkpoint} nor the test_dataloader of the config names classes')
     return inferencer
 
 

@@ -255,7 +255,7 @@ def mean_over_heads(x, head):
 
 def make_figure(rows, columns, aspect, width=2.3, extra=0.6):
     """A figure whose panels have the shape of the images."""
-    size = (width * columns + extra, rows * (width * aspect + 0.35) + 0.3)
+    size = (width * columns + extra, rows * (width * aspect + 0.1) + 0.6)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
 
 
