@@ -128,7 +128,7 @@ def check_backbone(case):
 
 
 @given(images)
-@thorough(25)
+@thorough(20)
 def test_backbone_equals_the_plain_path(case):
     check_backbone({**case, 'height': case['height'] % 97, 'width': case['width'] % 97})
 
@@ -226,7 +226,7 @@ def uncertainty(q, k, v, igate, fgate, reverse):
 
 
 @given(cells)
-@thorough(40)
+@thorough(30)
 def test_cell_equals_the_recurrence(case):
     check_cell({**case, 'tokens': case['tokens'] % 80 + 1})
 

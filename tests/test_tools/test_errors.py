@@ -269,6 +269,11 @@ def test_half_downloaded_annotations_are_noticed_at_once(common, tiny):
         common.check_data(cfg, 'train_dataloader')
 
 
+def slow(*values):
+    """Another case of the same, which takes 5 seconds and is left to `make test-full`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def damage(kind, data):
     """Spoil a training image or annotation; return its name."""
     image, labels = data / 'images/training/0.jpg', data / 'annotations/training/0.png'
@@ -288,12 +293,9 @@ def damage(kind, data):
     'kind, words',
     [
         ('corrupt JPEG', 'cannot load'),
-        ('annotation of the wrong size', 'the annotation has 16x32 pixels and the image 32x32'),
-        ('annotation of the wrong mode', '0.png: '),
-        (
-            'labels beyond num_classes',
-            'labels run from 11 to 11, but the data set has classes 0 to',
-        ),
+        slow('annotation of the wrong size', 'annotation has 16x32 pixels and the image 32x32'),
+        slow('annotation of the wrong mode', '0.png: '),
+        slow('labels beyond num_classes', 'labels run from 11 to 11, but the data set has classes'),
     ],
 )
 def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
@@ -302,6 +304,7 @@ def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
     assert str(path) in error and words in error
 
 
+@pytest.mark.slow  # 15 seconds: two trainings
 def test_full_disk_leaves_the_checkpoints_before(tiny, common):
     """A limit on the size of files stands in for a full disk: a checkpoint is larger."""
     work_dir = tiny.parent / 'work'
@@ -328,7 +331,7 @@ class Attack:
         return os.mkdir, (self.trace,)
 
 
-@pytest.mark.parametrize('way', ['--resume', 'load_from', 'init_cfg', 'test'])
+@pytest.mark.parametrize('way', ['--resume', slow('load_from'), 'init_cfg', slow('test')])
 def test_malicious_checkpoint_is_refused_whichever_way_it_comes(tiny, way):
     trace, evil = tiny.parent / 'was_here', tiny.parent / 'evil.pth'
     torch.save(dict(state_dict={}, meta=Attack(str(trace))), evil)

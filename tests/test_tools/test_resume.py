@@ -132,7 +132,7 @@ def copy_checkpoints(source, target, *names):
     (target / 'last_checkpoint').write_text(str(target / names[-1]))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_losses_are_identical_with_random_augmentation(
     segmentor, straight, tmp_path, workers
 ):
@@ -144,6 +144,7 @@ def test_resumed_losses_are_identical_with_random_augmentation(
     assert losses(tmp_path) == expected  # to the last bit
 
 
+@pytest.mark.slow  # 20 seconds
 def test_resumed_classifier_repeats_mixup_and_workers_augmentation(tmp_path):
     pytest.importorskip('mmpretrain')
     rng = np.random.default_rng(0)
@@ -171,6 +172,7 @@ def test_truncated_newest_checkpoint_is_passed_over_and_named(segmentor, straigh
     assert losses(tmp_path) == {step: losses(straight)[step] for step in (5, 6)}
 
 
+@pytest.mark.slow  # 20 seconds
 def test_two_trainings_in_one_work_dir_and_sigkill_at_any_moment(segmentor, tmp_path):
     config = write_config(segmentor.parent, iterations=40)
     command = [sys.executable, TRAIN, config, '--work-dir', tmp_path, '--resume']
