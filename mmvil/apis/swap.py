@@ -560,7 +560,9 @@ def _use_recipe(cfg: Config) -> List[str]:
     warm_up, cosine = recipe.param_scheduler
     share = warm_up.end / cosine.end
     end = warm_up.end if warm_up.by_epoch == by_epoch else round(share * total)
-    end = max(1, min(end, total // 10))
+    end = min(end, total // 10)
+    if end == 0:  # too short to warm up
+        recipe.param_scheduler = [cosine]
     for part, begin, until in ((warm_up, 0, end), (cosine, end, total)):
         part.update(by_epoch=by_epoch, begin=begin, end=until)
         if by_epoch:

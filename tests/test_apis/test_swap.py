@@ -255,6 +255,13 @@ def test_swap_brings_the_ade20k_recipe_over_the_iterations_of_the_config():
     assert cfg.auto_scale_lr.base_batch_size == 16
 
 
+def test_swap_leaves_the_warm_up_out_of_a_run_of_a_few_iterations():
+    cfg = load(UPERNET)
+    cfg.train_cfg.max_iters = 9
+    (cosine,) = swap_backbone(cfg, TINY, optim=True).param_scheduler
+    assert (cosine.type, cosine.begin, cosine.end) == ('CosineAnnealingLR', 0, 9)
+
+
 def test_swap_brings_the_imagenet_recipe_at_the_batch_size_of_the_config():
     cfg = swap_backbone(load(RESNET), TINY, optim=True)
     assert cfg.auto_scale_lr.base_batch_size == 256
