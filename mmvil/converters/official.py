@@ -82,5 +82,5 @@ def find_official(address: str) -> OfficialCheckpoint:
             return each
     known = ', '.join(each.name for each in OFFICIAL_CHECKPOINTS)
     raise ValueError(
-        f'No official checkpoint is called {address!r}; known are mmvil:// and {known}.'
+        f'No official checkpoint is called {address!r}; known names are {known}.'
     )

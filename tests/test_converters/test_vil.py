@@ -163,5 +163,5 @@ def test_find_official_knows_names_files_and_urls(address):
 
 
 def test_find_official_lists_what_there_is():
-    with pytest.raises(ValueError, match="'mmvil://vil3'; known are mmvil:// and vil2_tiny16, "):
+    with pytest.raises(ValueError, match="'mmvil://vil3'; known names are vil2_tiny16, "):
         find_official('mmvil://vil3')
