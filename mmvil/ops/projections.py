@@ -249,10 +249,15 @@ def token_conv(
     maps, weight, padding = _conv_layout(x, weight, grid)
     if is_exporting():  # the strides of a view would tie the graph to a batch size
         maps = maps.contiguous()
+        if causal:  # padded on one side, so that tracing sees as many tokens come out as go in
+            before, padding = padding[0], [0, 0]
+            maps = F.pad(maps, (0, 0, 0, before) if reverse else (0, 0, before, 0))
     if reverse:
         weight = weight.flip(2, 3)
     y = F.conv2d(maps, weight, bias, padding=padding, groups=x.shape[-1])
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
+    if is_exporting():
+        return y.reshape(x.shape)
     # The causal kernel, padded on both sides, gives K - 1 outputs too many, on the side it is read
     # towards.
     return _read_part(y, x.shape[1], reverse) if causal else y

@@ -93,7 +93,7 @@ def test_export_writes_a_segmentor_to_onnx(tmp_path):
 
 @needs_exporter
 def test_export_writes_a_classifier_that_needs_torch_alone(tmp_path):
-    backbone = dict(arch=dict(embed_dims=16, depth=2), img_size=32, out_type='bilateral_concat')
+    backbone = dict(arch=dict(embed_dims=16, depth=1), img_size=32, out_type='bilateral_concat')
     text = CLASSIFIER.format(backbone=backbone, width=32, classes=3)
     config, checkpoint = save_random_model(tmp_path, text)
     out = tmp_path / 'model.pt2'
@@ -105,6 +105,7 @@ def test_export_writes_a_classifier_that_needs_torch_alone(tmp_path):
 
 
 @needs_exporter
+@pytest.mark.slow  # half a minute each
 @pytest.mark.parametrize('name', ['vil2_dim32', 'vil1_dim32', 'vil1_dim32_stride8'])
 def test_reference_logits_pass_through_onnx(name, reference, tmp_path):
     pytest.importorskip('mmpretrain')
