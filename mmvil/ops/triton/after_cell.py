@@ -1,0 +1,296 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+r"""What the ViL layer computes between the mLSTM cell and its down-projection, forward and back.
+
+.. math:: y = (\mathrm{norm}(h) \cdot w + b + s \cdot \mathrm{SiLU}(a)) \cdot \mathrm{SiLU}(z)
+
+The norm is over the channels of a head. In units of one (B, N, E) tensor the forward kernel reads
+h, a and z and writes y: 4 units, 1 launch. The backward kernel reads the gradient of y, h, a and z,
+and writes those of h, c = SiLU(a) and z, and y again, which the down-projection's weight gradient
+wants: 8 units, and a small second launch for the sums over tokens.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .partial_sums import partial_sums, split_tokens
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def _parameter(pointer, channel, present):
+    """A row of parameters in float32; zero where there is none."""
+    if pointer is None:
+        return tl.zeros(channel.shape, tl.float32)[None, :]
+    else:
+        return tl.load(pointer + channel, mask=present, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _tile(pointer, offset, inside):
+    return tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _normalize(h, present, eps, DH: tl.constexpr):
+    """Normalized h, zero outside the head, and inverse deviation."""
+    mean = tl.sum(h, axis=1) / DH
+    centred = tl.where(present, h - mean[:, None], 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / DH + eps)
+    return centred * rstd[:, None], rstd[:, None]
+
+
+@triton.jit
+def after_cell_kernel(
+    h,
+    batch_stride,
+    head_stride,
+    position_stride,
+    a,
+    z,
+    z_stride,
+    weight,
+    bias,
+    skip,
+    y,
+    tokens,
+    length,
+    eps,
+    E: tl.constexpr,
+    NH: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One tile of tokens and one head."""
+    DH: tl.constexpr = E // NH
+    head = tl.program_id(1)
+    in_head = tl.arange(0, C)
+    present = in_head < DH
+    channel = head * DH + in_head
+    token = tl.program_id(0) * T + tl.arange(0, T)
+    inside = (token < tokens)[:, None] & present[None, :]
+    batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+    by_head = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
+    offset = token.to(tl.int64)[:, None]
+
+    h_norm, _ = _normalize(_tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH)
+    a_tile = _tile(a, offset * E + channel[None, :], inside)
+    z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
+    mixed = h_norm * _parameter(weight, channel, present) + _parameter(bias, channel, present)
+    mixed += a_tile * tl.sigmoid(a_tile) * _parameter(skip, channel, present)
+    out = mixed * (z_tile * tl.sigmoid(z_tile))
+    tl.store(y + offset * E + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def after_cell_backward_kernel(
+    y_grad,
+    h,
+    batch_stride,
+    head_stride,
+    position_stride,
+    a,
+    z,
+    z_stride,
+    weight,
+    bias,
+    skip,
+    y,
+    h_grad,
+    c_grad,
+    z_grad,
+    z_grad_stride,
+    sums,
+    sums_stride,
+    tokens,
+    length,
+    tokens_per_program,
+    eps,
+    E: tl.constexpr,
+    NH: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Some tiles of tokens and one head. The gradient of h is written as (B, N, E)."""
+    DH: tl.constexpr = E // NH
+    dtype: tl.constexpr = y.dtype.element_ty
+    program = tl.program_id(0)
+    head = tl.program_id(1)
+    in_head = tl.arange(0, C)
+    present = in_head < DH
+    channel = head * DH + in_head
+    w = _parameter(weight, channel, present)
+    b = _parameter(bias, channel, present)
+    s = _parameter(skip, channel, present)
+    weight_grad = tl.zeros((T, C), tl.float32)
+    bias_grad = tl.zeros((T, C), tl.float32)
+    skip_grad = tl.zeros((T, C), tl.float32)
+
+    begin = program * tokens_per_program
+    for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
+        token = first + tl.arange(0, T)
+        inside = (token < tokens)[:, None] & present[None, :]
+        batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+        by_head = batch * batch_stride + head.to(tl.int64) * head_stride
+        by_head += position * position_stride
+        offset = token.to(tl.int64)[:, None]
+        here = offset * E + channel[None, :]
+
+        h_norm, rstd = _normalize(
+            _tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH
+        )
+        a_tile = _tile(a, here, inside)
+        c = a_tile * tl.sigmoid(a_tile)
+        mixed = h_norm * w + b + c * s
+        z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
+        z_open = tl.sigmoid(z_tile)
+        gate = z_tile * z_open
+        tl.store(y + here, (mixed * gate).to(dtype), mask=inside)
+
+        dy = _tile(y_grad, here, inside)
+        dz = dy * mixed * z_open * (1 + z_tile * (1 - z_open))
+        tl.store(z_grad + offset * z_grad_stride + channel[None, :], dz.to(dtype), mask=inside)
+        d_mixed = dy * gate
+        weight_grad += d_mixed * h_norm
+        bias_grad += d_mixed
+        skip_grad += d_mixed * c
+        tl.store(c_grad + here, (d_mixed * s).to(dtype), mask=inside)
+
+        dh = d_mixed * w
+        mean = tl.sum(dh, axis=1) / DH
+        projection = tl.sum(dh * h_norm, axis=1) / DH
+        dh = (dh - mean[:, None] - h_norm * projection[:, None]) * rstd
+        tl.store(h_grad + here, dh.to(dtype), mask=inside)
+
+    sums += program.to(tl.int64) * sums_stride + channel
+    tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
+    tl.store(sums + E, tl.sum(bias_grad, axis=0), mask=present)
+    tl.store(sums + 2 * E, tl.sum(skip_grad, axis=0), mask=present)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launches
+
+
+def after_cell(
+    h: Tensor,
+    a: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    skip: Tensor,
+    eps: float,
+) -> Tensor:
+    """Head-wise norm, skip and output gate.
+
+    Args:
+        h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
+        a (Tensor): Output of the convolution, shape (B, N, E).
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any token stride.
+        weight, skip (Tensor): Shape (E, ), any floating dtype.
+        bias (Tensor, optional): Shape (E, ).
+        eps (float): Of the norm.
+
+    Returns:
+        Tensor: Shape (B, N, E), contiguous, with the dtype of z.
+    """
+    (heads, length), channels = h.shape[1:3], z.shape[-1]
+    h, rows = _unit_stride(h), z.flatten(0, 1)
+    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    tile, token_tile = _tiles(channels // heads, 2048)
+    if len(rows):
+        after_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
+            h,
+            *h.stride()[:3],
+            a.contiguous(),
+            rows,
+            rows.stride(0),
+            weight,
+            bias,
+            skip,
+            y,
+            len(rows),
+            length,
+            eps,
+            E=channels,
+            NH=heads,
+            T=token_tile,
+            C=tile,
+        )
+    return y
+
+
+def after_cell_backward(
+    y_grad: Tensor,
+    h: Tensor,
+    a: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    skip: Tensor,
+    eps: float,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`after_cell`.
+
+    Args:
+        y_grad (Tensor): Shape (B, N, E).
+        h, a, z, weight, bias, skip, eps: As in the forward pass.
+
+    Returns:
+        tuple: y of the forward pass (B, N, E); gradients of h (B, NH, N, DH), with the memory of
+        (B, N, E), of c = SiLU(a) (B, N, E), and of both halves of the up-projection's output
+        (B, N, 2E), of which only the second, that of z, is written; gradients of weight, bias and
+        skip (3, E), in float32.
+    """
+    (batch, heads, length), channels = h.shape[:3], z.shape[-1]
+    h, rows, tokens = _unit_stride(h), z.flatten(0, 1), batch * length
+    y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
+    up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
+    z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
+    tile, token_tile = _tiles(channels // heads, 1024)
+    share, programs = split_tokens(tokens, token_tile, heads)
+    sums = partial_sums(programs, 3 * channels, like=z)
+    if programs:
+        after_cell_backward_kernel[(programs, heads)](
+            y_grad.contiguous(),
+            h,
+            *h.stride()[:3],
+            a.contiguous(),
+            rows,
+            rows.stride(0),
+            weight,
+            bias,
+            skip,
+            y,
+            h_grad,
+            c_grad,
+            z_grad,
+            z_grad.stride(0),
+            sums,
+            sums.stride(0),
+            tokens,
+            length,
+            share,
+            eps,
+            E=channels,
+            NH=heads,
+            T=token_tile,
+            C=tile,
+        )
+    h_grad = h_grad.unflatten(2, (heads, -1)).transpose(1, 2)
+    return y, h_grad, c_grad, up_grad, sums.sum(0).view(3, channels)
+
+
+def _tiles(head_width: int, size: int) -> Tuple[int, int]:
+    """Channels and tokens of a tile of about that many values."""
+    channels = triton.next_power_of_2(head_width)
+    return channels, max(1, min(64, size // channels))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

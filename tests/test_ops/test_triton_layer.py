@@ -1,0 +1,359 @@
+"""The kernels before and after the cell against PyTorch in float64, and what they need of a GPU.
+
+On a GPU the comparisons run there. Without one, `test_kernels_pass_in_the_interpreter` runs them
+in a process in which Triton interprets its kernels.
+"""
+
+import os
+import subprocess
+import sys
+from typing import NamedTuple, Tuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvil.layers import ViLBlock
+from mmvil.ops.projections import token_conv
+from mmvil.ops.triton import interpreted, unavailable
+from tests.conftest import ROOT, relative_error
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() and not interpreted() else 'cpu')
+PROBLEM = unavailable(DEVICE, torch.float32, 8)
+if PROBLEM and 'Triton is' in PROBLEM:
+    pytest.skip(PROBLEM, allow_module_level=True)
+
+from mmvil.ops.triton import after_cell, before_cell  # noqa: E402
+from mmvil.ops.triton.partial_sums import split_tokens  # noqa: E402
+
+runs_kernels = pytest.mark.skipif(
+    PROBLEM is not None, reason='without a GPU, test_kernels_pass_in_the_interpreter runs this'
+)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+if DEVICE.type == 'cuda':
+    TOLERANCE[torch.float32] = 1e-5  # products in three passes of tf32
+
+
+class Case(NamedTuple):
+    heads: int
+    width: int
+    grid: Tuple[int, int]
+    batch: int = 2
+    version: int = 2
+    reverse: bool = False
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        names = [f'{self.heads}x{self.width}', '{}x{}'.format(*self.grid), f'v{self.version}']
+        names += ['reverse'] * self.reverse + ['plain'] * (not self.bias)
+        return '-'.join([*names, str(self.dtype)[6:]])
+
+
+CASES = [
+    Case(1, 20, (5, 9)),  # several tiles of tokens, which images share
+    Case(2, 40, (3, 5), batch=1, reverse=True),  # a head in several tiles
+    Case(2, 12, (1, 1), batch=1, version=1, bias=False),  # one token
+    Case(1, 24, (1, 6), version=1, reverse=True),
+    Case(5, 8, (2, 2), reverse=True, bias=False),  # more gates than 8
+    Case(2, 16, (4, 5), dtype=torch.bfloat16),
+    Case(1, 8, (4, 3), version=1, dtype=torch.float16),
+]
+LARGE_CASES = [
+    Case(4, width, grid, batch=3, reverse=reverse, version=version, dtype=dtype)
+    for width, grid in ((96, (14, 14)), (192, (32, 33)), (384, (14, 15)))
+    for version, reverse in ((2, False), (2, True), (1, True))
+    for dtype in TOLERANCE
+]
+cases = pytest.mark.parametrize(
+    'case', CASES + LARGE_CASES * (DEVICE.type == 'cuda' and not interpreted()), ids=str
+)
+
+
+def randn(*shape):
+    return torch.randn(*shape, device=DEVICE)
+
+
+def before_cell_inputs(case):
+    """x as half of an up-projection's output, and all weights in float32."""
+    torch.manual_seed(0)
+    channels = case.heads * case.width
+    up = randn(case.batch, case.grid[0] * case.grid[1], 2 * channels).to(case.dtype)
+
+    def bias(size):
+        return randn(size) if case.bias else None
+
+    weights = [randn(channels, 1, 3, 3) if case.version == 2 else randn(channels, 1, 4)]
+    weights += [bias(channels)]
+    for _ in range(3):
+        weights += [randn(channels // 4, 4, 4), bias(channels)]
+    for _ in range(2):
+        weights += [randn(case.heads, 3 * channels) / channels**0.5, randn(case.heads)]
+    return up[..., :channels], before_cell.BeforeCellWeights(*weights)
+
+
+def plain_before_cell(x, w, case):
+    """The equations, for autograd."""
+    a = token_conv(x, w.conv_weight, w.conv_bias, case.grid, case.reverse)
+    c = F.silu(a)
+    qkv = [
+        F.linear(y, torch.block_diag(*weight), bias)
+        for y, weight, bias in (
+            (c, w.q_weight, w.q_bias),
+            (c, w.k_weight, w.k_bias),
+            (x, w.v_weight, w.v_bias),
+        )
+    ]
+    gates = [
+        F.linear(torch.cat(qkv, -1), weight, bias).transpose(1, 2)
+        for weight, bias in ((w.igate_weight, w.igate_bias), (w.fgate_weight, w.fgate_bias))
+    ]
+    heads = [y.unflatten(2, (case.heads, -1)).transpose(1, 2) for y in qkv]
+    return dict(zip(('a', 'c', 'q', 'k', 'v', 'igate', 'fgate'), (a, c, *heads, *gates)))
+
+
+def doubles(tensors):
+    return [None if x is None else x.double().requires_grad_() for x in tensors]
+
+
+def assert_close(actual, expected, case):
+    for name, value in expected.items():
+        error = relative_error(actual[name].detach(), value.detach())
+        assert error < TOLERANCE[case.dtype], f'{name}: relative error {error:.1e}'
+
+
+@runs_kernels
+@cases
+def test_before_cell_equals_pytorch(case):
+    x, weights = before_cell_inputs(case)
+    args = (weights, case.grid, case.heads, case.reverse)
+    a, q, k, v, gates = before_cell.before_cell(x, *args)
+    again = before_cell.before_cell(x, *args, with_gates=False)
+    for first, second in zip((a, q, k, v), again):
+        assert torch.equal(first, second) and first.dtype == case.dtype
+    assert gates.dtype == torch.float32 and not again[4].numel()
+
+    x64, *weights64 = doubles([x, *weights])
+    expected = plain_before_cell(x64, before_cell.BeforeCellWeights(*weights64), case)
+    actual = dict(a=a, q=q, k=k, v=v, igate=gates[0], fgate=gates[1])
+    assert_close(actual, {name: expected[name] for name in actual}, case)
+
+    # Gradients as they come from the cell, with strides of their own, and from the skip.
+    seeds = {
+        name: torch.randn_like(y).to(y.dtype if 'gate' in name else case.dtype)
+        for name, y in ((name, actual.get(name, a)) for name in ('q', 'k', 'v'))
+    }
+    seeds['v'] = seeds['v'].contiguous()
+    seeds.update(igate=randn(*gates[0].shape), fgate=randn(*gates[0].shape))
+    seeds['c'] = torch.randn_like(a)
+    leaves = {'x': x64, **dict(zip(weights._fields, weights64))}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    expected = torch.autograd.grad(
+        [expected[name] for name in seeds], leaves.values(), [y.double() for y in seeds.values()]
+    )
+    up_grad = x.new_full((*x.shape[:2], 2 * x.shape[2]), float('nan'))
+    sums = before_cell.before_cell_backward(
+        *seeds.values(), a, x, weights, case.grid, case.reverse, up_grad.chunk(2, -1)[0]
+    )
+    x_grad, rest = up_grad.chunk(2, -1)
+    assert rest.isnan().all()
+    actual = before_cell.split_gradients(*sums, weights)._asdict()
+    assert {name for name, grad in actual.items() if grad is None} == (
+        {name for name, weight in weights._asdict().items() if weight is None}
+    )
+    assert_close({'x': x_grad, **actual}, dict(zip(leaves, expected)), case)
+
+
+@runs_kernels
+@cases
+def test_after_cell_equals_pytorch(case):
+    torch.manual_seed(0)
+    tokens, channels = case.grid[0] * case.grid[1], case.heads * case.width
+    z = randn(case.batch, tokens, 2 * channels).to(case.dtype).chunk(2, -1)[1]
+    a, y_grad = (randn(*z.shape).to(case.dtype) for _ in range(2))
+    h = 3 + randn(case.batch, case.heads, tokens, case.width)
+    h = (h if case.reverse else h.transpose(1, 2).contiguous().transpose(1, 2)).to(case.dtype)
+    weight, skip = randn(channels), randn(channels)
+    bias = randn(channels) if case.bias else None
+
+    inputs = dict(zip(('h', 'z', 'weight', 'bias', 'skip'), doubles([h, z, weight, bias, skip])))
+    h64, z64, *parameters = inputs.values()
+    (a64,) = doubles([a])
+    c64 = F.silu(a64)
+    normed = F.group_norm(
+        h64.transpose(1, 2).flatten(2).flatten(0, 1), case.heads, *parameters[:2], eps=1e-3
+    )
+    expected = (normed.view(z64.shape) + parameters[2] * c64) * F.silu(z64)
+
+    args = (h, a, z, weight, bias, skip, 1e-3)
+    y = after_cell.after_cell(*args)
+    assert_close(dict(y=y), dict(y=expected), case)
+    again, h_grad, c_grad, up_grad, sums = after_cell.after_cell_backward(y_grad, *args)
+    assert_close(dict(again=again), dict(again=expected), case)
+    actual = dict(h=h_grad, c=c_grad, z=up_grad.chunk(2, -1)[1])
+    actual.update(zip(('weight', 'bias', 'skip'), sums))
+    leaves = {name: leaf for name, leaf in inputs.items() if leaf is not None}
+    leaves['c'] = c64
+    grads = torch.autograd.grad(expected, leaves.values(), y_grad.double())
+    assert_close(actual, dict(zip(leaves, grads)), case)
+
+
+@runs_kernels
+@pytest.mark.parametrize('version, reverse', [(2, False), (2, True), (1, True)])
+def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
+    torch.manual_seed(0)
+    block = ViLBlock(32, num_heads=4, version=version, reverse=reverse, backend='triton')
+    for parameter in block.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, grid = torch.randn(2, 15, 32), (5, 3)
+
+    def run(block, dtype):
+        block = block.to(DEVICE, dtype)
+        inputs = x.detach().to(DEVICE, dtype).requires_grad_()
+        y = block(inputs, grid)
+        (
+            y * torch.linspace(-1, 1, y.numel(), dtype=dtype, device=DEVICE).view_as(y)
+        ).sum().backward()
+        grads = {name: parameter.grad for name, parameter in block.named_parameters()}
+        block.zero_grad()
+        return dict(output=y.detach(), input=inputs.grad, **grads)
+
+    actual = run(block, torch.float32)
+    block.lean, block.backend = False, 'parallel'
+    expected = run(block, torch.float64)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 2e-5, name
+
+
+@runs_kernels
+@pytest.mark.parametrize('case', CASES[1:3], ids=str)
+def test_operators_tell_compilers_what_they_return(case):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import mmvil.ops.triton.lean_layer  # noqa: F401  registers
+
+    x, weights = before_cell_inputs(case)
+    qkv = [randn(case.batch, case.heads, x.shape[1], case.width).to(case.dtype) for _ in range(3)]
+    gates = [randn(case.batch, case.heads, x.shape[1]) for _ in range(2)]
+    ops, parameter = torch.ops.mmvil, randn(x.shape[2])
+    grid = list(case.grid)
+
+    def run(x, weights, qkv, gates, parameter):
+        results = ops.before_cell(x, weights, grid, case.heads, case.reverse, True)
+        a, h = results[0], results[1]
+        after = ops.after_cell(h, a, x, parameter, None, parameter, 1e-5)
+        backward = ops.after_cell_backward(after, h, a, x, parameter, parameter, parameter, 1e-5)
+        x_grad = torch.empty_like(x)
+        sums = ops.before_cell_backward(*qkv, *gates, a, a, x, weights, grid, case.reverse, x_grad)
+        return [*results, after, *backward, *sums]
+
+    args = (x, list(weights), qkv, gates, parameter)
+    real = run(*args)
+    with FakeTensorMode() as mode:
+        fake = run(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    for real_result, fake_result in zip(real, fake):
+        assert real_result.shape == fake_result.shape
+        assert real_result.dtype == fake_result.dtype
+        assert real_result.stride() == fake_result.stride()
+
+
+@pytest.mark.skipif(DEVICE.type != 'cuda', reason='wants a GPU')
+def test_gradients_are_the_same_bits_every_time():
+    case = Case(4, 96, (32, 32), batch=8, dtype=torch.bfloat16)
+    x, weights = before_cell_inputs(case)
+    a, q, k, v, gates = before_cell.before_cell(x, weights, case.grid, 4, False)
+    results = []
+    for _ in range(3):
+        x_grad = torch.empty_like(x)
+        sums = before_cell.before_cell_backward(
+            q, k, v, *gates, a, a, x, weights, case.grid, False, x_grad
+        )
+        results.append((x_grad, *sums))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize('tokens', [1, 7, 64, 65, 25088, 10**6])
+@pytest.mark.parametrize('beside', [1, 12, 48, 4000])
+def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
+    share, programs = split_tokens(tokens, 64, beside)
+    assert share % 64 == 0
+    assert (programs - 1) * share < tokens <= programs * share
+    assert programs * beside <= 2 * 2048 or programs == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Without a GPU
+
+
+@pytest.mark.skipif(not PROBLEM, reason='the tests above run on their own')
+def test_kernels_pass_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def launches(head_width, dtype, version):
+    """All launches of a layer's forward and backward pass, the cell's excepted."""
+    from tests.test_ops.triton_offline import record_launches
+
+    heads, grid = 4, (14, 14)
+    case = Case(heads, head_width, grid, version=version, dtype=dtype)
+    tokens, channels = 196, heads * head_width
+    weights = before_cell.BeforeCellWeights(
+        torch.empty(channels, 1, 3, 3) if version == 2 else torch.empty(channels, 1, 4),
+        None if version == 1 else torch.empty(channels),
+        *3 * (torch.empty(channels // 4, 4, 4), torch.empty(channels)),
+        *2 * (torch.empty(heads, 3 * channels), torch.empty(heads)),
+    )
+    up = torch.empty(case.batch, tokens, 2 * channels, dtype=dtype)
+    x, z = up.chunk(2, -1)
+    a, gates = torch.empty_like(x), torch.empty(case.batch, heads, tokens)
+    h = a.unflatten(2, (heads, -1)).transpose(1, 2)
+    after = (h, a, z, torch.empty(channels), torch.empty(channels), torch.empty(channels), 1e-6)
+
+    def layer():
+        before_cell.before_cell(x, weights, grid, heads, version == 1)
+        before_cell.before_cell_backward(
+            h, h, h, gates, gates, a, a, x, weights, grid, version == 1, x
+        )
+        after_cell.after_cell(*after)
+        after_cell.after_cell_backward(a, *after)
+
+    return record_launches(layer)
+
+
+def check_compiled(arch, head_width, dtype, version, allowed_spills=0):
+    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch
+
+    for launch in launches(head_width, dtype, version):
+        needs = compile_launch(launch, arch)
+        print(f'{arch:7} {head_width:4} {str(dtype)[6:]:8} v{version} {launch.name:28} {needs}')
+        assert needs['spills'] <= allowed_spills, launch.name
+        # Two blocks share a multiprocessor at least.
+        assert 2 * needs['shared_bytes'] <= SHARED_LIMIT[arch], launch.name
+
+
+@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
+def test_kernels_compile_without_spills(arch):
+    check_compiled(arch, 384, torch.bfloat16, version=2)
+
+
+@pytest.mark.slow  # 8 minutes
+@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.parametrize('version', [1, 2])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize('head_width', [8, 20, 96, 192, 384])
+@pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100', 'gfx942'])
+def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
+    if arch == 'gfx942' and dtype == torch.float32:
+        pytest.skip('Triton for AMD has no tf32x3')
+    # float32, multiplied in three parts, wants a few registers more than there are.
+    check_compiled(arch, head_width, dtype, version, 64 if dtype == torch.float32 else 8)
