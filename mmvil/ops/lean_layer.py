@@ -164,6 +164,10 @@ def _to(parameter: Optional[Tensor], settings: LayerSettings) -> Optional[Tensor
 def _forward(x: Tensor, w: LayerWeights, settings: LayerSettings):
     """The output (B, N, D), and what the backward pass needs besides the input and the weights."""
     with without_autocast(x):  # dtypes are explicit here
+        if settings.form.triton:
+            from .triton import lean_layer as fused
+
+            return fused.forward(x, w, settings)
         x_norm, _, _ = _normalize(x, w, settings)
         # Two products instead of one and a split: both halves come out contiguous at the same cost.
         up_m, up_z = _to(w.up_weight, settings).chunk(2)
@@ -213,6 +217,10 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
 
     The way back through the layer, step by step, each with what it needs computed again.
     """
+    if settings.form.triton:
+        from .triton import lean_layer as fused
+
+        return fused.gradients(y_grad, kept, w, settings)
     x, x_m, z, h, igate, fgate, normalizer = kept
     y_grad = y_grad.to(settings.dtype)
     a = _convolve(x_m, w, settings)
