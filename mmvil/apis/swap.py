@@ -140,6 +140,7 @@ class _OldBackbone:
         read (set[int]): Indices of the outputs that are read.
         maps (list[Tensor] | None): What the heads read.
         runs (bool): Whether the heads can be run on shapes alone; ``failure`` says why not.
+        results (dict[str, list[int]]): Widths of what they put out.
     """
 
     def __init__(self, model: ConfigDict, size: Tuple[int, int], outputs=None) -> None:
@@ -160,6 +161,8 @@ class _OldBackbone:
         features = [torch.empty(shape, device='meta', requires_grad=True) for shape in self.shapes]
         self.maps, results, self.failure = _run_readers(model, features)
         self.runs = self.failure is None
+        self.results = {key: _widths(tensors) for key, tensors in results.items()}
+        self.has_heads = any('head' in key and model[key] for key in model)
         if self.maps is None:  # not even the neck runs here, so nothing is known of its input
             self.read = set(range(len(self.shapes)))
             return
@@ -370,7 +373,7 @@ def _rewritten(model: ConfigDict, old: _OldBackbone, backbone: dict):
     if old.maps is None:
         raise _Misfit('the old neck cannot be run here')
     before, after = _widths(old.maps), _widths(maps)
-    if before != after:
+    if before != after and old.has_heads:
         if not old.runs:
             raise _Misfit(
                 f'what reads the features cannot be run here on shapes alone, {old.failure}'
@@ -481,6 +484,9 @@ def _check_runs(new: dict, old: _OldBackbone, features: Sequence[Tensor]) -> Non
             f'outputs {sorted(_read_by(results, features))} are read, before it was '
             f'{sorted(old.read)}'
         )
+    widths = {key: _widths(tensors) for key, tensors in results.items()}
+    if old.runs and widths != old.results:
+        raise _Misfit(f'heads put out {widths} channels instead of {old.results}')
 
 
 def _describe(old: _OldBackbone, backbone: dict) -> str:
@@ -636,7 +642,7 @@ def _tensors(node) -> List[Tensor]:
 
 
 def _widths(maps) -> List[Optional[int]]:
-    return [each.shape[1] if isinstance(each, Tensor) else None for each in maps]
+    return [each.shape[1] if isinstance(each, Tensor) and each.dim() > 1 else None for each in maps]
 
 
 def _mentions(node, word: str) -> bool:

@@ -53,7 +53,6 @@ def matrix():
     'name',
     [
         PSPNET,
-        'mmseg/deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512.py',
         'mmseg/fastfcn/fastfcn_r50-d32_jpu_enc_4xb4-80k_ade20k-512x512.py',
         'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py',
         'mmseg/knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py',
@@ -219,6 +218,7 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
         ('mmseg/bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py', 'whole network'),
         ('mmseg/san/san-vit-b16_voc12aug-640x640.py', 'no model.backbone'),
         ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask beside'),
+        ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads put out'),
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),
     ],
 )
