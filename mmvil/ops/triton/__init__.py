@@ -17,6 +17,7 @@ MAX_HEAD_WIDTH = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@torch.compiler.assume_constant_result
 def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
     """Why the kernels cannot run, or None if they can.
 
@@ -33,6 +34,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Op
     return _triton_problem() or _device_problem(device.type, device.index)
 
 
+@torch.compiler.assume_constant_result
 def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether the kernels can run. A GPU that has to do without is named once in the log."""
     problem = unavailable(device, dtype, head_width)

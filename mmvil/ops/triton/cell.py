@@ -182,6 +182,20 @@ def _read_state(
 
 
 @triton.jit
+def _times_vector(
+    a, a_strides, start, length, vector, ROWS: tl.constexpr, STEP: tl.constexpr, DH: tl.constexpr
+):
+    """Product of rows of a with a vector (DH, )."""
+    total = tl.zeros((ROWS,), tl.float32)
+    for left in range(0, DH, STEP):
+        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
+        column = left + tl.arange(0, STEP)
+        part = tl.load(vector + column, mask=column < DH, other=0.0)
+        total += tl.sum(a_tile.to(tl.float32) * part[None, :], 1)
+    return total
+
+
+@triton.jit
 def _scaled(tiles, factor, TILES: tl.constexpr):
     """Every row times its factor."""
     scaled = ()
@@ -271,11 +285,7 @@ def readers_kernel(
             totals = _plus_outer(totals, weight * n, vector, DH, WIDTH, TILES)
         else:
             totals = _scaled(totals, weight, TILES)
-            for left in range(0, DH, STEP):
-                a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
-                column = left + tl.arange(0, STEP)
-                part = tl.load(vector + column, mask=column < DH, other=0.0)
-                n += weight * tl.sum(a_tile.to(tl.float32) * part[None, :], 1)
+            n = weight * _times_vector(a, a_strides, start, length, vector, ROWS, STEP, DH)
 
     a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
     for left in range(chunk_start, tl.minimum(start + ROWS, length), COLUMNS):

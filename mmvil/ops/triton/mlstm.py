@@ -65,7 +65,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     wide = padded > 128
     rows = 32 if single else 64
     columns = 32 if wide or single else 64
-    if single and padded > 192:
+    if single and padded > 64:
         columns = 16
     room = shared // (dtype.itemsize * padded) - rows  # rows that loops may have on their way
     return Tiling(
@@ -75,7 +75,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         columns=columns,
         warps=8 if wide else 4,
         stages=2 if room >= 4 * columns + 16 else 1,
-        step=min(width, 32),
+        step=16 if width == 64 else min(width, 32),  # else sm_80 spills
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and not single else 64),
     )
 

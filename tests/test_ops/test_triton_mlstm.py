@@ -1,0 +1,303 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The Triton kernels of the mLSTM: on a GPU, or without one in Triton's interpreter and offline.
+
+With a GPU all of it runs: ``pytest tests/test_ops/test_triton_mlstm.py``. Without one, the cases
+that launch kernels run in a second process, in which Triton interprets them.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmvil.layers import ViLBlock
+from mmvil.ops import mlstm
+from mmvil.ops.mlstm import Form, choose_form
+from mmvil.ops.triton import _triton_problem, interpreted
+from tests.conftest import ROOT, relative_error
+from tests.test_ops.test_mlstm import make_inputs, output_and_gradients
+
+DEVICE = 'cuda' if torch.cuda.is_available() and not interpreted() else 'cpu'
+needs_triton = pytest.mark.skipif(bool(_triton_problem()), reason=str(_triton_problem()))
+launches = pytest.mark.skipif(
+    bool(_triton_problem()) or (DEVICE == 'cpu' and not interpreted()),
+    reason=_triton_problem() or 'needs a GPU or TRITON_INTERPRET=1',
+)
+needs_gpu = pytest.mark.skipif(
+    bool(_triton_problem()) or DEVICE == 'cpu', reason=_triton_problem() or 'needs a GPU'
+)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def random_inputs(length, width, dtype=torch.float32, **kwargs):
+    """As the layer has them: features of tokens in memory, gates in float32."""
+    inputs = [x.detach() for x in make_inputs(length, width, batch=1, **kwargs)]
+    features = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    return [*features, *(x.float() for x in inputs[3:])]
+
+
+def check(inputs, reverse=False, chunk_size=None, tolerance=None):
+    """Compare the kernels, output and all gradients, with PyTorch in float64."""
+
+    def form(backend, chunk_size=None):
+        return lambda *args, **gates: mlstm(
+            *args, **gates, reverse=reverse, backend=backend, chunk_size=chunk_size
+        )
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = output_and_gradients(form('parallel'), exact)
+    ours = [x.to(DEVICE).requires_grad_() for x in inputs]
+    actual = output_and_gradients(form('triton', chunk_size), ours)
+    for x, (name, value) in zip((inputs[0], *inputs), actual.items()):
+        assert value.dtype == x.dtype and value.shape == x.shape, name
+        assert value.isfinite().all(), name
+    actual = {name: value.cpu() for name, value in actual.items()}
+    tolerance = tolerance or TOLERANCE[inputs[0].dtype]
+    # A gradient far below the others is the difference of terms as large as they are.
+    floor = 1e-2 * max(x.norm() for x in expected.values())
+    for name, value in expected.items():
+        error = (actual[name].double() - value).norm() / value.norm().clamp_min(floor)
+        assert error < tolerance, f'{name}: relative error {error:.1e}'
+
+
+@launches
+@pytest.mark.parametrize(
+    'length, reverse',
+    [(1, False), (15, True), (63, False), (64, True), (65, False), (65, True), (196, True)]
+    + [(197, False), (197, True)],
+)
+def test_kernels_at_any_length(length, reverse):
+    check(random_inputs(length, 24, heads=1), reverse, chunk_size=64)
+
+
+@launches
+@pytest.mark.parametrize('width', [8, 40, 96, 112, 192, 256, 384])
+def test_kernels_at_any_head_width(width):
+    check(random_inputs(70, width, heads=1), reverse=True, chunk_size=64)
+
+
+@launches
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_kernels_in_half_precision(dtype, reverse):
+    check(random_inputs(150, 96, dtype, heads=1), reverse, chunk_size=64)
+
+
+@launches
+@pytest.mark.parametrize('chunk_size', [1, 128, 1000, None])
+def test_kernels_agree_for_any_chunk_size(chunk_size):
+    check(random_inputs(260, 16, heads=1), chunk_size=chunk_size)
+
+
+@launches
+@pytest.mark.parametrize('igate', [-50.0, 0.0, 300.0, None], ids=['shut', 'zero', 'open', 'mixed'])
+@pytest.mark.parametrize('fgate', [-300.0, 300.0, None], ids=['forget', 'keep', 'mixed'])
+def test_kernels_at_extreme_gates(igate, fgate):
+    inputs = random_inputs(130, 16, heads=1)
+    mixed = torch.tensor([-300.0, 300.0, 0.0, 5.0, -5.0, 300.0, -300.0]).repeat(19)[:130]
+    for gate, value in ((inputs[3], igate), (inputs[4], fgate)):
+        gate.copy_(mixed if value is None else torch.full_like(mixed, value))
+    check(inputs, chunk_size=64, tolerance=1e-3)
+
+
+@launches
+def test_kernels_hold_states_beyond_the_range_of_float16():
+    inputs = random_inputs(260, 16, torch.float16, heads=1)
+    for x in inputs[1:3]:
+        x.copy_(x.abs() * 40)  # the memory sums up to products of 1000, up to 330 000
+    inputs[0].abs_()  # no scores that cancel, whose gradients would be out of range too
+    inputs[4].fill_(20)
+    check(inputs, chunk_size=64)
+
+
+@launches
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+def test_kernels_take_any_strides(reverse):
+    q, k, v, igate, fgate = random_inputs(70, 16)
+    q = q.transpose(2, 3).contiguous().transpose(2, 3)  # channels lie apart
+    kv = torch.cat([k, v], -1)  # parts of one tensor
+    k, v = kv.chunk(2, -1)
+    gates = torch.stack([igate, fgate], -1)
+    check([q, k, v, gates[..., 0], gates[..., 1]], reverse, chunk_size=64)
+
+
+@launches
+def test_kernels_take_an_expanded_gradient():
+    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(20, 16)]
+    h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='triton')
+    actual = torch.autograd.grad(h.sum(), inputs)
+    h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='parallel')
+    for a, b in zip(actual, torch.autograd.grad(h.sum(), inputs)):
+        assert relative_error(a, b) < 1e-3
+
+
+@launches
+def test_kernels_take_an_empty_batch():
+    q, gate = torch.zeros(0, 2, 5, 8, device=DEVICE), torch.zeros(0, 2, 5, device=DEVICE)
+    h = mlstm(q.requires_grad_(), q, q, igate=gate, fgate=gate, backend='triton')
+    h.sum().backward()
+    assert h.shape == q.grad.shape == q.shape
+
+
+@launches
+@pytest.mark.parametrize('lean', [False, True], ids=['autograd', 'lean'])
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+def test_block_with_kernels_equals_block_without(reverse, lean):
+    torch.manual_seed(0)
+    block = ViLBlock(16, num_heads=2, reverse=reverse, backend='triton', lean=lean).to(DEVICE)
+    x = torch.randn(2, 30, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def run(backend):
+        block.backend = backend
+        y = block(x, (5, 6))
+        return [y, *torch.autograd.grad((y * weight).sum(), [x, *block.parameters()])]
+
+    for a, b in zip(run('triton'), run('chunkwise')):
+        assert relative_error(a, b) < 1e-4
+
+
+@launches
+def test_operator_with_kernels_is_registered_completely():
+    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(5, 8, heads=1)]
+    torch.library.opcheck(torch.ops.mmvil.mlstm.default, (*inputs, False, 5, True))
+
+
+@launches
+def test_kernels_inside_a_compiled_function():
+    inputs = [x.to(DEVICE) for x in random_inputs(20, 16)]
+
+    def function(q, k, v, igate, fgate):
+        return mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton').sum(-1)
+
+    compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
+    assert relative_error(compiled(*inputs), function(*inputs)) < 1e-6
+
+
+@launches
+def test_kernels_repeat_to_the_bit_in_deterministic_mode():
+    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(150, 16, heads=1)]
+
+    def run():
+        return output_and_gradients(
+            lambda *args, **gates: mlstm(*args, **gates, backend='triton', chunk_size=64), inputs
+        )
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- Without launching -----------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+def test_kernels_pass_in_the_interpreter():
+    """All cases above, in a process in which Triton interprets kernels."""
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
+        cwd=ROOT,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert ' passed' in result.stdout
+
+
+@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+def test_backend_triton_says_why_it_cannot_run():
+    x, gate = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
+    with pytest.raises(ValueError, match="backend='triton' cannot run: .* Take 'auto'"):
+        mlstm(x, x, x, igate=gate, fgate=gate, backend='triton')
+    x = x.double()
+    with pytest.raises(ValueError, match='the dtype is torch.float64, not one of'):
+        mlstm(x, x, x, igate=gate, fgate=gate, backend='triton')
+    assert choose_form(x.device, x.dtype, 5, 8, 'auto') == Form(5, triton=False)
+
+
+@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
+    monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
+    monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    gpu = torch.device('cuda', 0)
+    assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto').triton
+    assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto', 64) == Form(64, triton=True)
+    assert not choose_form(gpu, torch.float64, 196, 96, 'auto').triton
+    assert not choose_form(gpu, torch.bfloat16, 196, 96, 'chunkwise').triton
+    assert choose_form(gpu, torch.bfloat16, 196, 96, 'parallel') == Form(196, triton=False)
+    assert not choose_form(torch.device('cpu'), torch.bfloat16, 196, 96, 'auto').triton
+
+
+OFFLINE = [
+    pytest.param(arch, width, dtype, marks=() if fast else pytest.mark.slow)
+    for arch in ('sm_80', 'sm_86', 'sm_90', 'sm_100')
+    for width in (8, 64, 96, 128, 192, 256, 384)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for fast in [
+        dtype == torch.bfloat16
+        and (arch, width)
+        in {('sm_90', 96), ('sm_90', 192), ('sm_90', 384), ('sm_80', 384), ('sm_100', 384)}
+    ]
+]
+
+
+@needs_triton
+@pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
+@pytest.mark.parametrize('arch, width, dtype', OFFLINE)
+def test_kernels_compile_within_the_limits_of(arch, width, dtype, monkeypatch):
+    """Shared memory and registers suffice. The slow ones take 20 minutes in all."""
+    from mmvil.ops.triton import mlstm as kernels
+    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch, record_launches
+
+    monkeypatch.setattr(kernels, 'shared_memory', lambda device: SHARED_LIMIT[arch])
+    x, gate = torch.zeros(1, 1, 130, width, dtype=dtype), torch.zeros(1, 1, 130)
+
+    def run():
+        h, normalizer = kernels.mlstm_forward(x, x, x, gate, gate, False, 64)
+        kernels.mlstm_backward(x, x, x, x, gate, gate, h, normalizer, False, 64)
+
+    constants = ('GRAD', 'KEYS')
+    by_name = {
+        (launch.name, *(launch.kwargs.get(name) for name in constants)): launch
+        for launch in record_launches(run)
+    }
+    assert len(by_name) == 9
+    for (name, grad, keys), launch in by_name.items():
+        needs = compile_launch(launch, arch)
+        label = name + (' GRAD' if grad else '') + (' KEYS' if keys else '')
+        print(f'{arch} {width} {str(dtype)[6:]} {label}: {needs}')
+        assert needs['shared_bytes'] <= SHARED_LIMIT[arch], label
+        assert needs['spills'] == 0, label
+
+
+@needs_gpu
+def test_kernels_in_a_cuda_graph():
+    q, k, v, igate, fgate = (x.cuda() for x in random_inputs(196, 96, torch.bfloat16))
+
+    def run():
+        return mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton')
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h = run()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(h, run())
+
+
+@needs_gpu
+@pytest.mark.parametrize('width', [96, 192, 384])
+@pytest.mark.parametrize('length', [196, 1024, 1025])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_on_gpu_at_the_models_sizes(dtype, length, width):
+    inputs = random_inputs(length, width, dtype)
+    check(inputs)
+    check(inputs, reverse=True)
