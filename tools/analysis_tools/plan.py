@@ -13,7 +13,6 @@ import json
 import sys
 import time
 import warnings
-import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
@@ -25,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -48,12 +48,14 @@ and a step takes the most memory at its end.
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Follow how many bytes the results of operations hold, now and at most."""
+    """Follow how many bytes the results of operations hold, now (freed ones included) and at
+    most.
+    """
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._alive = set()
+        self._alive = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -63,22 +65,24 @@ class AllocationCounter(TorchDispatchMode):
     def ignore(self, tensors):
         """Leave out the storages of tensors that are counted elsewhere."""
         for tensor in tensors:
-            self._watch(tensor.untyped_storage(), 0)
+            storage = tensor.untyped_storage()
+            self._alive[storage._cdata] = StorageWeakRef(storage), 0
 
     def _count(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._alive:
-            self._watch(storage, -(-storage.nbytes() // BLOCK) * BLOCK)
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            self._alive[storage._cdata] = StorageWeakRef(storage), size
+            self.now += size
+            if self.now > self.peak:  # only then does it matter what was freed
+                self._forget_freed()
+                self.peak = max(self.peak, self.now)
 
-    def _watch(self, storage, size):
-        self._alive.add(storage._cdata)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, storage._cdata, size)
-
-    def _free(self, address, size):
-        self._alive.discard(address)
-        self.now -= size
+    def _forget_freed(self):
+        for address, (reference, size) in list(self._alive.items()):
+            if reference.expired():
+                del self._alive[address]
+                self.now -= size
 
 
 def step_bytes(model, cfg, batch, device='cpu'):
