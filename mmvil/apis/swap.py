@@ -163,6 +163,7 @@ class _OldBackbone:
         self.runs = self.failure is None
         self.results = {key: _widths(tensors) for key, tensors in results.items()}
         self.has_heads = any('head' in key and model[key] for key in model)
+        self.has_neck = bool(model.get('neck'))
         if self.maps is None:  # not even the neck runs here, so nothing is known of its input
             self.read = set(range(len(self.shapes)))
             return
@@ -187,7 +188,7 @@ class _OldBackbone:
                 'pair for each map.'
             ) from error
         parameters = inspect.signature(network.forward).parameters.values()
-        images, *others = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        others = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         if others:
             raise ValueError(
                 f'{self.name}.forward takes {", ".join(others)} beside the images, as backbones of '
@@ -352,7 +353,7 @@ def _rewritten(model: ConfigDict, old: _OldBackbone, backbone: dict):
     new, notes = copy.deepcopy(model), []
     if old.pooled:
         concat = backbone.get('version', 2) == 2
-        backbone = dict(out_type='bilateral_concat' if concat else 'bilateral_avg', **backbone)
+        backbone = {'out_type': 'bilateral_concat' if concat else 'bilateral_avg', **backbone}
         if old.neck_pools:
             new.neck = None
             notes.append(
@@ -406,6 +407,8 @@ def _maps_like(old: _OldBackbone, backbone: dict, synchronized: bool, keep: bool
     ]
     if old.to_pool:  # averages over all patches lose nothing
         strides = [plain]
+    if not old.has_neck:  # blocks behind the last map that is read would be in vain
+        strides = strides[: max(old.read, default=0) + 1]
     options = {}
     if len(strides) > 1:
         depth = VisionLSTM._parse_arch(backbone['arch'])[1]
@@ -414,7 +417,8 @@ def _maps_like(old: _OldBackbone, backbone: dict, synchronized: bool, keep: bool
         options['pyramid'] = pyramid = dict(strides=tuple(strides))
         if keep:
             pyramid['out_channels'] = tuple(
-                width if index in old.read else None for index, width in enumerate(old.widths)
+                width if index in old.read else None
+                for index, width in enumerate(old.widths[: len(strides)])
             )
         if synchronized:
             pyramid['norm_cfg'] = dict(type='SyncBN')

@@ -147,6 +147,15 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
     assert cfg.to_dict() == expected
 
 
+def test_swap_builds_no_blocks_behind_the_last_map_that_is_read():
+    cfg = load(PSPNET)
+    cfg.model.decode_head.update(in_index=1, in_channels=512)
+    cfg.model.auxiliary_head = None
+    cfg = swap_backbone(cfg, 'tiny')
+    assert cfg.model.backbone.out_indices == (11, 23)
+    assert cfg.model.backbone.pyramid.strides == (16, 8)
+
+
 def test_swap_can_keep_the_channels_of_the_old_backbone():
     old = load(UPERNET)
     cfg = swap_backbone(old, TINY, keep_channels=True)
