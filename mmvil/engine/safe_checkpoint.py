@@ -174,7 +174,8 @@ _ALLOWED = {
     },
     'collections': {'OrderedDict', 'defaultdict', 'deque'},
     '_codecs': {'encode'},  # bytes, in the protocol that torch.save uses
-    'torch': {'Size', 'device'},
+    'torch': {'Size', 'Tensor', 'device'},
+    'torch._tensor': {'_rebuild_from_type_v2'},  # tensors with attributes: FSDP marks its own
     'torch._utils': {'_rebuild_parameter', '_rebuild_tensor', '_rebuild_tensor_v2'},
     'numpy': {'dtype', 'ndarray'},
     **dict.fromkeys(_NUMPY_CORE, {'_reconstruct', 'scalar'}),
