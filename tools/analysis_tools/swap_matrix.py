@@ -11,6 +11,7 @@ rest of the network has its full size. Lines of a file that are not tried again 
 """
 
 import argparse
+import copy
 import importlib
 import importlib.metadata
 import logging
@@ -32,7 +33,7 @@ from mmvil import swap_backbone  # noqa: E402
 
 LIBRARIES = ('mmseg', 'mmpretrain', 'mmdet')
 ARCH = dict(embed_dims=32, depth=10)
-SIDE = 64  # of the images
+SIDES = (64, 512)  # of the images: some heads pool over windows that are larger than small maps
 
 # Folders of mmpretrain and mmdet that stand for the others: classifiers by their kind of features,
 # linear probes, self-supervised frameworks with and without masks, other tasks; detectors.
@@ -56,8 +57,8 @@ Written by `tools/analysis_tools/swap_matrix.py`; do not edit. How to swap: see
 [swap_backbone.md](swap_backbone.md).
 
 Every line was tried: `mmvil.swap_backbone`, one training step in which the loss was finite and
-every parameter got a gradient, one prediction, on {side}x{side} images with a tiny ViL
-({versions}).
+every parameter got a gradient, one prediction, on {side}x{side} images (larger ones where a head
+needs them) with a tiny ViL ({versions}).
 """
 
 
@@ -139,12 +140,16 @@ def try_config(path, arch=None):
         return 'cannot', ' '.join(str(error).split())
     except ImportError as error:
         return 'cannot', f'it needs what is not installed: {error}'
-    try:
-        model = build_small(cfg)
-        lacking = train_step(model, cfg)
-        predict(model, cfg)
-    except Exception as error:
-        return 'fails', f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    for side in SIDES:
+        try:
+            model = build_small(copy.deepcopy(cfg), side)
+            lacking = train_step(model, cfg, side)
+            predict(model, cfg, side)
+            break
+        except Exception as error:
+            failure = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    else:
+        return 'fails', failure
     if lacking:
         return 'fails', f'no gradient for {", ".join(lacking[:3])} ({len(lacking)} parameters)'
     remarks = [f'keeps {kept_channels(cfg)}'] if kept_channels(cfg) else []
@@ -156,12 +161,12 @@ def try_config(path, arch=None):
     return 'works', '; '.join(remarks)
 
 
-def build_small(cfg):
+def build_small(cfg, side):
     """The model for tiny images, on the CPU."""
     backbone = cfg.model.backbone
-    backbone.img_size = SIDE
+    backbone.img_size = side
     if 'size' in (cfg.model.get('data_preprocessor') or {}):
-        cfg.model.data_preprocessor.size = (SIDE, SIDE)
+        cfg.model.data_preprocessor.size = (side, side)
     if cfg.default_scope == 'mmpretrain' and 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     drop_downloads(cfg.model)
@@ -182,10 +187,10 @@ def drop_downloads(node):
             drop_downloads(each)
 
 
-def train_step(model, cfg):
+def train_step(model, cfg, side):
     """One forward and backward pass; the names of trainable parameters without gradient."""
     model.train()
-    data = model.data_preprocessor(make_batch(cfg), training=True)
+    data = model.data_preprocessor(make_batch(cfg, side), training=True)
     total, _ = model.parse_losses(model(**data, mode='loss'))
     if not torch.isfinite(total):
         raise ValueError(f'the loss is {total.item()}')
@@ -194,18 +199,18 @@ def train_step(model, cfg):
 
 
 @torch.no_grad()
-def predict(model, cfg):
+def predict(model, cfg, side):
     model.eval()
     if cfg.default_scope == 'mmpretrain' and not cfg.model.type.endswith('Classifier'):
         return  # self-supervised frameworks only train
-    model(**model.data_preprocessor(make_batch(cfg), training=False), mode='predict')
+    model(**model.data_preprocessor(make_batch(cfg, side), training=False), mode='predict')
 
 
-def make_batch(cfg):
+def make_batch(cfg, side):
     """Two images with labels as the data loader of a library gives them."""
     channels = cfg.model.backbone.get('in_channels', 3)
-    images = [torch.randint(256, (channels, SIDE, SIDE), dtype=torch.uint8) for _ in range(2)]
-    samples = [SAMPLES[cfg.default_scope](cfg.model) for _ in images]
+    images = [torch.randint(256, (channels, side, side), dtype=torch.uint8) for _ in range(2)]
+    samples = [SAMPLES[cfg.default_scope](cfg.model, side) for _ in images]
     views = count_views(cfg.train_dataloader)
     if views:
         images = [torch.stack(images) for _ in range(views)]
@@ -222,49 +227,46 @@ def count_views(node):
     return max(map(count_views, node), default=0) if isinstance(node, (list, tuple)) else 0
 
 
-def seg_sample(model):
+def seg_sample(model, side):
     from mmseg.structures import SegDataSample
 
     classes = find_key(model, 'num_classes')
-    labels = torch.randint(classes, (1, SIDE, SIDE))
-    return SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=META)
+    labels = torch.randint(classes, (1, side, side))
+    return SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=metainfo(side))
 
 
-def cls_sample(model):
+def cls_sample(model, side):
     from mmpretrain.structures import DataSample
 
-    sample = DataSample(metainfo=META).set_gt_label(1)
+    sample = DataSample(metainfo=metainfo(side)).set_gt_label(1)
     classes = find_key(model.get('head'), 'num_classes')
     if classes and model.head.type.startswith(('MultiLabel', 'CSRA')):
         sample.set_gt_score(torch.eye(classes)[1])
     return sample
 
 
-def det_sample(model):
+def det_sample(model, side):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
     boxes = torch.tensor([[4.0, 4, 40, 40], [20, 16, 60, 50]])
-    masks = torch.zeros(2, SIDE, SIDE, dtype=torch.uint8)
+    masks = torch.zeros(2, side, side, dtype=torch.uint8)
     masks[0, 4:40, 4:40] = masks[1, 16:50, 20:60] = 1
     return DetDataSample(
-        metainfo=META,
+        metainfo=metainfo(side),
         gt_instances=InstanceData(
-            bboxes=boxes, labels=torch.tensor([0, 1]), masks=BitmapMasks(masks.numpy(), SIDE, SIDE)
+            bboxes=boxes, labels=torch.tensor([0, 1]), masks=BitmapMasks(masks.numpy(), side, side)
         ),
     )
 
 
 SAMPLES = dict(mmseg=seg_sample, mmpretrain=cls_sample, mmdet=det_sample)
-META = dict(
-    img_shape=(SIDE, SIDE),
-    ori_shape=(SIDE, SIDE),
-    pad_shape=(SIDE, SIDE),
-    batch_input_shape=(SIDE, SIDE),
-    scale_factor=(1.0, 1.0),
-    flip=False,
-    img_id=0,
-)
+
+
+def metainfo(side):
+    shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    known = dict.fromkeys(shapes, (side, side))
+    return dict(**known, scale_factor=(1.0, 1.0), flip=False, img_id=0)
 
 
 def find_key(node, key):
@@ -308,7 +310,7 @@ def write_table(outcomes):
     for module in (*outcomes, 'mmcv', 'mmengine', 'torch'):
         for name in importlib.metadata.packages_distributions().get(module, [])[:1]:
             versions.append(f'{name} {importlib.metadata.version(name)}')
-    lines = [HEADER.format(side=SIDE, versions=', '.join(versions))]
+    lines = [HEADER.format(side=SIDES[0], versions=', '.join(versions))]
     for library, rows in outcomes.items():
         counts = Counter(verdict for _, verdict, _ in rows.values())
         lines += [
