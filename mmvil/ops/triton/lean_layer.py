@@ -3,9 +3,9 @@
 keep the same tensors.
 
 Between norm and output there remain two matrix products of torch, the cell, and what is fused
-before and after it. Beside the cell's launches these are 7 forward and 18 backward, casts of
-weights included, where the PyTorch form has about 60 and 150. The parts are operators of torch, so
-a compiler sees one node for each.
+before and after it. Under autocast, casts of weights included, these are 11 launches beside the
+cell's in the forward pass and 23 in the backward pass, where the PyTorch form has about 48 and 105.
+The parts are operators of torch, so a compiler sees one node for each.
 """
 
 from typing import List, Optional, Tuple
