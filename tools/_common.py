@@ -271,7 +271,7 @@ def fit_to_cpu(cfg: Config) -> list:
                 **(cfg.get('model_wrapper_cfg') or {}),
                 **dict(device_ids=None),
             }
-        elif cfg.strategy.type == 'FSDPStrategy':
+        elif cfg.strategy.type.endswith('FSDPStrategy'):
             cfg.strategy.model_wrapper.device_id = torch.device('cpu')
         notes.append('no GPU: the processes communicate by gloo')
     elif cfg.launcher != 'none':
@@ -432,7 +432,9 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     Raises:
         UserError: If it does not.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+    # FSDP itself knows the whole tensors, inside are pieces; it tells them to the first process.
+    sharded = hasattr(model, 'summon_full_params')
+    while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
     given = checkpoint.get('state_dict', checkpoint)
     given = {name.removeprefix('module.'): tensor for name, tensor in given.items()}

@@ -349,7 +349,7 @@ def test_fsdp_trains_as_one_process_and_its_checkpoint_is_a_plain_one(folder, al
 
 @fsdp
 @pytest.mark.slow  # 20 seconds
-def test_fsdp_resumes_and_so_does_plain_training_from_its_checkpoint(folder, alone, tmp_path):
+def test_fsdp_resumes_to_the_same_losses_and_weights(folder, alone, tmp_path):
     config = folder / 'segmentor_fsdp.py'
     call_tool_in_two_processes(TRAIN, config, '--work-dir', tmp_path / 'straight')
     resume = ('--resume', tmp_path / 'straight' / 'iter_3.pth')

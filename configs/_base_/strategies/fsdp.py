@@ -1,7 +1,7 @@
 # Fully sharded data parallel: every GPU keeps a share of weights, gradients and optimizer state.
 runner_type = 'FlexibleRunner'
 strategy = dict(
-    type='FSDPStrategy',
+    type='mmvil.engine.fsdp.FSDPStrategy',
     model_wrapper=dict(
         type='MMFullyShardedDataParallel',
         use_orig_params=True,
