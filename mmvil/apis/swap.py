@@ -85,13 +85,11 @@ def swap_backbone(
         192
     """
     cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else Config.fromfile(cfg)
-    model = cfg.get('model')
-    if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict):
+    model = cfg.get('model') or {}
+    if not isinstance(model.get('backbone'), dict):
         raise ValueError(
-            f'{cfg.filename or "the config"} has no model.backbone to replace '
+            f'{Path(cfg.filename or "the config").name} has no model.backbone to replace '
             f'(model.type is {model.get("type")!r}).'
-            if isinstance(model, dict)
-            else f'{cfg.filename or "the config"} has no model.'
         )
     if isinstance(arch, str):
         arch = arch.lower().replace('-', '_').removeprefix('vil_')

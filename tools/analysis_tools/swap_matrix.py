@@ -87,11 +87,12 @@ def find_cases(library, only=('',)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                model = Config.fromfile(path).get('model') or {}
+                cfg = Config.fromfile(path)
+                model = cfg.get('model') or {}
         except Exception:  # it needs a library that is not installed
             cases.setdefault((folder,), path)
             continue
-        if not model:  # settings that other configs use
+        if not model or 'train_dataloader' not in cfg:  # parts of configs, or not to be trained
             continue
         parts = [type_names(model.get(part)) for part in ('backbone', 'neck')]
         heads = [type_names(model[key]) for key in model if key in ('decode_head', 'head')]
@@ -146,6 +147,8 @@ def try_config(path, arch=None):
             lacking = train_step(model, cfg, side)
             predict(model, cfg, side)
             break
+        except NotImplementedError as error:
+            return 'cannot', f'not with its own backbone either: {error}'
         except Exception as error:
             failure = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
     else:
