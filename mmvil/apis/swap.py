@@ -165,7 +165,11 @@ class _OldBackbone:
         if self.maps is None:  # not even the neck runs here, so nothing is known of its input
             self.read = set(range(len(self.shapes)))
             return
-        self.read = _read_by(results or dict(neck=self.maps), features)
+        if results or self.has_neck:
+            self.read = _read_by(results or dict(neck=self.maps), features)
+        else:  # heads with compiled operators, say, do not run on shapes alone
+            heads = [_configured_to_read(model.get(key), len(features)) for key in HEADS]
+            self.read = set().union(*heads) or set(range(len(features)))
         main = {key: value for key, value in results.items() if key != 'auxiliary_head'}
         last = max(self.read, default=0)
         if main and not model.get('neck') and last not in _read_by(main, features):
@@ -305,6 +309,23 @@ def _read_by(results: Dict[str, List[Tensor]], features: Sequence[Tensor]) -> se
     )
     grads = torch.autograd.grad(total, features, allow_unused=True, retain_graph=True)
     return {index for index, grad in enumerate(grads) if grad is not None}
+
+
+def _configured_to_read(node, number: int) -> set:
+    """Indices of a number of features that a head reads, as its config says."""
+    if isinstance(node, (list, tuple)):
+        return set().union(*(_configured_to_read(each, number) for each in node))
+    read = set()
+    if isinstance(node, dict):
+        if 'in_channels' in node:
+            last = isinstance(node.in_channels, int)
+            index = node.get('in_index', -1 if last else range(number))
+            read = {each % number for each in _as_list(index)}
+            read |= {0} if node.get('c1_in_channels') else set()
+        for child in node.values():
+            if isinstance(child, dict) and 'in_index' in child:
+                read |= _configured_to_read(child, number)
+    return read
 
 
 # ---------------------------------------------------------------- the new model
@@ -656,7 +677,9 @@ def _mentions(node, word: str) -> bool:
 
 
 def _as_list(node) -> list:
-    return [] if node is None else list(node) if isinstance(node, (list, tuple)) else [node]
+    if node is None:
+        return []
+    return list(node) if isinstance(node, (list, tuple, range)) else [node]
 
 
 def _type_name(cfg) -> str:

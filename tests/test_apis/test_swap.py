@@ -147,6 +147,15 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
     assert cfg.to_dict() == expected
 
 
+def test_swap_believes_the_config_of_heads_that_do_not_run_on_shapes_alone(monkeypatch):
+    decode_heads = pytest.importorskip('mmseg.models.decode_heads')
+    monkeypatch.setattr(decode_heads.PSPHead, 'forward', lambda *_: torch.ops.aten.no_such_op())
+    cfg = swap_backbone(load(PSPNET), TINY)
+    assert cfg.model.backbone.pyramid.strides == (16, 16, 8, 8)
+    assert cfg.model.backbone.pyramid.out_channels == (None, None, 1024, 2048)
+    assert cfg.model.decode_head.in_channels == 2048
+
+
 def test_swap_builds_no_blocks_behind_the_last_map_that_is_read():
     cfg = load(PSPNET)
     cfg.model.decode_head.update(in_index=1, in_channels=512)
