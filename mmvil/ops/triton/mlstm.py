@@ -62,11 +62,11 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
     single = dtype == torch.float32
-    wide = padded > 128
-    rows = 32 if single else 64
-    columns = 32 if wide or single else 64
-    if single and padded > 64:
-        columns = 16
+    wide = padded >= 128
+    if single:
+        rows = columns = 32 if padded <= 64 else 16
+    else:
+        rows, columns = 64, (32 if wide else 64)
     room = shared // (dtype.itemsize * padded) - rows  # rows that loops may have on their way
     return Tiling(
         width=width,
