@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALLED := $(VENV)/installed
 
+JOBS ?= 2
+
 CONFIG := configs/upernet_vil_t_demo.py
 DATA := data/demo
 WORK_DIR := work_dirs/demo
@@ -17,16 +19,18 @@ WORK_DIR := work_dirs/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help install lock demo test test-full lint clean
+.PHONY: help install lock demo test test-full gpu-report lint clean
 
 help:
 	@echo "make demo       train ViL-T + UperNet on a small data set, evaluate, draw pictures"
 	@echo "make test       run the tests (less than 15 minutes on 2 cores)"
 	@echo "make test-full  run the slow tests too"
+	@echo "make gpu-report test and measure the GPU kernels"
 	@echo "make lint       check the style"
 	@echo "make install    only make $(VENV)"
 	@echo "make clean      remove $(VENV), $(DATA) and $(WORK_DIR)"
 	@echo
+	@echo "JOBS=8 runs tests in 8 processes instead of 2."
 	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.13)."
 	@echo "UV_TORCH_BACKEND=cpu installs PyTorch without CUDA, which saves about 4 GB."
 
@@ -76,11 +80,17 @@ $(WORK_DIR)/trained: | $(INSTALLED) $(DATA)/made
 
 # -- Checks ----------------------------------------------------------------------------------------
 
+# Processes side by side with one thread each are faster than one with several.
+test test-full: export OMP_NUM_THREADS = 1
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q --durations=10 -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(JOBS) --durations=10 -m 'not slow'
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q -n $(JOBS) --durations=20
+
+gpu-report: $(INSTALLED)
+	$(BIN)/python tools/analysis_tools/gpu_report.py --out work_dirs/gpu_report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
