@@ -43,10 +43,11 @@ def test_reference_vectors_pass_through_the_converter(reference, tmp_path, name)
     convert(tmp_path / f'{name}.th', tmp_path / 'a.pth')
 
     from mmengine.config import Config
-    from mmpretrain.models import build_classifier
+    from mmengine.registry import MODELS, DefaultScope
 
     converted = torch.load(tmp_path / 'a.pth', weights_only=True)
-    model = build_classifier(Config.fromstring(converted['meta']['cfg'], '.py').model)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(Config.fromstring(converted['meta']['cfg'], '.py').model)
     model.load_state_dict(converted['state_dict'], strict=True)
     model.double().eval()
     for case in data['cases']:
