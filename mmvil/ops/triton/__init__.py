@@ -64,7 +64,9 @@ def _triton_problem() -> Optional[str]:
 def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
     if interpreted():
         return None
-    if kind != 'cuda' or torch.version.hip:
+    if torch.version.hip:
+        return 'the kernels compile for AMD GPUs, but never ran on one, and are switched off there'
+    if kind != 'cuda':
         return f'the device is {kind}, not an NVIDIA GPU (or TRITON_INTERPRET=1 for tests)'
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
