@@ -277,8 +277,9 @@ def test_kernels_compile_within_the_limits_of(arch, width, dtype, monkeypatch):
         label = name + (' GRAD' if grad else '') + (' KEYS' if keys else '')
         print(f'{arch} {width} {str(dtype)[6:]} {label}: {needs}')
         assert needs['shared_bytes'] <= SHARED_LIMIT[arch], label
-        # 16 registers may go where nobody is in a hurry: float32, and widths that no ViL has.
-        in_a_hurry = dtype != torch.float32 and width in (96, 192, 384)
+        # Up to 16 registers may go where nobody is in a hurry: in float32, at widths that no ViL
+        # has, on small GPUs.
+        in_a_hurry = dtype != torch.float32 and width in (96, 192, 384) and arch != 'sm_86'
         assert needs['spills'] <= (0 if in_a_hurry else 64), label
 
 
