@@ -141,20 +141,12 @@ def try_config(path, arch=None):
         return 'cannot', ' '.join(str(error).split())
     except ImportError as error:
         return 'cannot', f'it needs what is not installed: {error}'
-    for side in SIDES:
-        try:
-            model = build_small(copy.deepcopy(cfg), side)
-            lacking = train_step(model, cfg, side)
-            predict(model, cfg, side)
-            break
-        except NotImplementedError as error:
-            return 'cannot', f'not with its own backbone either: {error}'
-        except Exception as error:
-            failure = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-    else:
+    model, failure = train_and_predict(cfg)
+    if failure:
+        _, old_failure = train_and_predict(Config.fromfile(path))
+        if old_failure:
+            return 'cannot', f'not with its own backbone either: {old_failure}'
         return 'fails', failure
-    if lacking:
-        return 'fails', f'no gradient for {", ".join(lacking[:3])} ({len(lacking)} parameters)'
     remarks = [f'keeps {kept_channels(cfg)}'] if kept_channels(cfg) else []
     homes = {type(module).__module__ for module in model.modules()}
     if any(home.startswith('mmdet.') for home in homes) and cfg.default_scope != 'mmdet':
@@ -164,11 +156,33 @@ def try_config(path, arch=None):
     return 'works', '; '.join(remarks)
 
 
+def train_and_predict(cfg):
+    """One training step and one prediction.
+
+    Returns:
+        tuple[nn.Module | None, str | None]: The model, and what went wrong.
+    """
+    for side in SIDES:
+        try:
+            model = build_small(copy.deepcopy(cfg), side)
+            lacking = train_step(model, cfg, side)
+            predict(model, cfg, side)
+        except Exception as error:
+            failure = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+            continue
+        if lacking:
+            names = ', '.join(lacking[:3])
+            return None, f'no gradient for {names} ({len(lacking)} parameters)'
+        return model, None
+    return None, failure
+
+
 def build_small(cfg, side):
     """The model for tiny images, on the CPU."""
     backbone = cfg.model.backbone
-    backbone.img_size = side
-    if 'size' in (cfg.model.get('data_preprocessor') or {}):
+    if 'img_size' in backbone:
+        backbone.img_size = side
+    if cfg.default_scope == 'mmseg':  # images are padded to the size of the crops
         cfg.model.data_preprocessor.size = (side, side)
     if cfg.default_scope == 'mmpretrain' and 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -269,7 +283,7 @@ SAMPLES = dict(mmseg=seg_sample, mmpretrain=cls_sample, mmdet=det_sample)
 def metainfo(side):
     shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
     known = dict.fromkeys(shapes, (side, side))
-    return dict(**known, scale_factor=(1.0, 1.0), flip=False, img_id=0)
+    return dict(**known, border=(0, 0, 0, 0), scale_factor=(1.0, 1.0), flip=False, img_id=0)
 
 
 def find_key(node, key):
