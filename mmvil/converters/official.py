@@ -81,6 +81,4 @@ def find_official(address: str) -> OfficialCheckpoint:
         if wanted in (each.name, each.model, each.file, each.file.removesuffix('.th')):
             return each
     known = ', '.join(each.name for each in OFFICIAL_CHECKPOINTS)
-    raise ValueError(
-        f'No official checkpoint is called {address!r}; known names are {known}.'
-    )
+    raise ValueError(f'No official checkpoint is called {address!r}; known names are {known}.')

@@ -19,8 +19,8 @@ from .triton import usable as triton_usable
 
 BACKENDS = ('auto', 'parallel', 'chunkwise', 'triton', 'reference')
 """``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear, ``'triton'`` has
-kernels for both on GPUs; ``'auto'`` takes what is fastest; ``'reference'`` is the paper's time loop,
-for tests."""
+kernels for both on GPUs; ``'auto'`` takes what is fastest; ``'reference'`` is the paper's loop over
+time, for tests."""
 
 
 class Form(NamedTuple):
@@ -35,9 +35,8 @@ class Form(NamedTuple):
 def default_chunk_size(length: int, head_width: int) -> int:
     """Tokens in a chunk, by what is fastest.
 
-    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks
-        (proportional to their length) is balanced
-    against that on the (DH, DH) states between them.
+    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks,
+    proportional to their length, is balanced against that on the (DH, DH) states between them.
     """
     return length if length <= max(256, head_width) else max(64, head_width // 2)
 
@@ -222,13 +221,9 @@ def _mlstm_backward(
         from .triton.mlstm import mlstm_backward
 
         with torch.cuda.device_of(q):
-            return mlstm_backward(
-                h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
-            )
+            return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
-    grads = chunkwise_backward(
-        h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
-    )
+    grads = chunkwise_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 

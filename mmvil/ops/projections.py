@@ -189,7 +189,9 @@ def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Ten
     c_flat, x_flat = (tokens.flatten(0, 1).to(weights.bias.dtype) for tokens in (c, x))
     gates = torch.addmm(weights.bias, c_flat, weights.c.t())
     gates = gates + torch.mm(x_flat, weights.x.t())
-    igate, fgate = gates.view(*c.shape[:2], gates.shape[1]).transpose(1, 2).contiguous().chunk(2, dim=1)
+    igate, fgate = (
+        gates.view(*c.shape[:2], gates.shape[1]).transpose(1, 2).contiguous().chunk(2, dim=1)
+    )
     return igate, fgate
 
 

@@ -47,9 +47,7 @@ def product_flops(function, *args):
 
 
 # Several chunks with and without padding, many chunks, one chunk, one token.
-@pytest.mark.parametrize(
-    'tokens,chunk_size', [(96, 32), (97, 32), (165, 4), (97, 200), (1, 64)]
-)
+@pytest.mark.parametrize('tokens,chunk_size', [(96, 32), (97, 32), (165, 4), (97, 200), (1, 64)])
 def test_mlstm_flops_are_those_of_the_products_in_the_code(tokens, chunk_size):
     features = [torch.randn(1, 3, tokens, 8) for _ in range(3)]
     gates = [torch.randn(1, 3, tokens) for _ in range(2)]
