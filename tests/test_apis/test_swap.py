@@ -79,7 +79,7 @@ def rows_of_matrix(verdict):
     return rows
 
 
-# 12 minutes on one core.
+# 15 minutes on one core.
 @pytest.mark.slow
 @pytest.mark.parametrize('name', rows_of_matrix('works'))
 def test_what_the_matrix_says_works_does(matrix, name):
