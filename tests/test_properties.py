@@ -14,13 +14,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 ARCH = dict(embed_dims=8, depth=2)
-# Rounding errors relative to the output, with room for a few layers.
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.bfloat16: 1e-1,
-    torch.float16: 2e-2,
-}
+# Of the largest error, with room for a few layers.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def thorough(examples):
@@ -110,17 +105,21 @@ def check_backbone(case):
             model(image)
         return
 
-    plain = build(case, backend='reference', lean=False).double()
-    plain.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    plain = build(case, backend='reference', lean=False).to(case['dtype'])
+    plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        outputs = model(image)
-        expected = plain(image.double())
+        outputs, plain_outputs = model(image), plain(image)
+        expected = plain.double()(image.double())
     assert len(outputs) == len(expected)
-    for output, reference in zip(outputs, expected):
+    for output, plain_output, reference in zip(outputs, plain_outputs, expected):
         assert output.shape == reference.shape and output.dtype == case['dtype']
         assert output.isfinite().all()
         if output.numel():
-            assert relative_error(output, reference) < TOLERANCE[case['dtype']]
+            # What bfloat16 rounds off, a norm may blow up, on the plain path too.
+            inherent = 1.1 * relative_error(plain_output, reference)
+            tolerance = TOLERANCE.get(case['dtype'], inherent)
+            assert relative_error(output, reference) < tolerance
+            assert (output - reference).norm() < 0.05 * reference.norm()
     if case['out_type'] == 'featmap' and not case['pyramid']:
         stride = case['stride']
         grid = [math.ceil(max(side - 16, 0) / stride) + 1 for side in (height, width)]
@@ -203,7 +202,8 @@ def check_cell(case):
     largest = forgotten + gates['igate'].abs().amax()
     relative = 20 * torch.finfo(computed_in).eps + 2e-16 * largest
     bound = relative * uncertainty(*exact, **gates, **options)
-    bound += torch.finfo(case['dtype']).eps * expected.abs()  # the output is rounded, too
+    rounding = torch.finfo(case['dtype'])  # the output is rounded, too
+    bound += rounding.eps * expected.abs().clamp_min(rounding.smallest_normal)
     assert ((output.double() - expected).abs() <= bound).all()
 
 

@@ -49,12 +49,12 @@ def chunk_length(length: int, chunk_size: int) -> int:
 
 
 class ChunkGates(NamedTuple):
-    """The gates of G sequences by chunk, in the dtype of the features. Differences are relative to
-    a chunk's end and were taken in float64.
+    """The gates of G sequences by chunk. Logarithms stay in float64: far from their chunk's start
+    they are large, and only their differences are small. Weights are in the dtype of the features.
     """
 
-    source: Tensor  # (G, n, L) g_j - M_end
-    running_max: Tensor  # (G, n, L) M_t - M_end
+    source: Tensor  # (G, n, L) g_j
+    running_max: Tensor  # (G, n, L) M_t
     to_state: Tensor  # (G, n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
     from_state: Tensor  # (G, n, L, 1) exp(M_before - M_t): what token t sees of the incoming state
     # (G, n, n): what of chunk j's part is left in the state that chunk c finds. Beyond
@@ -83,11 +83,10 @@ def chunk_gates(
     else:
         transfer = torch.exp(end.transpose(1, 2) - before)
         transfer = transfer.triu_(1) if reverse else transfer.tril_(-1)
-    to_state = (source - end).to(dtype)
     return ChunkGates(
-        to_state,
-        (running_max - end).to(dtype),
-        to_state.exp().unsqueeze(-1),
+        source,
+        running_max,
+        torch.exp(source - end).to(dtype).unsqueeze(-1),
         torch.exp(before - running_max).to(dtype).unsqueeze(-1),
         transfer.to(dtype),
     )
@@ -209,7 +208,7 @@ def chunkwise_forward(
         gates.portions(size),
     ):
         q_, k_, v_ = (_to_chunks(x, length) for x in (q_, k_, v_))
-        numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse), scale)
+        numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse, q.dtype), scale)
         if length < q.shape[2]:
             memory, state_normalizer = _states(k_, v_, part, reverse)
             reading = q_ * _by_token(part.from_state * scale)
@@ -221,9 +220,10 @@ def chunkwise_forward(
     return h, normalizer.view(q.shape[:3])
 
 
-def _weights(gates: ChunkGates, reverse: bool) -> Tensor:
+def _weights(gates: ChunkGates, reverse: bool, dtype: torch.dtype) -> Tensor:
     """exp(g_j - M_t) inside the chunks, shape (G * n, L, L)."""
-    return decay_weights(gates.source.flatten(0, 1), gates.running_max.flatten(0, 1), reverse)
+    source, running_max = gates.source.flatten(0, 1), gates.running_max.flatten(0, 1)
+    return decay_weights(source, running_max, reverse, dtype)
 
 
 def _by_token(gate: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def chunkwise_backward(
         )
         n_grad = _to_chunks(n_grad.unsqueeze(-1), length)  # (G * n, L, 1)
         q_grad, k_grad, v_grad = parallel_backward(
-            numerator_grad, n_grad, q_, k_, v_, _weights(part, reverse), scale
+            numerator_grad, n_grad, q_, k_, v_, _weights(part, reverse, q.dtype), scale
         )
         if length < q.shape[2]:
             # Through the state that a chunk reads ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .chunkwise import chunkwise_backward, chunkwise_forward
-from .compat import is_compiling
+from .compat import is_compiling, without_autocast
 from .reference import mlstm_reference
 from .triton import default_chunk_size as default_triton_chunk_size
 from .triton import unavailable as triton_unavailable
@@ -87,7 +87,10 @@ def mlstm(
     """
     _check(q, k, v, igate, fgate, backend, chunk_size)
     if backend == 'reference':
-        return mlstm_reference(q, k, v, igate, fgate, reverse)
+        dtype = torch.promote_types(_working_dtype(q.dtype), igate.dtype)
+        with without_autocast(q):
+            inputs = (x.to(dtype) for x in (q, k, v, igate, fgate))
+            return mlstm_reference(*inputs, reverse).to(q.dtype)
     form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
     return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)[0]
 

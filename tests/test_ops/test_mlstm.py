@@ -83,6 +83,35 @@ def test_mlstm_lower_precision_is_close_to_float64(dtype, tolerance, backend, ch
 
 
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('backend, chunk_size', FORMS)
+def test_mlstm_keeps_float32_digits_where_much_is_forgotten(backend, chunk_size, reverse):
+    """Logarithms of the weights run to thousands: rounded one by one they would cost 3 digits."""
+    inputs = make_inputs(256, 8, dtype=torch.float32)
+    with torch.no_grad():
+        for x in inputs[:2]:
+            x.abs_()  # no sum cancels
+        inputs[3].mul_(20)
+        inputs[4].sub_(3).mul_(20)
+
+    def form(*args, **gates):
+        return mlstm(*args, **gates, reverse=reverse, backend=backend, chunk_size=chunk_size)
+
+    expected = output_and_gradients(form, [x.detach().double().requires_grad_() for x in inputs])
+    assert_close(output_and_gradients(form, inputs), expected, 1e-5)
+
+
+@pytest.mark.parametrize('autocast', [False, True], ids=['plain', 'autocast'])
+def test_reference_backend_sums_half_precision_in_float32(autocast):
+    inputs = [x.detach() for x in make_inputs(64, 8, dtype=torch.bfloat16)]
+    gates = dict(igate=inputs[3].float(), fgate=inputs[4].float())
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        actual = mlstm(*inputs[:3], **gates, backend='reference')
+    expected = mlstm(*(x.double() for x in inputs[:3]), **gates, backend='reference')
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('igate', [-1e3, 0.0, 1e3, None], ids=['shut', 'zero', 'open', 'mixed'])
 @pytest.mark.parametrize('fgate', [-1e3, 1e3, None], ids=['forget', 'keep', 'mixed'])
