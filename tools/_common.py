@@ -92,6 +92,7 @@ try:
         UntrustedCheckpointError,
         load_safely_from_now_on,
     )
+    from mmvil.engine.shards import is_sharded
 except ImportError as import_error:
     print(
         f'error: {import_error}\nHow to install mmvil beside OpenMMLab: see README.md.',
@@ -271,7 +272,7 @@ def fit_to_cpu(cfg: Config) -> list:
                 **(cfg.get('model_wrapper_cfg') or {}),
                 **dict(device_ids=None),
             }
-        elif cfg.strategy.type.endswith('FSDPStrategy'):
+        elif _strategy(cfg) == 'FSDPStrategy':
             cfg.strategy.model_wrapper.device_id = torch.device('cpu')
         notes.append('no GPU: the processes communicate by gloo')
     elif cfg.launcher != 'none':
@@ -285,13 +286,18 @@ def build_runner(cfg: Config, notes=()) -> Runner:
     Raises:
         UserError: If some part of the config is refused by the class that it configures.
     """
-    runner_type = cfg.get('runner_type')
     try:
-        runner = RUNNERS.build(cfg) if runner_type else Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'cannot build what the config describes: {_one_line(error)} (--traceback shows where)'
         ) from error
+    if cfg.get('compile') and cfg.get('strategy') is not None:
+        if _strategy(cfg).startswith('DeepSpeed'):
+            raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
+        # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
+        options = {} if cfg.compile is True else cfg.compile
+        runner._compile = dict(target='forward', **options)
     for note in notes:
         runner.logger.warning(note)
     return runner
@@ -405,8 +411,13 @@ def check_checkpoint(path: str) -> None:
     """
     if path.startswith('mmvil://'):
         find_official(path)
-    if '://' in path:
+    if '://' in path or is_sharded(path):
         return
+    if os.path.isdir(path):
+        raise UserError(
+            f'{path} is a folder, but not one that FSDP training has written. The shards of '
+            'DeepSpeed become one file by tools/model_converters/merge_shards.py.'
+        )
     if not os.path.isfile(path):
         raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
     with open(path, 'rb') as file:
@@ -418,6 +429,8 @@ def check_checkpoint(path: str) -> None:
 def check_config_checkpoints(cfg: Config) -> None:
     """Check the files that ``load_from`` and ``init_cfg`` name."""
     named = [cfg.get('load_from')]
+    if _strategy(cfg).startswith('DeepSpeed') and os.path.isdir(cfg.get('load_from') or ''):
+        named = []  # its own shards
     named += [node.get('checkpoint') for node in _dicts(cfg) if node.get('type') == 'Pretrained']
     for path in named:
         if path is not None:
@@ -467,6 +480,11 @@ class CheckFitHook(Hook):
 
 
 # -- Helpers ---------------------------------------------------------------------------------------
+
+
+def _strategy(cfg: Config) -> str:
+    """Class name of the strategy of a FlexibleRunner; empty for a plain Runner."""
+    return (cfg.get('strategy') or {}).get('type', '').rpartition('.')[2]
 
 
 def _one_line(error: Exception) -> str:

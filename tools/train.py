@@ -5,6 +5,7 @@ python tools/train.py configs/upernet_vil_t_ade20k.py
 """
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from _common import (
 
 from mmvil.engine import DamagedCheckpointError, find_good_checkpoint, verify
 from mmvil.engine.safe_checkpoint import PARTIAL
+from mmvil.engine.shards import is_sharded
 
 
 def add_arguments(parser):
@@ -133,10 +135,12 @@ def choose_checkpoint(cfg, resume):
                 verify(cfg.load_from)
         except DamagedCheckpointError as error:
             raise UserError(f'{error}; --resume without a name takes the newest good one') from None
+        refuse_shards_of_others(cfg)
         return []
     newest, complaints = find_good_checkpoint(cfg.work_dir)
     if newest is not None:
         cfg.load_from = newest
+        refuse_shards_of_others(cfg)
         return [*complaints, f'resuming from {newest}']
     if complaints:
         raise UserError(
@@ -145,6 +149,19 @@ def choose_checkpoint(cfg, resume):
         )
     cfg.resume = False
     return [f'nothing to resume in {cfg.work_dir}: training begins']
+
+
+def refuse_shards_of_others(cfg):
+    """Only FSDP can share out the optimizer's state again.
+
+    Raises:
+        UserError: If a plain training is to go on from a sharded one.
+    """
+    if is_sharded(cfg.load_from) and cfg.get('strategy') is None:
+        raise UserError(
+            f'{cfg.load_from} is of a sharded training: resume it with its own config. To start '
+            f'from its weights: --cfg-options load_from={cfg.load_from}, without --resume.'
+        )
 
 
 def lock_work_dir(work_dir):
@@ -183,7 +200,7 @@ def lock_work_dir(work_dir):
     lock.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}')
     lock.flush()
     for leftover in path.parent.glob('*' + PARTIAL):  # of a training that was killed
-        leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 

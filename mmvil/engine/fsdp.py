@@ -1,25 +1,126 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""FSDP as mmengine has it, with what keeps it from resuming put right.
+"""FSDP as mmengine has it, with what keeps it from resuming put right, and sharded checkpoints.
 
 Configs name it by ``mmvil.engine.fsdp.FSDPStrategy``; it is not imported with mmvil, because FSDP
 takes its time.
 """
 
+import time
+from typing import Callable, Optional, Union
+
 from mmengine._strategy import FSDPStrategy as _FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .shards import is_sharded, load_rest, load_shards, require_shards, save_shards
 
 
 class FSDPStrategy(_FSDPStrategy):
     """Fully sharded data parallel training that can be resumed.
 
-    mmengine gives the optimizer's state to torch in the order of arguments of torch 2.0, which
-    torch 2.1 changed.
+    Args:
+        state_dict_cfg (str | dict): How checkpoints are written. 'full': the first process gathers
+            all and writes one file, as of plain training. 'sharded': every process writes its
+            share into a folder, from which any number of processes can resume and the tools load
+            the plain model (PyTorch 2.7 or later). Both are read whatever is set here. For others
+            see :class:`mmengine._strategy.FSDPStrategy`. Default: 'full'.
+        **kwargs: See :class:`mmengine._strategy.FSDPStrategy`.
+
+    Raises:
+        ValueError: If the installed PyTorch has no sharded checkpoints.
     """
+
+    def __init__(self, *, state_dict_cfg: Union[str, dict] = 'full', **kwargs) -> None:
+        self.sharded = state_dict_cfg == 'sharded'
+        if self.sharded:
+            require_shards()
+            state_dict_cfg = 'full'  # what others get who ask for the model's state
+        super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: Optional[dict] = None,
+        callback: Optional[Callable] = None,
+    ) -> None:
+        """Save a checkpoint as a file or, sharded, as a folder of that name."""
+        if not self.sharded:
+            super().save_checkpoint(
+                filename,
+                save_optimizer=save_optimizer,
+                save_param_scheduler=save_param_scheduler,
+                extra_ckpt=extra_ckpt,
+                callback=callback,
+            )
+            return
+        states = _sharded_states()
+        checkpoint = dict(extra_ckpt or {})
+        checkpoint['state_dict'] = states.get_model_state_dict(self.model)
+        checkpoint['meta'] = dict(
+            checkpoint.get('meta', {}), seed=self.seed, time=time.strftime('%Y%m%d_%H%M%S')
+        )
+        if save_param_scheduler and hasattr(self, 'param_schedulers'):
+            checkpoint['param_schedulers'] = self.scheduler_state_dict()
+        if save_optimizer and hasattr(self, 'optim_wrapper'):
+            checkpoint['optimizer'] = self._without_states(self.optim_wrapper.state_dict())
+        if callback is not None:
+            callback(checkpoint)
+        tensors = dict(state_dict=checkpoint.pop('state_dict'))
+        if 'optimizer' in checkpoint:
+            optimizer = states.get_optimizer_state_dict(self.model, self.optim_wrapper.optimizer)
+            checkpoint['optimizer']['param_groups'] = optimizer['param_groups']
+            tensors['optimizer'] = optimizer['state']
+        save_shards(filename, tensors, checkpoint)
+
+    def load_checkpoint(
+        self, filename: str, *, callback: Optional[Callable] = None, **kwargs
+    ) -> dict:
+        """Load the model's weights; returns the rest of the checkpoint."""
+        if not is_sharded(filename):
+            return super().load_checkpoint(filename, callback=callback, **kwargs)
+        self.logger.info(f'Load the shards in {filename}')
+        states = _sharded_states()
+        checkpoint = load_rest(filename)
+        checkpoint['state_dict'] = states.get_model_state_dict(self.model)
+        load_shards(filename, dict(state_dict=checkpoint['state_dict']))
+        if callback is not None:
+            callback(checkpoint)
+        states.set_model_state_dict(self.model, checkpoint.pop('state_dict'))
+        if 'optimizer' in checkpoint:
+            checkpoint['optimizer']['folder'] = filename
+        return checkpoint
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         """Share out the optimizer's state from a checkpoint."""
         optimizer = self.optim_wrapper.optimizer
-        shares = FullyShardedDataParallel.optim_state_dict_to_load(
-            model=self.model, optim=optimizer, optim_state_dict=state_dict
-        )
-        self.optim_wrapper.load_state_dict(shares)
+        folder = state_dict.pop('folder', None)
+        if folder is None:
+            # mmengine has the arguments in the order of torch 2.0, which torch 2.1 changed.
+            shares = FullyShardedDataParallel.optim_state_dict_to_load(
+                model=self.model, optim=optimizer, optim_state_dict=state_dict
+            )
+            self.optim_wrapper.load_state_dict(shares)
+            return
+        states = _sharded_states()
+        shares = states.get_optimizer_state_dict(self.model, optimizer)
+        load_shards(folder, dict(optimizer=shares['state']))
+        shares['param_groups'] = state_dict.pop('param_groups')
+        states.set_optimizer_state_dict(self.model, optimizer, shares)
+        # The wrapper's own state, such as the scale of the loss; the optimizer has its already.
+        self.optim_wrapper.load_state_dict({**state_dict, **optimizer.state_dict()})
+
+    @staticmethod
+    def _without_states(state_dict: dict) -> dict:
+        return {
+            key: value for key, value in state_dict.items() if key not in ('state', 'param_groups')
+        }
+
+
+def _sharded_states():
+    """torch's functions for the sharded states of models and optimizers."""
+    require_shards()
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict

@@ -74,13 +74,18 @@ def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
     to take them.
 
     Args:
-        path (str): File, in either of PyTorch's formats.
+        path (str): File, in either of PyTorch's formats; or the folder of a sharded checkpoint,
+            whose weights are joined.
         map_location: See :func:`torch.load`. Default: None.
 
     Raises:
         UntrustedCheckpointError: If the file names something else.
         DamagedCheckpointError: If it cannot be read.
     """
+    if os.path.isdir(path):
+        from .shards import join_shards  # which loads files by this function
+
+        return join_shards(path)
     try:
         return torch.load(path, map_location, pickle_module=_PICKLE, weights_only=False)
     except UntrustedCheckpointError as error:
@@ -92,6 +97,22 @@ def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
         raise DamagedCheckpointError(
             f'{path} is damaged or no checkpoint: {type(error).__name__}: {reason}'
         ) from error
+
+
+def check_pickle(path: Union[str, os.PathLike]) -> None:
+    """Make sure that a bare pickle can be loaded without running code that it brings along.
+
+    Raises:
+        UntrustedCheckpointError: If it names what checkpoints are not made of.
+        DamagedCheckpointError: If it is none, or only a part of one.
+    """
+    try:
+        with open(path, 'rb') as file:
+            _Unpickler(file).load()
+    except UntrustedCheckpointError as error:
+        raise UntrustedCheckpointError(f'{path} {error}') from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise DamagedCheckpointError(f'{path} is damaged: {error}') from error
 
 
 def load_safely_from_now_on() -> None:
@@ -180,6 +201,14 @@ _ALLOWED = {
     'numpy': {'dtype', 'ndarray'},
     **dict.fromkeys(_NUMPY_CORE, {'_reconstruct', 'scalar'}),
     'mmengine.logging.history_buffer': {'HistoryBuffer'},
+    # The index of a sharded checkpoint: names, shapes, files.
+    'torch.distributed.checkpoint.metadata': {
+        *('Metadata', 'MetadataIndex', 'ChunkStorageMetadata', 'TensorStorageMetadata'),
+        *('BytesStorageMetadata', 'TensorProperties', 'StorageMeta', '_MEM_FORMAT_ENCODING'),
+    },
+    'torch.distributed.checkpoint.filesystem': {'_StorageInfo'},
+    'torch.serialization': {'_get_layout'},  # by name, from a fixed list
+    **dict.fromkeys(('pathlib', 'pathlib._local'), {'PosixPath', 'WindowsPath'}),
 }
 
 

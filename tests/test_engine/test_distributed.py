@@ -8,6 +8,7 @@ per process.
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -21,12 +22,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from mmvil.engine import AverageLogHook, CPUSyncBatchNorm, GlobalBatchCrossEntropyLoss
+from mmvil.engine import (
+    AverageLogHook,
+    CPUSyncBatchNorm,
+    DamagedCheckpointError,
+    GlobalBatchCrossEntropyLoss,
+    UntrustedCheckpointError,
+    load_safely,
+)
 from mmvil.layers import DropPath
-from tests.test_tools.tool_process import call_tool, call_tool_in_two_processes
+from tests.test_tools.tool_process import call_tool, call_tool_in_processes
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'
+TEST = ROOT / 'tools' / 'test.py'
+MERGE = ROOT / 'tools' / 'model_converters' / 'merge_shards.py'
 
 # -- The parts, in processes of their own ----------------------------------------------------------
 
@@ -249,8 +259,51 @@ train_dataloader = dict(
     + COMMON
 )
 
+EMA = """
+_base_ = '{config}'
+custom_hooks = [dict(type='EMAHook', momentum=0.25)]
+train_cfg = dict(max_iters=3, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=1))
+val_cfg = dict(_delete_=True, type='ValLoop')
+test_cfg = dict(_delete_=True, type='TestLoop')
+val_dataloader = dict(
+    _delete_=True,
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=_base_.train_dataloader.dataset,
+)
+test_dataloader = val_dataloader
+val_evaluator = [dict(type='Accuracy'), dict(type='DumpResults', out_file_path='{out}/val.pkl')]
+test_evaluator = [dict(type='Accuracy'), dict(type='DumpResults', out_file_path='{out}/test.pkl')]
+"""
+
 FSDP = """
 _base_ = ['{config}', '{configs}/_base_/strategies/fsdp.py']
+"""
+
+DEEPSPEED = """
+_base_ = ['{config}', '{configs}/_base_/strategies/zero2.py']
+strategy = dict(
+    bf16=dict(enabled=False),  # float32, to compare numbers
+    inputs_to_half=None,
+    gradient_clipping=0.2,
+    config=dict(zero_allow_untested_optimizer=True),
+)
+optim_wrapper = dict(
+    _delete_=True,
+    type='DeepSpeedOptimWrapper',
+    constructor=_base_.optim_wrapper.constructor,
+    optimizer=_base_.optim_wrapper.optimizer,
+    paramwise_cfg=_base_.optim_wrapper.paramwise_cfg,
+)
+"""
+
+SHARDED = """
+_base_ = '{config}'
+strategy = dict(state_dict_cfg='sharded')
+# A state for every weight, unlike SGD's before its first step; and whole numbers beside them.
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='RMSprop', lr=0.001))
 """
 
 
@@ -275,6 +328,8 @@ def folder(tmp_path_factory):
     for name in ('segmentor', 'classifier'):
         text = FSDP.format(config=folder / f'{name}.py', **places)
         (folder / f'{name}_fsdp.py').write_text(text)
+    text = SHARDED.format(config=folder / 'classifier_fsdp.py')
+    (folder / 'classifier_sharded.py').write_text(text)
     return folder
 
 
@@ -322,7 +377,7 @@ def assert_same_training(work_dir, expected_work_dir, iterations=range(1, 7)):
 
 @pytest.mark.parametrize('name', ['segmentor', 'classifier'])
 def test_two_processes_train_as_one_with_the_doubled_batch(folder, alone, tmp_path, name):
-    call_tool_in_two_processes(TRAIN, folder / f'{name}.py', '--work-dir', tmp_path)
+    call_tool_in_processes(2, TRAIN, folder / f'{name}.py', '--work-dir', tmp_path)
     assert_same_training(tmp_path, alone(name))
     start, end = (weights(tmp_path / f'iter_{i}.pth') for i in (3, 6))
     assert any((end[key] - start[key]).abs().max() > 1e-3 for key in end)
@@ -342,7 +397,7 @@ fsdp = pytest.mark.skipif(not cpu_runs_fsdp(), reason="this torch's FSDP does no
 
 @fsdp
 def test_fsdp_trains_as_one_process_and_its_checkpoint_is_a_plain_one(folder, alone, tmp_path):
-    log = call_tool_in_two_processes(TRAIN, folder / 'segmentor_fsdp.py', '--work-dir', tmp_path)
+    log = call_tool_in_processes(2, TRAIN, folder / 'segmentor_fsdp.py', '--work-dir', tmp_path)
     assert 'weight decay 0.05' in log and 'weight decay 0,' in log  # by the shapes before sharding
     assert_same_training(tmp_path, alone('segmentor'))
 
@@ -351,10 +406,90 @@ def test_fsdp_trains_as_one_process_and_its_checkpoint_is_a_plain_one(folder, al
 @pytest.mark.slow  # 20 seconds
 def test_fsdp_resumes_to_the_same_losses_and_weights(folder, alone, tmp_path):
     config = folder / 'segmentor_fsdp.py'
-    call_tool_in_two_processes(TRAIN, config, '--work-dir', tmp_path / 'straight')
+    call_tool_in_processes(2, TRAIN, config, '--work-dir', tmp_path / 'straight')
     resume = ('--resume', tmp_path / 'straight' / 'iter_3.pth')
-    call_tool_in_two_processes(TRAIN, config, '--work-dir', tmp_path / 'fsdp', *resume)
+    options = (*resume, '--cfg-options', 'compile.backend=eager')
+    log = call_tool_in_processes(2, TRAIN, config, '--work-dir', tmp_path / 'fsdp', *options)
+    assert 'Model has been "compiled"' in log
     assert_same_training(tmp_path / 'fsdp', alone('segmentor'), iterations=range(4, 7))
+
+
+@fsdp
+def test_shards_are_read_by_any_number_of_processes_and_by_the_plain_model(folder, alone, tmp_path):
+    config, straight = folder / 'classifier_sharded.py', tmp_path / 'straight'
+    call_tool_in_processes(2, TRAIN, config, '--work-dir', straight)
+    assert (straight / 'iter_6.pth').is_dir()
+
+    # Every process has written about half.
+    sizes = [path.stat().st_size for path in sorted((straight / 'iter_6.pth').glob('*.distcp'))]
+    assert len(sizes) == 2 and 0.5 < sizes[0] / sizes[1] < 2
+
+    one = ('--resume', straight / 'iter_3.pth', '--cfg-options', 'train_dataloader.batch_size=4')
+    call_tool_in_processes(1, TRAIN, config, '--work-dir', tmp_path / 'one', *one)
+    actual, expected = losses(tmp_path / 'one'), losses(straight)
+    assert list(actual) == [4, 5, 6] and list(expected) == [1, 2, 3, 4, 5, 6]
+    for iteration, loss in actual.items():
+        assert loss == pytest.approx(expected[iteration], abs=1e-5)
+    actual, expected = (load_safely(path / 'iter_6.pth') for path in (tmp_path / 'one', straight))
+    for name, tensor in expected['state_dict'].items():
+        torch.testing.assert_close(actual['state_dict'][name], tensor, rtol=1e-4, atol=1e-5)
+
+    # One file for those who know nothing of shards.
+    said = call_tool(MERGE, straight / 'iter_6.pth', tmp_path / 'whole.pth')
+    whole = weights(tmp_path / 'whole.pth')
+    assert f'with {len(whole)} tensors' in said
+    plain = weights(alone('classifier') / 'iter_6.pth')
+    assert {key: x.shape for key, x in whole.items()} == {key: x.shape for key, x in plain.items()}
+    assert 'exists' in call_tool(MERGE, straight / 'iter_6.pth', tmp_path / 'whole.pth', status=2)
+
+    plain = (TRAIN, folder / 'classifier.py', '--work-dir', tmp_path / 'plain')
+    refused = call_tool(*plain, '--resume', straight / 'iter_3.pth', status=2)
+    assert 'is of a sharded training: resume it with its own config' in refused
+    options = (f'load_from={straight / "iter_6.pth"}', 'train_cfg.max_iters=1')
+    call_tool(*plain, '--cfg-options', *options, 'train_dataloader.batch_size=4')
+
+
+@pytest.mark.slow  # half a minute; `pip install 'deepspeed<0.17'` first
+def test_deepspeed_trains_as_one_process_and_its_shards_become_a_plain_file(
+    folder, alone, tmp_path
+):
+    pytest.importorskip('deepspeed')
+    config = tmp_path / 'deepspeed.py'
+    config.write_text(DEEPSPEED.format(config=folder / 'segmentor.py', configs=ROOT / 'configs'))
+    call_tool_in_processes(2, TRAIN, config, '--work-dir', tmp_path / 'straight')
+    resume = ('--resume', tmp_path / 'straight' / 'iter_3.pth')
+    call_tool_in_processes(2, TRAIN, config, '--work-dir', tmp_path / 'resumed', *resume)
+
+    expected = losses(alone('segmentor'))
+    assert losses(tmp_path / 'straight') == pytest.approx(expected, abs=1e-5)
+    after_resume = {iteration: expected[iteration] for iteration in (4, 5, 6)}
+    assert losses(tmp_path / 'resumed') == pytest.approx(after_resume, abs=1e-5)
+    call_tool(MERGE, tmp_path / 'resumed' / 'iter_6.pth', tmp_path / 'whole.pth')
+    whole, plain = weights(tmp_path / 'whole.pth'), weights(alone('segmentor') / 'iter_6.pth')
+    assert set(whole) == set(plain)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@fsdp
+def test_index_of_shards_that_would_run_code_is_refused(tmp_path):
+    torch.save({}, tmp_path / 'rest.pth')
+    (tmp_path / '.metadata').write_bytes(pickle.dumps(Call(os.system, 'touch /tmp/pwned')))
+    with pytest.raises(UntrustedCheckpointError, match='system'):
+        load_safely(tmp_path)
+    (tmp_path / '.metadata').write_bytes(b'')
+    with pytest.raises(DamagedCheckpointError, match='is damaged'):
+        load_safely(tmp_path)
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
 @pytest.mark.slow  # 40 seconds
@@ -383,16 +518,11 @@ def test_accumulated_gradients_equal_the_large_batch(folder, alone, tmp_path):
         torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_ema_keeps_a_moving_average_and_puts_it_into_the_checkpoint(folder, tmp_path):
+def test_ema_is_what_is_evaluated_and_what_the_checkpoint_holds(folder, tmp_path):
     """tools/test.py reads ``state_dict``, the average; ``ema_state_dict`` holds the other weights
     then, with which training goes on."""
     config = tmp_path / 'ema.py'
-    config.write_text(
-        f"_base_ = '{folder / 'classifier.py'}'\n"
-        "custom_hooks = [dict(type='EMAHook', momentum=0.25)]\n"
-        'train_cfg = dict(max_iters=3)\n'
-        'default_hooks = dict(checkpoint=dict(interval=1))\n'
-    )
+    config.write_text(EMA.format(config=folder / 'classifier.py', out=tmp_path))
     call_tool(TRAIN, config, '--work-dir', tmp_path)
     checkpoints = [
         torch.load(tmp_path / f'iter_{i}.pth', map_location='cpu', weights_only=False)
@@ -404,3 +534,17 @@ def test_ema_keeps_a_moving_average_and_puts_it_into_the_checkpoint(folder, tmp_
     for before, new, after in zip(averages, trained[1:], averages[1:]):
         torch.testing.assert_close(after, 0.75 * before + 0.25 * new)
         assert (after - new).abs().max() > 1e-5
+
+    def scores(path):
+        return torch.stack([sample['pred_score'] for sample in pickle.loads(path.read_bytes())])
+
+    evaluated = scores(tmp_path / 'val.pkl')
+    call_tool(TEST, config, tmp_path / 'iter_3.pth', '--work-dir', tmp_path)
+    torch.testing.assert_close(scores(tmp_path / 'test.pkl'), evaluated, rtol=1e-6, atol=1e-7)
+    last = {
+        name.removeprefix('module.'): x for name, x in checkpoints[-1]['ema_state_dict'].items()
+    }
+    del last['steps']
+    torch.save(dict(state_dict=last), tmp_path / 'last.pth')
+    call_tool(TEST, config, tmp_path / 'last.pth', '--work-dir', tmp_path)
+    assert (scores(tmp_path / 'test.pkl') - evaluated).abs().max() > 1e-4

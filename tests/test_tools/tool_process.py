@@ -17,8 +17,8 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def call_tool_in_two_processes(script, *arguments):
-    """Run a script as torchrun does with two processes.
+def call_tool_in_processes(count, script, *arguments):
+    """Run a script as torchrun does with so many processes.
 
     Returns:
         str: What the first one printed.
@@ -26,10 +26,10 @@ def call_tool_in_two_processes(script, *arguments):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
-    together = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE='2')
+    together = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=str(count))
     command = [str(part) for part in (script, *arguments, '--launcher', 'pytorch')]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, str(rank)) for rank in range(2)]
+        outputs = [Path(folder, str(rank)) for rank in range(count)]
         processes = [
             _SERVER.Process(
                 target=_run,
@@ -45,7 +45,7 @@ def call_tool_in_two_processes(script, *arguments):
         for process in processes:
             process.kill()
     statuses = [process.exitcode for process in processes]
-    assert statuses == [0, 0], '\n'.join(text[-6000:] for text in printed)
+    assert statuses == [0] * count, '\n'.join(text[-6000:] for text in printed)
     return printed[0]
 
 

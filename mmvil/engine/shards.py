@@ -1,0 +1,144 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Checkpoints of sharded training: a folder in which every process has written its share.
+
+The tensors are written and read by ``torch.distributed.checkpoint``, which knows their pieces: any
+number of processes can read what any other number wrote, also one that is no part of a group. What
+is not sharded (schedules, logs, the config) lies beside them in one ordinary checkpoint file.
+"""
+
+import inspect
+import os
+import shutil
+import warnings
+from typing import Dict
+
+import torch
+from mmengine.dist import barrier, is_main_process
+
+from .safe_checkpoint import PARTIAL, DamagedCheckpointError, check_pickle, load_safely
+
+INDEX = '.metadata'  # the name that torch gives it
+REST = 'rest.pth'
+WEIGHTS = 'state_dict'
+
+
+def require_shards() -> None:
+    """Make sure that the installed PyTorch can do what is needed here.
+
+    Raises:
+        ValueError: If not.
+    """
+    try:
+        from torch.distributed import checkpoint
+
+        fits = 'no_dist' in inspect.signature(checkpoint.load).parameters
+    except (AttributeError, ImportError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f'sharded checkpoints need PyTorch 2.7 or later, and this is {torch.__version__}. '
+            "Checkpoints in one file, state_dict_cfg='full', do not."
+        )
+
+
+def is_sharded(path) -> bool:
+    """Whether a path is a folder that :func:`save_shards` wrote."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (INDEX, REST))
+
+
+def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
+    """Write a checkpoint, all processes together. It appears when it is complete.
+
+    Args:
+        folder (str): Where to; on a disk that all machines share.
+        tensors (dict[str, dict]): Nested dicts of sharded tensors, such as ``state_dict``.
+        rest (dict): Anything else that a checkpoint holds, the same in all processes.
+
+    Raises:
+        OSError: If it cannot be written, for instance because the disk is full.
+    """
+    from torch.distributed import checkpoint
+
+    folder = os.fspath(folder).rstrip('/')
+    partial = folder + PARTIAL
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)  # of a training that was killed
+    barrier()
+    try:
+        checkpoint.save(tensors, checkpoint_id=partial)
+    except checkpoint.CheckpointException as error:  # one for all processes
+        raise next(iter(error.failures.values()))[0] from error
+    if is_main_process():
+        torch.save(rest, os.path.join(partial, REST))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    barrier()
+
+
+def load_rest(folder: str, map_location='cpu') -> dict:
+    """Load what is not sharded; raises as :func:`load_safely` does."""
+    return load_safely(os.path.join(folder, REST), map_location)
+
+
+def load_shards(folder: str, tensors: Dict[str, dict]) -> None:
+    """Fill sharded tensors, in place, from a checkpoint; all processes together.
+
+    Args:
+        folder (str): A sharded checkpoint.
+        tensors (dict[str, dict]): Nested dicts with the names under which they were saved.
+
+    Raises:
+        UntrustedCheckpointError: If the folder's index might run code.
+        DamagedCheckpointError: If the checkpoint lacks a tensor, holds one in another shape, or
+            cannot be read.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        checkpoint.load(tensors, storage_reader=_reader(folder))
+    except checkpoint.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = str(cause).split('\n')[0]
+        raise DamagedCheckpointError(
+            f'{folder} is damaged or of another model: {type(cause).__name__}: {reason}'
+        ) from error
+
+
+def join_shards(folder: str) -> dict:
+    """Make a sharded checkpoint one ordinary checkpoint, in one process and without a GPU.
+
+    Args:
+        folder (str): A sharded checkpoint.
+
+    Returns:
+        dict: The checkpoint of a plain training, with the weights as whole tensors on the CPU, and
+        without the state of the optimizer.
+
+    Raises:
+        UntrustedCheckpointError, DamagedCheckpointError: See :func:`load_shards`.
+        ValueError: See :func:`require_shards`.
+    """
+    require_shards()
+    from torch.distributed import checkpoint
+
+    reader = _reader(folder)
+    prefix = WEIGHTS + '.'
+    weights = {
+        name.removeprefix(prefix): torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix)
+    }
+    with warnings.catch_warnings():  # that there are no other processes
+        warnings.simplefilter('ignore', UserWarning)
+        checkpoint.load({WEIGHTS: weights}, storage_reader=reader, no_dist=True)
+    rest = load_rest(folder)
+    rest.pop('optimizer', None)
+    return {**rest, WEIGHTS: weights}
+
+
+def _reader(folder: str):
+    """A reader of tensors, whose index, which is a pickle, has been looked through."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    check_pickle(os.path.join(folder, INDEX))
+    return FileSystemReader(folder)
