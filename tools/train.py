@@ -121,7 +121,7 @@ def save_safely(cfg):
     return []
 
 
-def choose_checkpoint(cfg, resume):
+def choose_checkpoint(cfg, resume, trusted):
     """For --resume without a name: the newest checkpoint in the work dir that is complete.
 
     Returns:
@@ -132,12 +132,12 @@ def choose_checkpoint(cfg, resume):
     if resume != 'auto' and cfg.get('load_from') is not None:
         try:
             if os.path.isfile(cfg.load_from):
-                verify(cfg.load_from)
+                verify(cfg.load_from, trusted)
         except DamagedCheckpointError as error:
             raise UserError(f'{error}; --resume without a name takes the newest good one') from None
         refuse_shards_of_others(cfg)
         return []
-    newest, complaints = find_good_checkpoint(cfg.work_dir)
+    newest, complaints = find_good_checkpoint(cfg.work_dir, trusted)
     if newest is not None:
         cfg.load_from = newest
         refuse_shards_of_others(cfg)
@@ -220,7 +220,9 @@ def main():
         return
 
     lock = lock_work_dir(cfg.work_dir) if is_first_process() else None
-    notes = [*save_safely(cfg), *choose_checkpoint(cfg, args.resume), *fit_to_cpu(cfg)]
+    notes = save_safely(cfg)
+    notes += choose_checkpoint(cfg, args.resume, args.trust_checkpoint)
+    notes += fit_to_cpu(cfg)
     runner = build_runner(cfg, notes=notes)
     if cfg.get('resume'):
         runner.register_hook(CheckFitHook())

@@ -86,8 +86,12 @@ def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
         from .shards import join_shards  # which loads files by this function
 
         return join_shards(path)
+    return _load_file(path, map_location, _PICKLE)
+
+
+def _load_file(path, map_location, pickle_module) -> dict:
     try:
-        return torch.load(path, map_location, pickle_module=_PICKLE, weights_only=False)
+        return torch.load(path, map_location, pickle_module=pickle_module, weights_only=False)
     except UntrustedCheckpointError as error:
         raise UntrustedCheckpointError(f'{path} {error}') from None
     except (FileNotFoundError, PermissionError, MemoryError, torch.cuda.OutOfMemoryError):
@@ -137,12 +141,16 @@ def load_safely_from_now_on() -> None:
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
 
 
-def verify(path: Union[str, os.PathLike]) -> None:
-    """Make sure that a checkpoint is complete: every byte is there, and it loads.
+def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
+    """Make sure that a checkpoint file is complete: every byte is there, and it loads.
+
+    Args:
+        path (str): The file.
+        trusted (bool): It may run code. Default: False.
 
     Raises:
-        DamagedCheckpointError: If not.
-        UntrustedCheckpointError: See :func:`load_safely`.
+        DamagedCheckpointError: If it is not complete.
+        UntrustedCheckpointError: If it is not trusted and may run code.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -152,11 +160,17 @@ def verify(path: Union[str, os.PathLike]) -> None:
                 broken = error
         if broken is not None:
             raise DamagedCheckpointError(f'{path} is damaged: {broken}')
-    load_safely(path, map_location='cpu')
+    _load_file(path, 'cpu', pickle if trusted else _PICKLE)
 
 
-def find_good_checkpoint(work_dir: Union[str, os.PathLike]) -> Tuple[Optional[str], List[str]]:
+def find_good_checkpoint(
+    work_dir: Union[str, os.PathLike], trusted: bool = False
+) -> Tuple[Optional[str], List[str]]:
     """Find the newest checkpoint in a work dir that is complete.
+
+    Args:
+        work_dir (str): The folder.
+        trusted (bool): Checkpoints in it may run code. Default: False.
 
     Returns:
         tuple: Its path, or None if there is no good one; and for each newer one, what is wrong.
@@ -169,7 +183,7 @@ def find_good_checkpoint(work_dir: Union[str, os.PathLike]) -> Tuple[Optional[st
     for path in sorted(filter(Path.exists, paths), key=_age):
         try:
             if path.is_file():  # else the folder that a sharded training writes
-                verify(path)
+                verify(path, trusted)
             return str(path), complaints
         except DamagedCheckpointError as error:
             complaints.append(str(error))

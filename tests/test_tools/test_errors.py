@@ -328,7 +328,7 @@ class Attack:
         self.trace = trace
 
     def __reduce__(self):
-        return os.mkdir, (self.trace,)
+        return os.makedirs, (self.trace, 0o777, True)
 
 
 @pytest.mark.parametrize('way', ['--resume', slow('load_from'), 'init_cfg', slow('test')])
@@ -345,8 +345,29 @@ def test_malicious_checkpoint_is_refused_whichever_way_it_comes(tiny, way):
         'test': (ROOT / 'tools/test.py', tiny, evil),
     }[way]
     said = error_of(call_tool(*arguments, '--work-dir', tiny.parent / 'work', status=2))
-    assert f'{evil} asks for posix.mkdir' in said and '--trust-checkpoint' in said
+    assert f'{evil} asks for os.makedirs' in said and '--trust-checkpoint' in said
     assert not trace.exists()
+
+
+@pytest.mark.parametrize('way', ['load_from', slow('--resume'), slow('init_cfg'), slow('test')])
+def test_trusted_checkpoint_may_hold_anything(tiny, way):
+    work_dir, trace = tiny.parent / 'work', tiny.parent / 'was_here'
+    call_tool(TRAIN, tiny, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_iters=1')
+    path = work_dir / 'iter_1.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['note'] = Attack(str(trace))
+    torch.save(checkpoint, path)
+    arguments = {
+        'load_from': (TRAIN, tiny, '--cfg-options', f'load_from={path}'),
+        '--resume': (TRAIN, tiny, '--resume', path),
+        'init_cfg': (
+            *(TRAIN, tiny, '--cfg-options', 'model.backbone.init_cfg.type=Pretrained'),
+            f'model.backbone.init_cfg.checkpoint={path}',
+        ),
+        'test': (ROOT / 'tools/test.py', tiny, path),
+    }[way]
+    call_tool(*arguments, '--work-dir', tiny.parent / 'trusting', '--trust-checkpoint')
+    assert trace.is_dir()
 
 
 def test_truncated_checkpoint_is_named(tiny):
