@@ -42,7 +42,9 @@ class PatchEmbed(nn.Module):
         if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        # In memory, too: what the blocks add to the tokens takes on their layout, and every norm
+        # would have to transpose it.
+        return x.flatten(2).transpose(1, 2).contiguous(), (x.shape[2], x.shape[3])
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:

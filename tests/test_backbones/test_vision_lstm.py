@@ -251,6 +251,34 @@ def test_samples_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(backbone(image)[0], alone)
 
 
+def test_tokens_lie_in_memory_as_the_blocks_read_them():
+    """The layout of a convolution's output would pass from block to block, at a cost in each."""
+    backbone, seen = build(), []
+    for layer in backbone.layers:
+        layer.register_forward_hook(lambda _, inputs, y: seen.extend([inputs[0], y]))
+    backbone(torch.randn(2, 3, 64, 48))
+    assert len(seen) == 2 * len(backbone.layers) and all(x.is_contiguous() for x in seen)
+
+
+def test_maps_and_what_convolutions_make_of_them_are_channels_last():
+    """So heads run channels last without being told, and give the same as when they are told."""
+    image = torch.randn(2, 3, 64, 48)
+    backbone = build(out_indices=(0, 1, 2, 3), pyramid=dict(strides=(4, 8, 16, 32)))
+    expected = backbone(image)
+    sum(map(weighted_sum, expected)).backward()
+    expected_grads = [parameter.grad.clone() for parameter in backbone.parameters()]
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in expected)
+
+    backbone.zero_grad()
+    backbone.to(memory_format=torch.channels_last)
+    actual = backbone(image.contiguous(memory_format=torch.channels_last))
+    sum(map(weighted_sum, actual)).backward()
+    for parameter, grad in zip(backbone.parameters(), expected_grads):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-4)
+    for y, reference in zip(actual, expected):
+        torch.testing.assert_close(y, reference)
+
+
 def test_channels_last_and_strided_images_give_the_same():
     backbone, image = build(), torch.randn(2, 3, 64, 48)
     (expected,) = backbone(image)
