@@ -9,8 +9,10 @@ import time
 from typing import Callable, Optional, Union
 
 from mmengine._strategy import FSDPStrategy as _FSDPStrategy
+from mmengine.dist import barrier, is_main_process
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from .safe_checkpoint import PARTIAL, replace
 from .shards import is_sharded, load_rest, load_shards, require_shards, save_shards
 
 
@@ -36,7 +38,24 @@ class FSDPStrategy(_FSDPStrategy):
             state_dict_cfg = 'full'  # what others get who ask for the model's state
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
-    def save_checkpoint(
+    def save_checkpoint(self, filename: str, **kwargs) -> None:
+        """Save a checkpoint as a file or, sharded, as a folder, which appears when it is complete.
+
+        Args:
+            filename (str): Where to.
+            **kwargs: See :meth:`mmengine._strategy.FSDPStrategy.save_checkpoint`.
+        """
+        if self.sharded:
+            self._save_shards(filename, **kwargs)
+        elif '://' in filename:
+            super().save_checkpoint(filename, **kwargs)
+        else:
+            super().save_checkpoint(filename + PARTIAL, **kwargs)
+            barrier()
+            if is_main_process():
+                replace(filename + PARTIAL, filename)
+
+    def _save_shards(
         self,
         filename: str,
         *,
@@ -45,16 +64,6 @@ class FSDPStrategy(_FSDPStrategy):
         extra_ckpt: Optional[dict] = None,
         callback: Optional[Callable] = None,
     ) -> None:
-        """Save a checkpoint as a file or, sharded, as a folder of that name."""
-        if not self.sharded:
-            super().save_checkpoint(
-                filename,
-                save_optimizer=save_optimizer,
-                save_param_scheduler=save_param_scheduler,
-                extra_ckpt=extra_ckpt,
-                callback=callback,
-            )
-            return
         states = _sharded_states()
         checkpoint = dict(extra_ckpt or {})
         checkpoint['state_dict'] = states.get_model_state_dict(self.model)

@@ -4,6 +4,7 @@
 import os
 import pickle
 import re
+import shutil
 import types
 import zipfile
 from pathlib import Path
@@ -60,6 +61,13 @@ class AtomicLocalBackend(LocalBackend):
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def replace(source: str, target: str) -> None:
+    """Give a complete file or folder its final name, which a checkpoint of before may have."""
+    if os.path.isdir(target):
+        shutil.rmtree(target)
+    os.replace(source, target)
 
 
 register_backend('mmvil_atomic', AtomicLocalBackend, force=True)

@@ -15,7 +15,7 @@ from typing import Dict
 import torch
 from mmengine.dist import barrier, is_main_process
 
-from .safe_checkpoint import PARTIAL, DamagedCheckpointError, check_pickle, load_safely
+from .safe_checkpoint import PARTIAL, DamagedCheckpointError, check_pickle, load_safely, replace
 
 INDEX = '.metadata'  # the name that torch gives it
 REST = 'rest.pth'
@@ -70,8 +70,7 @@ def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
         raise next(iter(error.failures.values()))[0] from error
     if is_main_process():
         torch.save(rest, os.path.join(partial, REST))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        replace(partial, folder)
     barrier()
 
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def decay_weights(
-    source: Tensor, running_max: Tensor, reverse: bool, dtype: torch.dtype
-) -> Tensor:
+def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: torch.dtype) -> Tensor:
     r"""Weights :math:`D_{tj} = \exp(g_j - M_t)` of tokens already read, 0 for the others.
 
     Args:
