@@ -303,7 +303,7 @@ SHARDED = """
 _base_ = '{config}'
 strategy = dict(state_dict_cfg='sharded')
 # A state for every weight, unlike SGD's before its first step; and whole numbers beside them.
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='RMSprop', lr=0.001))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='RMSprop', lr=1e-5))
 """
 
 
@@ -429,7 +429,8 @@ def test_shards_are_read_by_any_number_of_processes_and_by_the_plain_model(folde
     actual, expected = losses(tmp_path / 'one'), losses(straight)
     assert list(actual) == [4, 5, 6] and list(expected) == [1, 2, 3, 4, 5, 6]
     for iteration, loss in actual.items():
-        assert loss == pytest.approx(expected[iteration], abs=1e-5)
+        assert loss == pytest.approx(expected[iteration], rel=1e-4)
+    assert max(actual.values()) > 1  # there is something to compare
     actual, expected = (load_safely(path / 'iter_6.pth') for path in (tmp_path / 'one', straight))
     for name, tensor in expected['state_dict'].items():
         torch.testing.assert_close(actual['state_dict'][name], tensor, rtol=1e-4, atol=1e-5)
