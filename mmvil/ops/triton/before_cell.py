@@ -616,6 +616,7 @@ def before_cell_backward(
     width, tile = weights.q_weight.shape[-1], _channel_tile(channels // heads, x.dtype)
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
     token_tile = 16 if x.dtype == torch.float32 else 32  # what registers hold
+    warps = 2 if tile < token_tile else 4
     share, programs = split_tokens(tokens, token_tile, channel_tiles)
     conv_size, size = gradient_sizes(weights)
     sums = partial_sums(programs, size, like=x)
@@ -656,7 +657,7 @@ def before_cell_backward(
                 PRECISION=_precision(x.dtype),
                 T=token_tile,
                 C=tile,
-                num_warps=4,
+                num_warps=warps,
                 num_stages=1,
             )
 

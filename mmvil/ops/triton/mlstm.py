@@ -75,7 +75,8 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         columns=columns,
         warps=8 if wide else 4,
         stages=2 if room >= 4 * columns + 16 else 1,
-        step=16 if width == 64 else min(width, 32),  # else sm_80 spills
+        # Registers: GPUs before Hopper, which have less shared memory, want smaller steps.
+        step=16 if width == 64 and shared < 200 * 1024 else min(width, 32),
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and not single else 64),
     )
 
