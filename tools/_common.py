@@ -284,17 +284,19 @@ def build_runner(cfg: Config, notes=()) -> Runner:
     """Build the runner that a config describes and write ``notes`` into its log.
 
     Raises:
-        UserError: If some part of the config is refused by the class that it configures.
+        UserError: If some part of the config is refused by the class that it configures, or
+            cannot be compiled.
     """
+    compiles = cfg.get('compile') and cfg.get('strategy') is not None
+    if compiles and _strategy(cfg).startswith('DeepSpeed'):
+        raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
     try:
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'cannot build what the config describes: {_one_line(error)} (--traceback shows where)'
         ) from error
-    if cfg.get('compile') and cfg.get('strategy') is not None:
-        if _strategy(cfg).startswith('DeepSpeed'):
-            raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
+    if compiles:
         # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)

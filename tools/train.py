@@ -135,12 +135,10 @@ def choose_checkpoint(cfg, resume, trusted):
                 verify(cfg.load_from, trusted)
         except DamagedCheckpointError as error:
             raise UserError(f'{error}; --resume without a name takes the newest good one') from None
-        refuse_shards_of_others(cfg)
         return []
     newest, complaints = find_good_checkpoint(cfg.work_dir, trusted)
     if newest is not None:
         cfg.load_from = newest
-        refuse_shards_of_others(cfg)
         return [*complaints, f'resuming from {newest}']
     if complaints:
         raise UserError(
@@ -222,6 +220,8 @@ def main():
     lock = lock_work_dir(cfg.work_dir) if is_first_process() else None
     notes = save_safely(cfg)
     notes += choose_checkpoint(cfg, args.resume, args.trust_checkpoint)
+    if cfg.get('resume'):
+        refuse_shards_of_others(cfg)
     notes += fit_to_cpu(cfg)
     runner = build_runner(cfg, notes=notes)
     if cfg.get('resume'):

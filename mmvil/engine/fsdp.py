@@ -72,15 +72,15 @@ class FSDPStrategy(_FSDPStrategy):
         )
         if save_param_scheduler and hasattr(self, 'param_schedulers'):
             checkpoint['param_schedulers'] = self.scheduler_state_dict()
+        tensors = {}
         if save_optimizer and hasattr(self, 'optim_wrapper'):
-            checkpoint['optimizer'] = self._without_states(self.optim_wrapper.state_dict())
+            optimizer = states.get_optimizer_state_dict(self.model, self.optim_wrapper.optimizer)
+            tensors['optimizer'] = optimizer.pop('state')
+            checkpoint['optimizer'] = {**self.optim_wrapper.state_dict(), **optimizer}
+            del checkpoint['optimizer']['state']
         if callback is not None:
             callback(checkpoint)
-        tensors = dict(state_dict=checkpoint.pop('state_dict'))
-        if 'optimizer' in checkpoint:
-            optimizer = states.get_optimizer_state_dict(self.model, self.optim_wrapper.optimizer)
-            checkpoint['optimizer']['param_groups'] = optimizer['param_groups']
-            tensors['optimizer'] = optimizer['state']
+        tensors['state_dict'] = checkpoint.pop('state_dict')
         save_shards(filename, tensors, checkpoint)
 
     def load_checkpoint(
@@ -119,12 +119,6 @@ class FSDPStrategy(_FSDPStrategy):
         states.set_optimizer_state_dict(self.model, optimizer, shares)
         # The wrapper's own state, such as the scale of the loss; the optimizer has its already.
         self.optim_wrapper.load_state_dict({**state_dict, **optimizer.state_dict()})
-
-    @staticmethod
-    def _without_states(state_dict: dict) -> dict:
-        return {
-            key: value for key, value in state_dict.items() if key not in ('state', 'param_groups')
-        }
 
 
 def _sharded_states():

@@ -63,14 +63,14 @@ class AtomicLocalBackend(LocalBackend):
                 os.close(descriptor)
 
 
+register_backend('mmvil_atomic', AtomicLocalBackend, force=True)
+
+
 def replace(source: str, target: str) -> None:
     """Give a complete file or folder its final name, which a checkpoint of before may have."""
     if os.path.isdir(target):
         shutil.rmtree(target)
     os.replace(source, target)
-
-
-register_backend('mmvil_atomic', AtomicLocalBackend, force=True)
 
 
 def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:

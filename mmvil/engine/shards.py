@@ -74,9 +74,9 @@ def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
     barrier()
 
 
-def load_rest(folder: str, map_location='cpu') -> dict:
+def load_rest(folder: str) -> dict:
     """Load what is not sharded; raises as :func:`load_safely` does."""
-    return load_safely(os.path.join(folder, REST), map_location)
+    return load_safely(os.path.join(folder, REST), 'cpu')
 
 
 def load_shards(folder: str, tensors: Dict[str, dict]) -> None:

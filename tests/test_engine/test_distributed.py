@@ -25,9 +25,7 @@ from torch import nn
 from mmvil.engine import (
     AverageLogHook,
     CPUSyncBatchNorm,
-    DamagedCheckpointError,
     GlobalBatchCrossEntropyLoss,
-    UntrustedCheckpointError,
     load_safely,
 )
 from mmvil.engine.shards import require_shards
@@ -480,29 +478,6 @@ def test_deepspeed_trains_as_one_process_and_its_shards_become_a_plain_file(
     assert set(whole) == set(plain)
     for name, tensor in plain.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
-
-
-@shards
-def test_index_of_shards_that_would_run_code_is_refused(tmp_path):
-    torch.save({}, tmp_path / 'rest.pth')
-    trace = tmp_path / 'was_here'
-    (tmp_path / '.metadata').write_bytes(pickle.dumps(Call(os.mkdir, str(trace))))
-    with pytest.raises(UntrustedCheckpointError, match='mkdir'):
-        load_safely(tmp_path)
-    assert not trace.exists()
-    (tmp_path / '.metadata').write_bytes(b'')
-    with pytest.raises(DamagedCheckpointError, match='is damaged'):
-        load_safely(tmp_path)
-
-
-class Call:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.slow  # 40 seconds

@@ -5,6 +5,7 @@ import errno
 import itertools
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import time
@@ -25,6 +26,7 @@ from mmvil.engine import (
     load_safely,
     verify,
 )
+from mmvil.engine.shards import require_shards
 
 ATOMIC = dict(backend='mmvil_atomic')
 
@@ -93,6 +95,22 @@ def test_load_safely_runs_nothing(tmp_path, function, arguments, protocol, zippe
     with pytest.raises(UntrustedCheckpointError, match='evil.pth asks for '):
         load_safely(tmp_path / 'evil.pth')
     assert [path.name for path in tmp_path.iterdir()] == ['evil.pth']
+
+
+def test_index_of_shards_that_would_run_code_is_refused(tmp_path):
+    try:
+        require_shards()
+    except ValueError as error:
+        pytest.skip(str(error))
+    torch.save({}, tmp_path / 'rest.pth')
+    trace = tmp_path / 'was_here'
+    (tmp_path / '.metadata').write_bytes(pickle.dumps(Attack(os.mkdir, str(trace))))
+    with pytest.raises(UntrustedCheckpointError, match='mkdir'):
+        load_safely(tmp_path)
+    assert not trace.exists()
+    (tmp_path / '.metadata').write_bytes(b'')
+    with pytest.raises(DamagedCheckpointError, match='is damaged'):
+        load_safely(tmp_path)
 
 
 @pytest.mark.parametrize('share', [0, 0.001, 0.5, 0.99])

@@ -5,14 +5,13 @@ python tools/model_converters/merge_shards.py work_dirs/vil_b/iter_160000.pth vi
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from _common import UserError, run
+from mmengine.runner import save_checkpoint
 
 from mmvil.engine.shards import is_sharded, join_shards
 
@@ -27,11 +26,12 @@ def parse_args():
 
 
 def join_deepspeed_shards(folder: Path) -> dict:
-    """The float32 weights that DeepSpeed keeps in the state of its optimizer. It reads its own
-    files, and trusts them.
+    """The float32 weights that DeepSpeed keeps in the state of its optimizer.
+
+    DeepSpeed reads its own files, and trusts them.
 
     Raises:
-        UserError: If DeepSpeed, which reads its own files, is not installed.
+        UserError: If DeepSpeed is not installed.
     """
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -56,9 +56,7 @@ def main():
         checkpoint = join_deepspeed_shards(args.src)
     else:
         raise UserError(f'{args.src} is not a folder with shards of FSDP or DeepSpeed training')
-    partial = args.dst.with_name(args.dst.name + '.partial')
-    torch.save(checkpoint, partial)
-    os.replace(partial, args.dst)
+    save_checkpoint(checkpoint, str(args.dst), backend_args=dict(backend='mmvil_atomic'))
     print(f'Wrote {args.dst} with {len(checkpoint["state_dict"])} tensors.')
 
 
