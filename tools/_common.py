@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import errno
+import gc
 import importlib.util
 import inspect
 import os
@@ -43,6 +44,18 @@ def run(main) -> None:
         if is_first_process() or isinstance(error, SampleError):
             print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End the threads by which CPU processes communicate, while Python still runs.
+
+    Gloo's may still hold a tensor that another process has received already. To free it they need
+    Python, and one that finds Python gone aborts the process, after all its work was done.
+    """
+    gc.collect()  # the model's wrapper holds the group, too
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_first_process() -> bool:
@@ -263,6 +276,10 @@ def fit_to_cpu(cfg: Config) -> list:
         loader.pin_memory = False
 
     if cfg.launcher == 'pytorch':
+        # Imported later, as DDP does, its functions keep the process group as their default, and
+        # leave_process_group could not end it.
+        from torch.distributed.nn import functional  # noqa: F401
+
         # mmengine would choose a CUDA device first; it leaves an existing process group alone.
         torch.distributed.init_process_group('gloo')
         if cfg.get('strategy') is None:
