@@ -6,6 +6,7 @@ number of processes can read what any other number wrote, also one that is no pa
 is not sharded (schedules, logs, the config) lies beside them in one ordinary checkpoint file.
 """
 
+import errno
 import inspect
 import os
 import shutil
@@ -14,12 +15,14 @@ from typing import Dict
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.runner import save_checkpoint
 
 from .safe_checkpoint import PARTIAL, DamagedCheckpointError, check_pickle, load_safely, replace
 
 INDEX = '.metadata'  # the name that torch gives it
 REST = 'rest.pth'
 WEIGHTS = 'state_dict'
+ATOMIC = dict(backend='mmvil_atomic')  # which reports a full disk, where torch.save does not
 
 
 def require_shards() -> None:
@@ -67,9 +70,14 @@ def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
     try:
         checkpoint.save(tensors, checkpoint_id=partial)
     except checkpoint.CheckpointException as error:  # one for all processes
-        raise next(iter(error.failures.values()))[0] from error
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0]
+        if 'inline_container' in str(cause):  # the part of torch that counts the written bytes
+            cause = OSError(errno.EIO, 'No more could be written (is the disk full?)', folder)
+        raise cause from error
     if is_main_process():
-        torch.save(rest, os.path.join(partial, REST))
+        save_checkpoint(rest, os.path.join(partial, REST), backend_args=ATOMIC)
         replace(partial, folder)
     barrier()
 

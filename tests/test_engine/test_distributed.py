@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from mmvil.engine import (
     GlobalBatchCrossEntropyLoss,
     load_safely,
 )
-from mmvil.engine.shards import require_shards
+from mmvil.engine.shards import WEIGHTS, require_shards, save_shards
 from mmvil.layers import DropPath
 from tests.test_tools.tool_process import call_tool, call_tool_in_processes
 
@@ -456,6 +457,25 @@ def test_shards_are_read_by_any_number_of_processes_and_by_the_plain_model(folde
     assert 'is of a sharded training: resume it with its own config' in refused
     options = (f'load_from={straight / "iter_6.pth"}', 'train_cfg.max_iters=1')
     call_tool(*plain, '--cfg-options', *options, 'train_dataloader.batch_size=4')
+
+
+def check_full_disk(rank, folder):
+    tensors = {WEIGHTS: {str(i): torch.full((100_000,), i) for i in range(4)}}
+    save_shards(folder / '1', tensors, dict(meta='before'))
+    if rank == 1:  # a limit on the size of files stands in for a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match='is the disk full') as full:
+        save_shards(folder / '2', tensors, {})
+    assert full.value.errno is not None and full.value.filename == str(folder / '2')
+    torch.distributed.barrier()
+    assert [path.name for path in folder.iterdir()] == ['1']
+
+
+@shards
+def test_full_disk_stops_all_processes_and_leaves_the_shards_before(tmp_path):
+    in_two_processes(partial(check_full_disk, folder=tmp_path))
+    before = load_safely(tmp_path / '1')
+    assert before['meta'] == 'before' and (before[WEIGHTS]['3'] == 3).all()
 
 
 @pytest.mark.slow  # half a minute; `pip install 'deepspeed<0.17'` first
