@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make demo       train ViL-T + UperNet on a small data set, evaluate, draw pictures"
 	@echo "make test       run the tests (less than 15 minutes on 2 cores)"
-	@echo "make test-full  run the slow tests too (half an hour)"
+	@echo "make test-full  run the slow tests too (a quarter to half an hour)"
 	@echo "make gpu-report test and measure the GPU kernels"
 	@echo "make lint       check the style"
 	@echo "make install    only make $(VENV)"

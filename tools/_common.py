@@ -53,8 +53,8 @@ def leave_process_group() -> None:
     Gloo's may still hold a tensor that another process has received already. To free it they need
     Python, and one that finds Python gone aborts the process, after all its work was done.
     """
-    gc.collect()  # the model's wrapper holds the group, too
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
+        gc.collect()  # the model's wrapper holds the group, too
         torch.distributed.destroy_process_group()
 
 
@@ -92,6 +92,7 @@ try:
     from _malloc import keep_freed_memory
     from mmengine.config import Config, DictAction
     from mmengine.device import get_device
+    from mmengine.dist import is_distributed
     from mmengine.hooks import Hook
     from mmengine.model import BaseTTAModel, is_model_wrapper
     from mmengine.registry import DATASETS, MODELS, RUNNERS

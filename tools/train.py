@@ -28,7 +28,7 @@ from _common import (
 )
 
 from mmvil.engine import DamagedCheckpointError, find_good_checkpoint, verify
-from mmvil.engine.safe_checkpoint import PARTIAL
+from mmvil.engine.safe_checkpoint import ATOMIC, PARTIAL
 from mmvil.engine.shards import is_sharded
 
 
@@ -114,7 +114,7 @@ def save_safely(cfg):
     """
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if hook and '://' not in str(hook.get('out_dir')) and 'file_client_args' not in hook:
-        hook.setdefault('backend_args', dict(backend='mmvil_atomic'))
+        hook.setdefault('backend_args', ATOMIC)
     if hook and hook.get('max_keep_ckpts') == 1:
         hook.max_keep_ckpts = 2
         return ['keeping 2 checkpoints: of 1, mmengine removes it before it writes the next']

@@ -64,6 +64,7 @@ class AtomicLocalBackend(LocalBackend):
 
 
 register_backend('mmvil_atomic', AtomicLocalBackend, force=True)
+ATOMIC = dict(backend='mmvil_atomic')  # as mmengine's ``backend_args``
 
 
 def replace(source: str, target: str) -> None:

@@ -17,12 +17,18 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.runner import save_checkpoint
 
-from .safe_checkpoint import PARTIAL, DamagedCheckpointError, check_pickle, load_safely, replace
+from .safe_checkpoint import (
+    ATOMIC,
+    PARTIAL,
+    DamagedCheckpointError,
+    check_pickle,
+    load_safely,
+    replace,
+)
 
 INDEX = '.metadata'  # the name that torch gives it
 REST = 'rest.pth'
 WEIGHTS = 'state_dict'
-ATOMIC = dict(backend='mmvil_atomic')  # which reports a full disk, where torch.save does not
 
 
 def require_shards() -> None:

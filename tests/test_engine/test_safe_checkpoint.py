@@ -26,9 +26,8 @@ from mmvil.engine import (
     load_safely,
     verify,
 )
+from mmvil.engine.safe_checkpoint import ATOMIC
 from mmvil.engine.shards import require_shards
-
-ATOMIC = dict(backend='mmvil_atomic')
 
 
 def checkpoint():

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _common import UserError, run
 from mmengine.runner import save_checkpoint
 
+from mmvil.engine.safe_checkpoint import ATOMIC
 from mmvil.engine.shards import is_sharded, join_shards
 
 
@@ -56,7 +57,7 @@ def main():
         checkpoint = join_deepspeed_shards(args.src)
     else:
         raise UserError(f'{args.src} is not a folder with shards of FSDP or DeepSpeed training')
-    save_checkpoint(checkpoint, str(args.dst), backend_args=dict(backend='mmvil_atomic'))
+    save_checkpoint(checkpoint, str(args.dst), backend_args=ATOMIC)
     print(f'Wrote {args.dst} with {len(checkpoint["state_dict"])} tensors.')
 
 
