@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbones import VisionLSTM
 from ..converters import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, is_official, vil_to_mmvil
-from ..layers import resize_pos_embed
 from ..layers.embed import tokens_to_map
 
 __all__ = ['TimmVisionLSTM']
@@ -202,9 +201,7 @@ class TimmVisionLSTM(nn.Module):
     ) -> Tuple[Tensor, Tuple[int, int], List[Tensor]]:
         """Tokens (B, N, D) after the last block, their grid, and those after the blocks to take."""
         backbone = self.backbone
-        backbone._check_image(x)
-        x, grid = backbone.patch_embed(x)
-        x = x + resize_pos_embed(backbone.pos_embed, grid).flatten(1, 2)
+        x, grid = backbone.embed(x)
         intermediates = []
         for index, layer in enumerate(backbone.layers):
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -146,7 +146,6 @@ class VisionLSTM(BaseModule):
         self.pos_embed = nn.Parameter(
             torch.empty(1, height // patch_size, width // patch_size, self.embed_dims)
         )
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
         built = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= built:
@@ -157,7 +156,7 @@ class VisionLSTM(BaseModule):
         rates = (
             [drop_path_rate] * depth
             if drop_path_mode == 'uniform'
-            else torch.linspace(0, drop_path_rate, depth).tolist()
+            else [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         )
         self.layers = nn.ModuleList(
             ViLBlock(
@@ -184,6 +183,7 @@ class VisionLSTM(BaseModule):
         self.pyramid = None
         if pyramid is not None:
             self.pyramid_strides, self.pyramid = self._build_pyramid(**pyramid)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze()
 
@@ -268,13 +268,10 @@ class VisionLSTM(BaseModule):
             and ``pyramid`` say.
 
         Raises:
-            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
-                patch.
+            ValueError: As :meth:`embed` does.
         """
-        self._check_image(x)
         image_size = x.shape[2:]
-        x, grid = self.patch_embed(x)
-        x = x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2)
+        x, grid = self.embed(x)
         outputs = []
         for index, layer in enumerate(self.layers):
             if self.with_cp and torch.is_grad_enabled():
@@ -290,17 +287,21 @@ class VisionLSTM(BaseModule):
             ]
         return tuple(outputs)
 
-    def _check_image(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'Expected images of shape (B, {self.in_channels}, H, W), but got {tuple(x.shape)}.'
-            )
-        if min(x.shape[2:]) < self.patch_size:
-            raise ValueError(
-                'Images must be at least one patch '
-                f'({self.patch_size} x {self.patch_size}) large, but are '
-                f'{x.shape[2]} x {x.shape[3]}.'
-            )
+    def embed(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+        """Embed images: patches and positions.
+
+        Args:
+            x (Tensor): Images, shape (B, C, H, W).
+
+        Returns:
+            tuple[Tensor, tuple[int, int]]: Tokens in row-major order (B, N, D), and the token grid.
+
+        Raises:
+            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
+                patch.
+        """
+        x, grid = self.patch_embed(x)
+        return x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2), grid
 
     def _format(self, x: Tensor, grid: Tuple[int, int], last: bool) -> Tensor:
         """Bring the tokens (B, N, D) after a block into the shape that was asked for; norms belong
@@ -312,13 +313,17 @@ class VisionLSTM(BaseModule):
             return x
         if self.out_type == 'featmap':
             return tokens_to_map(x, grid)
-        first, final = x[:, 0], x[:, -1]
-        x = (
-            torch.cat([first, final], dim=1)
-            if self.out_type == 'bilateral_concat'
-            else (first + final) / 2
-        )
+        x = self.pool(x)
         return self.pool_norm(x) if last else x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Pool tokens (B, N, D) bilaterally: first and last concatenated (B, 2D), or their mean
+        (B, D) with ``out_type='bilateral_avg'``.
+        """
+        first, last = x[:, 0], x[:, -1]
+        if self.out_type == 'bilateral_avg':
+            return (first + last) / 2
+        return torch.cat([first, last], dim=1)
 
     # ---------------------------------------------------------------- training
 
@@ -359,6 +364,18 @@ class VisionLSTM(BaseModule):
         return (int(block[1]) // 2 + 1 if block else num_layers - 1), num_layers
 
     # ---------------------------------------------------------------- weights
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters as the constructor does, after ``to_empty`` of a model built on
+        the meta device.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+        # Afterwards, because these initialize the layers that they consist of.
+        for module in (self.patch_embed, *self.layers):
+            module.reset_parameters()
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def init_weights(self) -> None:
         """Load a checkpoint if ``init_cfg`` names one; otherwise the constructor has initialized

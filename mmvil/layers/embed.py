@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.compat import is_exporting
+from ..ops.compat import is_exporting, is_tracing, static_shape
 
 
 class PatchEmbed(nn.Module):
@@ -23,7 +23,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int) -> None:
         super().__init__()
         self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size=patch_size, stride=stride)
-        nn.init.xavier_uniform_(self.projection.weight.view(embed_dims, -1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the projection Xavier-uniformly as a linear map, with a bias of 0."""
+        nn.init.xavier_uniform_(self.projection.weight.flatten(1))
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
@@ -36,15 +40,30 @@ class PatchEmbed(nn.Module):
 
         Returns:
             tuple[Tensor, tuple[int, int]]: Tokens in row-major order (B, N, D), and the token grid.
+
+        Raises:
+            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
+                patch.
         """
+        shape, channels = static_shape(x), self.projection.in_channels
         patch_size, stride = self.projection.kernel_size[0], self.projection.stride[0]
-        bottom, right = (-(size - patch_size) % stride for size in x.shape[2:])
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f'Expected images of shape (B, {channels}, H, W), but got {shape}.')
+        height, width = shape[2:]
+        if min(height, width) < patch_size:
+            raise ValueError(
+                f'Images must be at least one patch ({patch_size} x {patch_size}) large, '
+                f'but are {height} x {width}.'
+            )
+        if is_tracing():
+            x = only_this_size(x, height, width)
+        bottom, right = -(height - patch_size) % stride, -(width - patch_size) % stride
         if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
         # In memory, too: what the blocks add to the tokens takes on their layout, and every norm
         # would have to transpose it.
-        return x.flatten(2).transpose(1, 2).contiguous(), (x.shape[2], x.shape[3])
+        return x.flatten(2).transpose(1, 2).contiguous(), static_shape(x)[2:]
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
@@ -57,7 +76,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
     Returns:
         Tensor: Shape (1, rows, columns, D).
     """
-    if not is_exporting() and tuple(pos_embed.shape[1:3]) == tuple(grid):
+    if not is_exporting() and static_shape(pos_embed)[1:3] == tuple(grid):
         return pos_embed
     maps = pos_embed.permute(0, 3, 1, 2)
     dtype = torch.promote_types(maps.dtype, torch.float32)
@@ -69,3 +88,19 @@ def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
     """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
     maps = x.view(x.shape[0], *grid, x.shape[2]).permute(0, 3, 1, 2)
     return maps.contiguous() if is_exporting() else maps
+
+
+@torch.jit.script_if_tracing
+def only_this_size(x: Tensor, height: int, width: int) -> Tensor:
+    """Return images (B, C, H, W) unchanged; a trace of this function refuses other sizes.
+
+    torch.jit.trace records the paddings and grids of one image size, and none of Python's checks.
+    This check stays in the trace as a script.
+    """
+    if x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(
+            f'This Vision-LSTM was traced for images of {height} x {width} and takes no others, '
+            f'but got {x.shape[2]} x {x.shape[3]}. Trace it again for this size, or use '
+            'torch.export, which leaves the size open.'
+        )
+    return x

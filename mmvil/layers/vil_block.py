@@ -1,18 +1,28 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL block: x + layer(norm(x)), read in one direction."""
 
+import logging
 import math
+from functools import lru_cache
 from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..ops import mlstm
-from ..ops.compat import autocast_dtype, without_autocast
+from ..ops.compat import (
+    autocast_dtype,
+    has_global_module_hooks,
+    is_compiling,
+    is_exporting,
+    is_tracing,
+    is_transforming,
+    without_autocast,
+)
 from ..ops.lean_layer import LayerSettings, LayerWeights, lean_layer
 from ..ops.mlstm import BACKENDS, choose_form
-from ..ops.projections import fold_gates, gate_preactivations
 from .drop_path import DropPath
 from .projections import HeadwiseLinear, TokenConv
 
@@ -71,7 +81,7 @@ class ViLBlock(nn.Module):
         self.igate = nn.Linear(3 * inner, num_heads)
         self.fgate = nn.Linear(3 * inner, num_heads)
         self.out_norm = without_bias(nn.GroupNorm(num_heads, inner), not bias)
-        self.skip = nn.Parameter(torch.ones(inner))
+        self.skip = nn.Parameter(torch.empty(inner))
         self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
         self.drop_path = DropPath(drop_path_rate)
         self.reset_parameters()
@@ -83,11 +93,12 @@ class ViLBlock(nn.Module):
         The down-projection's deviation is Wang's 2 / (L sqrt(D)) with L = 1.
         """
         embed_dims = self.proj_up.in_features
-        small = math.sqrt(2 / (5 * embed_dims))
-        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(module.weight, std=small)
+        nn.init.ones_(self.skip)
+        for module in (self.norm, self.conv, self.q_proj, self.k_proj, self.v_proj, self.out_norm):
+            module.reset_parameters()
+        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * embed_dims)))
         nn.init.normal_(self.proj_down.weight, std=2 / math.sqrt(embed_dims))
-        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj, self.proj_down):
+        for module in (self.proj_up, self.proj_down):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.igate.weight)
@@ -106,15 +117,19 @@ class ViLBlock(nn.Module):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        layer = self._lean_layer if self.lean and self.backend != 'reference' else self._layer
-        return self.drop_path(x, lambda tokens: layer(tokens, grid))
+        weights = self._fusible_weights()
+        if weights is None:
+            return self.drop_path(x, lambda tokens: self._layer(tokens, grid))
+        return self.drop_path(x, lambda tokens: self._fused_layer(tokens, grid, weights))
 
     def _layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """The layer as one reads it in the paper; autograd keeps what it needs."""
+        """The layer as the paper has it: every submodule is called, autograd keeps what it
+        needs.
+        """
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)  # (B, NH, N, DH)
-        igate, fgate = self._gates(c, x_m)
+        igate, fgate = self._gates(q, k, v)
         h = mlstm(
             q,
             k,
@@ -129,61 +144,131 @@ class ViLBlock(nn.Module):
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
 
-    def _gates(self, c: Tensor, x_m: Tensor) -> Tuple[Tensor, Tensor]:
-        """Linear maps of [q, k, v] to one scalar per head and token (B, NH, N), without
-        concatenating.
-        """
-        with without_autocast(x_m):  # gates are never computed in half precision
-            dtype = torch.promote_types(c.dtype, torch.float32)
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            biases = [projection.bias for projection in projections]
-            weights = fold_gates(
-                torch.cat([self.igate.weight, self.fgate.weight]).to(dtype),
-                torch.cat([self.igate.bias, self.fgate.bias]).to(dtype),
-                torch.stack([projection.weight for projection in projections]).to(dtype),
-                None if biases[0] is None else torch.stack(biases).to(dtype),
-            )
-            return gate_preactivations(c, x_m, weights)
+    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        """Gate pre-activations (B, NH, N), never computed in half precision."""
+        with without_autocast(q):
+            qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
+            qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # (B, N, 3E)
+            gates = (_call_promoted(gate, qkv) for gate in (self.igate, self.fgate))
+            igate, fgate = (gate.transpose(1, 2) for gate in gates)
+        return igate, fgate
 
-    def _lean_layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """The same in one function with a small backward state."""
-        weights = LayerWeights(
-            self.norm.weight,
-            self.norm.bias,
-            self.proj_up.weight,
-            self.proj_up.bias,
-            self.conv.weight,
-            self.conv.bias,
-            self.q_proj.weight,
-            self.q_proj.bias,
-            self.k_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.weight,
-            self.v_proj.bias,
-            self.igate.weight,
-            self.igate.bias,
-            self.fgate.weight,
-            self.fgate.bias,
-            self.out_norm.weight,
-            self.out_norm.bias,
-            self.skip,
-            self.proj_down.weight,
-            self.proj_down.bias,
-        )
-        head_width = len(self.skip) // self.num_heads
+    def _fused_layer(self, x: Tensor, grid: Tuple[int, int], weights: LayerWeights) -> Tensor:
+        """The same as one function of the submodules' weights, with a small backward state."""
         dtype = autocast_dtype(x)
         settings = LayerSettings(
             grid=grid,
             heads=self.num_heads,
             reverse=self.reverse,
             form=choose_form(
-                x.device, dtype, x.shape[1], head_width, self.backend, self.chunk_size
+                x.device,
+                dtype,
+                x.shape[1],
+                len(self.skip) // self.num_heads,
+                self.backend,
+                self.chunk_size,
             ),
             norm_eps=self.norm.eps,
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
         )
         return lean_layer(x, weights, settings)
+
+    def _fusible_weights(self) -> Optional[LayerWeights]:
+        """The weights of all submodules, or None where the submodules have to be called.
+
+        The fused layer stands for its submodules only while they are what the constructor made
+        them. Whoever replaces, hooks, parametrizes, quantizes or traces one needs it called.
+        """
+        if not self.lean or self.backend == 'reference':
+            return None
+        if is_exporting() or is_tracing() or is_transforming():
+            return None
+        reason = self._why_not_fused()
+        if reason is None:
+            weights = LayerWeights(
+                norm_weight=self.norm.weight,
+                norm_bias=self.norm.bias,
+                up_weight=self.proj_up.weight,
+                up_bias=self.proj_up.bias,
+                conv_weight=self.conv.weight,
+                conv_bias=self.conv.bias,
+                q_weight=self.q_proj.weight,
+                q_bias=self.q_proj.bias,
+                k_weight=self.k_proj.weight,
+                k_bias=self.k_proj.bias,
+                v_weight=self.v_proj.weight,
+                v_bias=self.v_proj.bias,
+                igate_weight=self.igate.weight,
+                igate_bias=self.igate.bias,
+                fgate_weight=self.fgate.weight,
+                fgate_bias=self.fgate.bias,
+                out_norm_weight=self.out_norm.weight,
+                out_norm_bias=self.out_norm.bias,
+                skip=self.skip,
+                down_weight=self.proj_down.weight,
+                down_bias=self.proj_down.bias,
+            )
+            strange = set(map(type, weights)) - PLAIN_TENSORS
+            if not strange:
+                return weights
+            reason = f'a weight is a {min(kind.__name__ for kind in strange)}'
+        if not is_compiling():
+            _log_once(
+                f'ViLBlock calls its submodules one by one, because {reason}. Results are the '
+                'same; the fused layer is faster and keeps less memory for backward.'
+            )
+        return None
+
+    def _why_not_fused(self) -> Optional[str]:
+        """The first submodule that is not, or not only, what the constructor made it."""
+        for name, kind in FUSED_SUBMODULES.items():
+            module = self._modules[name]
+            if type(module) is not kind:
+                return f'{name} is a {type(module).__name__}'
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f'{name} has a hook'
+            if 'forward' in module.__dict__:
+                return f'{name} has a forward method of its own'
+        return 'there are hooks on all modules' if has_global_module_hooks() else None
+
+
+FUSED_SUBMODULES = dict(
+    norm=nn.LayerNorm,
+    proj_up=nn.Linear,
+    conv=TokenConv,
+    q_proj=HeadwiseLinear,
+    k_proj=HeadwiseLinear,
+    v_proj=HeadwiseLinear,
+    igate=nn.Linear,
+    fgate=nn.Linear,
+    out_norm=nn.GroupNorm,
+    proj_down=nn.Linear,
+)
+"""The submodules of a block that the fused layer stands for, with their exact types."""
+
+PLAIN_TENSORS = {Tensor, nn.Parameter, type(None)}
+"""Types of weights that the fused layer computes with; subclasses define operations anew."""
+
+
+def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module on x, with parameters of lower precision promoted to the dtype of x."""
+    promoted = {
+        name: parameter.to(x.dtype)
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point() and parameter.element_size() < x.element_size()
+    }
+    return functional_call(module, promoted, (x,)) if promoted else module(x)
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    logging.getLogger('mmvil').warning(message)
 
 
 def without_bias(norm: nn.Module, remove: bool = True) -> nn.Module:

@@ -1,7 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What torch 2.1 and the newest torch call differently."""
+"""Tracers, transforms and autocast, under the names they have from torch 2.1 to the newest."""
 
+import warnings
 from contextlib import nullcontext
+from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,30 @@ def is_compiling() -> bool:
 def is_exporting() -> bool:
     """Whether torch.export is tracing: one graph for all image sizes."""
     return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()  # torch >= 2.7
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace, or an exporter or FLOP counter on top of it, is recording."""
+    return torch.jit.is_tracing()
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def has_global_module_hooks() -> bool:
+    """Whether somebody watches the calls of all modules, such as torch's FLOP counter."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def static_shape(x: Tensor) -> Tuple[int, ...]:
+    """Sizes as numbers, also where torch.jit.trace would record them as operations."""
+    if not is_tracing():
+        return tuple(x.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return tuple(map(int, x.shape))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

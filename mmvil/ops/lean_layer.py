@@ -196,7 +196,8 @@ class _LeanLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, y_grad):
-        refuse_second_derivatives()
+        if torch.is_grad_enabled() and not is_compiling():
+            refuse_second_derivatives()
         x, x_m, z, h, igate, fgate, normalizer, *weights = ctx.saved_tensors
         kept = (x, x_m, z, h, igate, fgate, normalizer)
         with without_autocast(x):

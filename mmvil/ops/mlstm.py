@@ -10,9 +10,17 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .chunkwise import chunkwise_backward, chunkwise_forward
-from .compat import is_compiling, without_autocast
+from .chunkwise import chunk_length, chunkwise_backward, chunkwise_forward
+from .compat import (
+    is_compiling,
+    is_exporting,
+    is_tracing,
+    is_transforming,
+    static_shape,
+    without_autocast,
+)
 from .reference import mlstm_reference
+from .traceable import mlstm_traceable
 from .triton import default_chunk_size as default_triton_chunk_size
 from .triton import unavailable as triton_unavailable
 from .triton import usable as triton_usable
@@ -91,8 +99,22 @@ def mlstm(
         with without_autocast(q):
             inputs = (x.to(dtype) for x in (q, k, v, igate, fgate))
             return mlstm_reference(*inputs, reverse).to(q.dtype)
+    if is_exporting() or is_tracing():  # a graph that runs where mmvil is not installed
+        chunk_size = _traced_chunk_size(q, chunk_size)
+        with without_autocast(q):
+            return mlstm_traceable(q, k, v, igate, fgate, reverse, chunk_size)[0]
     form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
-    return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)[0]
+    # Transforms look for the rules of the autograd function, which dispatching would hide.
+    operator = _MLSTM.apply if is_transforming() else torch.ops.mmvil.mlstm
+    return operator(q, k, v, igate, fgate, reverse, *form)[0]
+
+
+def _traced_chunk_size(q: Tensor, chunk_size: Optional[int]) -> int:
+    """Tokens in a chunk of a recorded graph, whose number of tokens may be left open."""
+    _, _, tokens, head_width = static_shape(q)
+    if isinstance(tokens, torch.SymInt):
+        return chunk_size or max(64, head_width // 2)
+    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width))
 
 
 def choose_form(
@@ -141,16 +163,17 @@ def _check(
     backend: str,
     chunk_size: Optional[int],
 ) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+    shape, *others = map(static_shape, (q, k, v))
+    if len(shape) != 4 or any(other != shape for other in others):
         raise ValueError(
             'q, k and v must have the same shape (B, NH, N, DH), but are '
-            f'{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}.'
+            f'{shape}, {others[0]} and {others[1]}.'
         )
-    if igate.shape != q.shape[:3] or fgate.shape != q.shape[:3]:
+    gates = [static_shape(gate) for gate in (igate, fgate)]
+    if any(gate != shape[:3] for gate in gates):
         raise ValueError(
-            f'igate and fgate must have the shape (B, NH, N) = {tuple(q.shape[:3])} of the '
-            'queries, but are '
-            f'{tuple(igate.shape)} and {tuple(fgate.shape)}.'
+            f'igate and fgate must have the shape (B, NH, N) = {shape[:3]} of the '
+            f'queries, but are {gates[0]} and {gates[1]}.'
         )
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
@@ -167,14 +190,11 @@ def _check(
 
 
 def refuse_second_derivatives() -> None:
-    """Called in a backward pass: raise if its result is to be differentiated again, which would
-    silently give zero.
-    """
-    if torch.is_grad_enabled() and not is_compiling():
-        raise NotImplementedError(
-            "The mLSTM's backward pass cannot be differentiated (create_graph=True). For second "
-            "derivatives use backend='reference', which is slow."
-        )
+    """Raise that a backward pass is to be differentiated again, which would silently give zero."""
+    raise NotImplementedError(
+        "The mLSTM's backward pass cannot be differentiated (create_graph=True). For second "
+        "derivatives use backend='reference', which is slow."
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,24 +275,72 @@ class _MLSTM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, igate, fgate, reverse, chunk_size, triton=False):
-        form = Form(chunk_size, triton)
+    def forward(q, k, v, igate, fgate, reverse, *form):
         with torch._C._AutoDispatchBelowAutograd():
-            h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)
+            return torch.ops.mmvil.mlstm(q, k, v, igate, fgate, reverse, *form)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, igate, fgate, *ctx.settings = inputs
+        h, normalizer = output
         ctx.save_for_backward(q, k, v, igate, fgate, h, normalizer)
-        ctx.reverse, ctx.form = reverse, form
         ctx.mark_non_differentiable(normalizer)
-        return h, normalizer
 
     @staticmethod
     def backward(ctx, h_grad, _):
-        refuse_second_derivatives()
-        return (
-            *torch.ops.mmvil.mlstm_backward(h_grad, *ctx.saved_tensors, ctx.reverse, *ctx.form),
-            None,
-            None,
-            None,
+        differentiable = torch.is_grad_enabled() and not is_compiling()
+        backward = _MLSTMBackward.apply if differentiable else torch.ops.mmvil.mlstm_backward
+        grads = backward(h_grad, *ctx.saved_tensors, *ctx.settings)
+        return (*grads, *(None for _ in ctx.settings))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _fold_into_batch(_MLSTM, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(
+            'The mLSTM has no forward-mode derivatives (torch.func.jvp). Take reverse mode '
+            "(torch.func.grad or vjp), or backend='reference', which is slow."
         )
+
+
+class _MLSTMBackward(torch.autograd.Function):
+    """The backward pass where its result may be differentiated again, which it refuses."""
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.mmvil.mlstm_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse_second_derivatives()
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _fold_into_batch(_MLSTMBackward, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        refuse_second_derivatives()
+
+
+def _fold_into_batch(function, size: int, in_dims, args):
+    """Apply a function to vmapped tensors (B, NH, ...) as to a batch of ``size`` * B."""
+
+    def fold(x: Tensor, dim: Optional[int]) -> Tensor:
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    folded = [
+        fold(x, dim) if isinstance(x, Tensor) else x for x, dim in zip(args, in_dims)
+    ]
+    outputs = function.apply(*folded)
+    return tuple(y.unflatten(0, (size, len(y) // size)) for y in outputs), (0,) * len(outputs)
 
 
 _library.impl('mlstm', _mlstm_forward, 'CompositeExplicitAutograd')

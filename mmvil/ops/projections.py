@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compat import is_compiling, is_exporting
+from .compat import is_compiling, is_exporting, is_transforming
 
 DENSE_BLOCK = 32
 """Width up to which small diagonal blocks are joined into one dense block. Matrix units want that
@@ -74,7 +74,8 @@ def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor]) -> Tensor:
         Tensor: Shape (B, N, E).
     """
     width = dense.shape[1]
-    if torch.is_grad_enabled() or is_compiling():  # which results written elsewhere do not suit
+    # Where results written elsewhere do not suit:
+    if torch.is_grad_enabled() or is_compiling() or is_transforming():
         y = torch.bmm(_groups(x, width), dense).transpose(0, 1).reshape(x.shape)
         return y if bias is None else y + bias
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compat import static_shape
 from .gates import cumsum
 from .reference import EPS
 
@@ -49,7 +50,7 @@ def mlstm_traceable(
     Returns:
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N).
     """
-    tokens, out_dtype = q.shape[2], q.dtype
+    tokens, out_dtype = static_shape(q)[2], q.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     chunks = (tokens + chunk_size - 1) // chunk_size
     padding = chunks * chunk_size - tokens
@@ -76,10 +77,12 @@ def mlstm_traceable(
     q, k, v = to_chunks(q) * q.shape[-1] ** -0.5, to_chunks(k), to_chunks(v)
     # A column of ones makes the normalizer one more channel of the values.
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, NH, n, L, DH + 1)
-    memory = torch.matmul((k * to_state).transpose(-1, -2), v)  # (B, NH, n, DH, DH + 1)
-    memory = torch.matmul(chunk_weights, memory.flatten(-2)).reshape(memory.shape)
     sums = torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * weights, v)
-    sums = (sums + torch.matmul(q * from_state, memory)).flatten(2, 3)[:, :, :tokens]
+    if not isinstance(chunks, int) or chunks > 1:
+        memory = torch.matmul((k * to_state).transpose(-1, -2), v)  # (B, NH, n, DH, DH + 1)
+        memory = torch.matmul(chunk_weights, memory.flatten(-2)).reshape(memory.shape)
+        sums = sums + torch.matmul(q * from_state, memory)
+    sums = sums.flatten(2, 3)[:, :, :tokens]
     numerator, normalizer = sums[..., :-1], sums[..., -1]
 
     stabilizer = cumulative + running_max.flatten(2)[:, :, :tokens]

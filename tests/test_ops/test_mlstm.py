@@ -147,8 +147,9 @@ def test_mlstm_gradcheck():
 def test_mlstm_refuses_second_derivatives():
     inputs = make_inputs(5, 4)
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4])
+    (grad,) = torch.autograd.grad(h.sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
-        torch.autograd.grad(h.sum(), inputs[0], create_graph=True)
+        torch.autograd.grad(grad.sum(), inputs[1])
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='reference')
     (grad,) = torch.autograd.grad(h.sum(), inputs[0], create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), inputs[1])
