@@ -10,19 +10,41 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import resample_patch_embed, to_2tuple, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.fx import Proxy
 
 from ..backbones import VisionLSTM
 from ..converters import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, is_official, vil_to_mmvil
+from ..layers import PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
+from ..ops.compat import static_shape
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm < 1.0.31 saves no arguments of models, and so no changed sizes
+
+    def update_model_input_size(model: nn.Module, img_size: Any, **kwargs: Any) -> None:
+        pass
+
 
 __all__ = ['TimmVisionLSTM']
 
 POOLS = ('bilateral_concat', 'bilateral_avg', 'avg', '')
+
+# Leaves of symbolic traces (torch.fx): what they compute depends on the image size.
+register_notrace_module(PatchEmbed)
+register_notrace_module(ViLBlock)
+register_notrace_function(tokens_to_map)
 
 
 class TimmVisionLSTM(nn.Module):
@@ -32,8 +54,8 @@ class TimmVisionLSTM(nn.Module):
     Args:
         arch (str | dict): As in :class:`mmvil.VisionLSTM`, like version, patch_size and stride.
         version (int): Default: 2.
-        img_size (int | tuple[int, int]): Image size for which the position embedding is made;
-            others are accepted. Default: 224.
+        img_size (int | tuple[int, int]): Image size, height first, for which the position embedding
+            is made. Default: 224.
         patch_size (int): Default: 16.
         stride (int, optional): Default: ``patch_size``.
         in_chans (int): Default: 3.
@@ -43,8 +65,17 @@ class TimmVisionLSTM(nn.Module):
             the first for version 2 and the second for version 1.
         drop_rate (float): Dropout before the classifier. Default: 0.
         drop_path_rate (float): Stochastic depth, the same in all blocks. Default: 0.
+        strict_img_size (bool, optional): Refuse images of another size than ``img_size``. Default:
+            False, unless ``dynamic_img_size`` is False.
+        dynamic_img_size (bool, optional): Accept images of any size; True outweighs
+            ``strict_img_size``, as in timm. Default: not ``strict_img_size``.
+        dynamic_img_pad (bool): Where patches do not tile an image, add zeros on the right and at
+            the bottom; False refuses such images, and such an ``img_size``. Default: True.
         device, dtype: Where and as what to create the parameters.
         **kwargs: Further arguments of :class:`mmvil.VisionLSTM`: backend, lean, drop_path_mode.
+
+    Raises:
+        ValueError: For unknown choices and sizes that do not fit, here and in ``forward``.
     """
 
     output_fmt = 'NCHW'
@@ -61,6 +92,9 @@ class TimmVisionLSTM(nn.Module):
         global_pool: Optional[str] = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        strict_img_size: Optional[bool] = None,
+        dynamic_img_size: Optional[bool] = None,
+        dynamic_img_pad: bool = True,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         **kwargs: Any,
@@ -77,6 +111,13 @@ class TimmVisionLSTM(nn.Module):
                 drop_path_rate=drop_path_rate,
                 **kwargs,
             )
+        if strict_img_size is None:
+            strict_img_size = dynamic_img_size is False
+        self.dynamic_img_size = bool(dynamic_img_size or not strict_img_size)
+        self.dynamic_img_pad = dynamic_img_pad
+        self._traits = dict(fixed_input_size=not self.dynamic_img_size)  # timm reads it
+        self.img_size = to_2tuple(img_size)
+        self._check_tiling(self.img_size, patch_size, self.backbone.stride)
         self.in_chans = in_chans
         self.num_features = self.embed_dim = self.backbone.embed_dims
         self.grad_checkpointing = False
@@ -96,6 +137,71 @@ class TimmVisionLSTM(nn.Module):
             global_pool = 'bilateral_concat' if version == 2 else 'bilateral_avg'
         self._set_pool(global_pool)
         self._set_classifier(num_classes)
+
+    # ------------------------------------------------------------------------------- image size
+
+    def set_input_size(
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[int] = None,
+    ) -> None:
+        """Resize the position embedding and resample the patch embedding for another size.
+
+        Args:
+            img_size (int | tuple[int, int], optional): As in the constructor. Default: the present
+                one.
+            patch_size (int, optional): The stride changes in proportion. Default: the present one.
+
+        Raises:
+            ValueError: For sizes that do not fit. Nothing has changed then.
+        """
+        backbone = self.backbone
+        img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        patch_size = backbone.patch_size if patch_size is None else patch_size
+        stride, rest = divmod(backbone.stride * patch_size, backbone.patch_size)
+        if rest or not stride:
+            raise ValueError(
+                f'patch_size must give a whole stride at {backbone.stride} pixels for a patch of '
+                f'{backbone.patch_size}, but is {patch_size}.'
+            )
+        if min(img_size) < patch_size:
+            raise ValueError(
+                f'img_size must be at least one patch ({patch_size}), but is {img_size}.'
+            )
+        self._check_tiling(img_size, patch_size, stride)
+
+        grid = tuple(side // patch_size for side in img_size)
+        if grid != tuple(backbone.pos_embed.shape[1:3]):
+            backbone.pos_embed = _parameter_like(
+                backbone.pos_embed, resize_pos_embed(backbone.pos_embed.detach(), grid)
+            )
+        if patch_size != backbone.patch_size:
+            projection = backbone.patch_embed.projection
+            weight = resample_patch_embed(projection.weight.detach(), [patch_size, patch_size])
+            projection.weight = _parameter_like(projection.weight, weight)
+            projection.kernel_size, projection.stride = (patch_size,) * 2, (stride,) * 2
+            backbone.patch_size, backbone.stride = patch_size, stride
+            for info in self.feature_info:
+                info['reduction'] = stride
+        self.img_size = img_size
+        update_model_input_size(self, img_size, patch_size=patch_size, stride=stride)
+
+    def _check_image(self, x: Tensor) -> None:
+        size = static_shape(x)[2:]
+        if not self.dynamic_img_size and size != self.img_size:
+            raise ValueError(
+                'Images must be {} x {} large, but are {} x {}; resize them, call set_input_size, '
+                'or create the model with dynamic_img_size=True.'.format(*self.img_size, *size)
+            )
+        self._check_tiling(size, self.backbone.patch_size, self.backbone.stride)
+
+    def _check_tiling(self, size: Tuple[int, int], patch_size: int, stride: int) -> None:
+        if not self.dynamic_img_pad and any((side - patch_size) % stride for side in size):
+            raise ValueError(
+                f'With dynamic_img_pad=False, patches of {patch_size} pixels at stride {stride} '
+                f'must tile the image, but it is {size[0]} x {size[1]}; resize it, or create the '
+                'model with dynamic_img_pad=True.'
+            )
 
     # ------------------------------------------------------------------------------- classifier
 
@@ -158,6 +264,11 @@ class TimmVisionLSTM(nn.Module):
             first, last = x[:, :, 0, 0], x[:, :, -1, -1]
             concat = self.global_pool == 'bilateral_concat'
             x = torch.cat([first, last], dim=1) if concat else (first + last) / 2
+        elif self.num_classes > 0 and not pre_logits:
+            raise ValueError(
+                "The classifier needs a pooling, but global_pool is ''; choose another one, or "
+                'num_classes=0.'
+            )
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
@@ -201,11 +312,13 @@ class TimmVisionLSTM(nn.Module):
     ) -> Tuple[Tensor, Tuple[int, int], List[Tensor]]:
         """Tokens (B, N, D) after the last block, their grid, and those after the blocks to take."""
         backbone = self.backbone
+        if not isinstance(x, Proxy):  # symbolic, without a size
+            self._check_image(x)
         x, grid = backbone.embed(x)
         intermediates = []
         for index, layer in enumerate(backbone.layers):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, grid, use_reentrant=False)
+                x = checkpoint(layer, x, grid)
             else:
                 x = layer(x, grid)
             if index in take:
@@ -257,6 +370,10 @@ class TimmVisionLSTM(nn.Module):
         )
 
 
+def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=old.requires_grad)
+
+
 # -------------------------------------------------------------------------------------- registering
 
 
@@ -270,6 +387,16 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         name = name.replace('backbone.pool_norm.', 'fc_norm.').replace('head.fc.', 'head.')
         renamed[name] = value
     return renamed
+
+
+def _fitting_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Leave out the norm of another pooling: it starts anew, as the classifier behind it does."""
+    own = model.fc_norm.state_dict(prefix='fc_norm.')
+    return {
+        name: value
+        for name, value in checkpoint_filter_fn(state_dict, model).items()
+        if not name.startswith('fc_norm.') or name in own and value.shape == own[name].shape
+    }
 
 
 def _model_name(official: OfficialCheckpoint) -> str:
@@ -301,12 +428,14 @@ def _register(name: str, official: OfficialCheckpoint) -> None:
     """Register the function that builds a model."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        settings = dict(arch=official.arch, version=official.version, stride=official.stride)
+        settings = dict(arch=official.arch, version=official.version)
+        if official.stride != 16:
+            settings['stride'] = official.stride
         return build_model_with_cfg(
             TimmVisionLSTM,
             name,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=_fitting_filter_fn,
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
             **{**settings, **kwargs},
         )

@@ -9,6 +9,7 @@ import re
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.fx
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -20,6 +21,8 @@ from ..converters import is_official, vil_to_mmvil
 from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias
+
+torch.fx.wrap('resize_pos_embed')  # symbolic tracing keeps it whole: it depends on sizes
 
 
 @MODELS.register_module()

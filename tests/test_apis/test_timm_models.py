@@ -93,6 +93,132 @@ def test_pretrained_weights_fit_other_channels_and_classes(num_classes, tmp_path
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, num_classes or 64)
 
 
+def test_pretrained_weights_fit_another_pooling_with_a_new_classifier(image, tmp_path):
+    source = create(num_classes=10)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    kwargs = dict(
+        pretrained=True,
+        global_pool='avg',
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'a.pth'), num_classes=10),
+    )
+    model = create(num_classes=5, **kwargs)
+    assert torch.equal(model.forward_features(image), source.forward_features(image))
+    assert torch.equal(model.fc_norm.weight, torch.ones(32)) and model(image).shape == (2, 5)
+    with pytest.raises(RuntimeError, match='(?s)fc_norm.weight.*head.weight'):
+        create(num_classes=10, **kwargs)
+
+
+@pytest.mark.parametrize('pool', ['bilateral_concat', 'avg', ''])
+def test_hub_folder_restores_the_model(image, tmp_path, pool):
+    model = create(num_classes=10, img_size=(64, 48), in_chans=3)
+    model.set_input_size((96, 80), patch_size=8)
+    model.reset_classifier(7 if pool else 0, pool)
+    timm.models.save_for_hf(model, tmp_path)
+
+    restored = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert restored.num_classes == model.num_classes and restored.img_size == (96, 80)
+    assert torch.equal(restored(image), model(image))
+    tuned = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3, img_size=64)
+    assert tuned.backbone.pos_embed.shape == (1, 8, 8, 32)
+
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True)
+    assert torch.equal(features.eval()(image)[0], model.forward_intermediates(image)[1][1])
+
+
+# ------------------------------------------------------------------------------------- image size
+
+
+@pytest.mark.parametrize(
+    'kwargs, strict',
+    [
+        (dict(), False),
+        (dict(strict_img_size=True), True),
+        (dict(dynamic_img_size=False), True),  # strict is timm's default
+        (dict(strict_img_size=False, dynamic_img_size=False), False),
+        (dict(strict_img_size=True, dynamic_img_size=True), False),
+    ],
+)
+def test_size_arguments_mean_what_they_mean_in_timm(image, kwargs, strict):
+    model = create(**kwargs)
+    assert model.dynamic_img_size is not strict
+    assert timm.models.get_model_input_config(model)['fixed_input_size'] is strict
+    if strict:
+        with pytest.raises(ValueError, match='must be 64 x 64 large, but are 64 x 48'):
+            model(image)
+        assert timm.data.resolve_input_data_config(model)['input_size'] == (3, 64, 64)
+        model.set_input_size((64, 48))
+    assert torch.equal(model(image), create()(image))
+    assert timm.data.resolve_model_data_config(model)['input_size'] == (3, 224, 224)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_without_padding_patches_must_tile_the_image(image, strict):
+    kwargs = dict(strict_img_size=strict, dynamic_img_pad=False)
+    model = create(img_size=(64, 48), **kwargs)
+    assert torch.equal(model(image), create(img_size=(64, 48))(image))
+    if not strict:
+        with pytest.raises(ValueError, match='must tile the image, but it is 64 x 47'):
+            model(image[..., :47])
+    with pytest.raises(ValueError, match='must tile the image, but it is 72 x 72'):
+        create(img_size=72, **kwargs)
+    overlapping = create(1, stride=8, img_size=72, **kwargs)
+    assert overlapping.forward_features(torch.zeros(1, 3, 72, 72)).shape == (1, 32, 8, 8)
+    padding = create(img_size=72, strict_img_size=strict)
+    assert padding.forward_features(torch.zeros(1, 3, 72, 72)).shape == (1, 32, 5, 5)
+
+
+def test_set_input_size_equals_loading_into_a_model_of_that_size(image):
+    model, larger = create().double().requires_grad_(False), create(img_size=(96, 80)).double()
+    larger.load_state_dict(model.state_dict())
+    model.set_input_size((96, 80))
+    assert torch.equal(model(image.double()), larger(image.double()))
+    embedding = model.backbone.pos_embed
+    assert embedding.dtype == torch.float64 and not embedding.requires_grad
+    model.set_input_size()
+    assert model.backbone.pos_embed is embedding
+
+
+def test_set_input_size_resamples_patches():
+    model = create(1, stride=8, img_size=(64, 48))
+    # Patches of one gray: resampling keeps what it is embedded to.
+    image = torch.full((1, 3, 32, 32), 0.7)
+    expected = model.backbone.patch_embed(image)[0][:, 0]
+    model.backbone.patch_embed.requires_grad_(False)
+    model.set_input_size(patch_size=32)
+    tokens, grid = model.backbone.patch_embed(image)
+    assert grid == (1, 1)
+    torch.testing.assert_close(tokens[:, 0], expected, rtol=0.05, atol=0.02)
+    assert model.backbone.stride == 16 and model.feature_info[0]['reduction'] == 16
+    assert model.backbone.pos_embed.shape == (1, 2, 1, 32)
+    assert not model.backbone.patch_embed.projection.weight.requires_grad
+    assert model.forward_features(torch.zeros(1, 3, 64, 48)).shape == (1, 32, 3, 2)
+
+
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(img_size=8), r'at least one patch \(16\), but is \(8, 8\)'),
+        (dict(img_size=70), 'must tile the image, but it is 70 x 70'),
+        (dict(patch_size=15), 'patch_size must give a whole stride .* but is 15'),
+        (dict(patch_size=0), 'patch_size must give a whole stride .* but is 0'),
+    ],
+)
+def test_set_input_size_refuses_what_does_not_fit_and_changes_nothing(kwargs, match):
+    model = create(1, stride=8, dynamic_img_pad=False)
+    before = dict(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        model.set_input_size(**kwargs)
+    assert model.img_size == (64, 64) and model.backbone.patch_size == 16
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_stride_follows_the_patch_size_unless_the_model_is_one_with_overlap():
+    with torch.device('meta'):
+        assert create(patch_size=8).backbone.stride == 8
+        overlapping = timm.create_model('mmvil1_base_patch16_stride8_224')
+    assert (overlapping.backbone.patch_size, overlapping.backbone.stride) == (16, 8)
+
+
 # ----------------------------------------------------------------------------------- classifier
 
 
@@ -116,6 +242,9 @@ def test_reset_classifier_replaces_head_and_pooling(image, version, width):
     assert model.head_hidden_size == 32 and model(image).shape == (2, 7)
     with pytest.raises(ValueError, match="Unknown global_pool 'max'"):
         model.reset_classifier(7, 'max')
+    model.reset_classifier(7, '')
+    with pytest.raises(ValueError, match='classifier needs a pooling'):
+        model(image)
 
 
 def test_created_without_classifier_and_pooling(image):
@@ -188,7 +317,40 @@ def test_pruned_model_has_no_unused_parameters(image, indices, prune_norm):
     assert torch.equal(model(image), model(image))
 
 
+@pytest.mark.parametrize('version', [1, 2])
+def test_symbolic_trace_computes_the_same_for_any_size(image, version):
+    pytest.importorskip('torchvision')
+    model = create(version, num_classes=5)
+    traced = timm.layers.create_feature_extractor(model, ['backbone.layers.1', 'head'])
+    for size in (48, 40):
+        outputs = traced(image[..., :size])
+        assert torch.equal(outputs['head'], model(image[..., :size]))
+    outputs['head'].mean().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+    features = create(version, features_only=True, feature_cls='fx', out_indices=(0, 2))
+    assert [tuple(y.shape) for y in features(image)] == [(2, 12, 32)] * 2
+
+
 # -------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_gradient_checkpointing_follows_timms_setting(image, monkeypatch, reentrant):
+    chosen = []
+    run = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint,
+        'checkpoint',
+        lambda *args, use_reentrant: (
+            chosen.append(use_reentrant) or run(*args, use_reentrant=use_reentrant)
+        ),
+    )
+    monkeypatch.setattr(timm.layers.config, '_USE_REENTRANT_CKPT', reentrant)
+    model = create().train()
+    model.set_grad_checkpointing()
+    model(image).mean().backward()
+    assert chosen == [reentrant] * 4
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 @pytest.mark.parametrize('features_only', [False, True])
@@ -222,3 +384,36 @@ def test_backward_reaches_every_parameter_and_bfloat16_stays(image):
     model(image).mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
     assert model.to(torch.bfloat16).eval()(image.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', VERSIONS.values())
+def test_smallest_registered_models_train(name):
+    model = timm.create_model(name, num_classes=42, drop_path_rate=0.1, global_pool='avg')
+    logits = model(torch.randn(2, 3, 48, 64))
+    logits.mean().backward()
+    assert logits.shape == (2, 42) and logits.isfinite().all()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_freeze_ema_and_layer_decay_of_timm(image):
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3, freeze, unfreeze
+
+    model = create(num_classes=5).train()
+    ema = ModelEmaV3(model, decay=0.5)
+    freeze(model, 'backbone.layers.0')
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith('backbone.layers.0.') for name in frozen)
+
+    optimizer = create_optimizer_v2(model, 'lion', lr=0.1, layer_decay=0.5)  # steps by the sign
+    scales = {group['lr_scale'] for group in optimizer.param_groups}
+    assert scales == {1, 0.5, 0.25, 0.125}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(image).square().mean().backward()
+    optimizer.step()
+    ema.update(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in frozen), name
+        torch.testing.assert_close(ema.module.state_dict()[name], (value + before[name]) / 2)
+    unfreeze(model, 'backbone.layers.0')
+    assert all(p.requires_grad for p in model.parameters())
