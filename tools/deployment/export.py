@@ -23,7 +23,6 @@ from torch import nn  # noqa: E402
 
 from mmvil import VisionLSTM, __version__  # noqa: E402
 from mmvil.layers import ViLBlock  # noqa: E402
-from mmvil.ops.traceable import mlstm_traceable  # noqa: E402
 
 SUFFIXES = dict(onnx='.onnx', pt2='.pt2')
 OUTPUTS = ('logits', 'probabilities', 'labels')
@@ -77,18 +76,22 @@ def make_parser():
 
 
 class Deployed(nn.Module):
-    """A segmentor or classifier from images to scores.
+    """A segmentor or classifier from images to scores or labels.
 
     Args:
         model (nn.Module): An ``EncoderDecoder`` of mmseg or an ``ImageClassifier`` of mmpretrain.
         output (str): 'logits', 'probabilities' or 'labels'. Default: 'logits'.
         normalize (bool): Subtract the mean and divide by the standard deviation. Default: True.
+
+    Raises:
+        UserError: If the model gets to ``output`` by a rule that is not known here.
     """
 
     def __init__(self, model, output='logits', normalize=True):
         super().__init__()
         self.model = model
         self.output = output
+        self.decide = decision(model, output)
         preprocessor = model.data_preprocessor
         self.normalize = normalize and getattr(preprocessor, '_enable_normalize', False)
         if self.normalize:
@@ -96,20 +99,19 @@ class Deployed(nn.Module):
             self.register_buffer('std', preprocessor.std.detach().clone())
 
     def forward(self, images):
-        """Map images (B, 3, H, W) to scores (B, classes, H, W) or (B, classes), or labels without
-        the dimension of classes.
+        """Map images (B, 3, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
+        or (B,), or of several labels an image, 1 among 0 (B, classes). Tasks make a dict of them.
         """
         x = (images - self.mean) / self.std if self.normalize else images
         if hasattr(self.model, 'encode_decode'):
-            scores = self.model.encode_decode(x, [dict(img_shape=x.shape[2:])])
-        else:
-            scores = self.model(x, mode='tensor')
-        binary = scores.shape[1] == 1  # a segmentor with one score, for the class 1
-        if self.output == 'probabilities':
-            return scores.sigmoid() if binary else scores.softmax(1)
-        if self.output == 'labels':
-            return (scores[:, 0] > 0).long() if binary else scores.argmax(1)
-        return scores
+            return self.decide(self.model.encode_decode(x, [dict(img_shape=x.shape[2:])]))
+        return self.decide(self.model(x, mode='tensor'))
+
+    @property
+    def names(self):
+        """Of the outputs: one, or one for each task."""
+        tasks = getattr(getattr(self.model, 'head', None), 'task_heads', None)
+        return [self.output] if tasks is None else [f'{self.output}.{task}' for task in tasks]
 
     @property
     def channel_order(self):
@@ -142,6 +144,145 @@ def describe(model, size):
     )
 
 
+# -- The decision ----------------------------------------------------------------------------------
+#
+# The libraries' own code decides in a loop over images, which no exporter can trace, so its rules
+# stand here once more, for a batch. A rule is used where the model runs the very methods that the
+# rule was taken from, and nowhere else: a subclass that overrides one of them is refused.
+
+
+def label_of_pixel(model, logits):
+    """``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
+    if logits.shape[1] > 1:
+        return dict(logits=logits, probabilities=logits.softmax(1), labels=logits.argmax(1))
+    foreground = logits.sigmoid()
+    labels = (foreground > model.decode_head.threshold).squeeze(1).long()
+    return dict(logits=logits, probabilities=foreground, labels=labels)
+
+
+def one_label(head, logits):
+    """``ClsHead._get_predictions``."""
+    probabilities = logits.softmax(1)
+    return dict(logits=logits, probabilities=probabilities, labels=probabilities.argmax(1))
+
+
+def any_labels(head, logits):
+    """``MultiLabelClsHead._get_predictions``, the labels as 1 among 0 (B, classes)."""
+    probabilities = logits.sigmoid()
+    if head.thr is not None:
+        labels = (probabilities >= head.thr).long()
+    else:
+        highest = probabilities.topk(head.topk).indices
+        labels = torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
+    return dict(logits=logits, probabilities=probabilities, labels=labels)
+
+
+def runs(module, kind, *methods):
+    """Whether these methods of a module are those that the class ``kind`` has."""
+    return all(
+        getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
+        for name in methods
+    )
+
+
+def decision(model, output):
+    """Find how a model goes on from the scores of its head.
+
+    Args:
+        model (nn.Module): A segmentor or classifier.
+        output (str): 'logits', 'probabilities' or 'labels'.
+
+    Returns:
+        Callable: Maps what the model's head returns to the output.
+
+    Raises:
+        UserError: If it does so by a rule that is not known here.
+    """
+    if hasattr(model, 'encode_decode'):
+        return segmentor_decision(model, output)
+    if getattr(model, 'head', None) is None:
+        return head_decision(model, output)
+    from mmpretrain.models import ImageClassifier, MultiTaskHead
+
+    if not runs(model, ImageClassifier, 'forward', 'predict'):
+        return no_decision(model, output)
+    if not runs(model.head, MultiTaskHead, 'forward', 'predict'):
+        return head_decision(model.head, output)
+    tasks = {task: head_decision(head, output) for task, head in model.head.task_heads.items()}
+    return lambda scores: {
+        f'{output}.{task}': decide(scores[task]) for task, decide in tasks.items()
+    }
+
+
+def segmentor_decision(model, output):
+    """:func:`decision` of what ``encode_decode`` returns."""
+    from mmseg.models import BaseSegmentor, EncoderDecoder
+    from mmseg.models.decode_heads import DAHead, EncHead
+    from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    if not (
+        runs(model, BaseSegmentor, 'postprocess_result')
+        and runs(model, EncoderDecoder, 'predict', 'inference', 'whole_inference')
+    ):
+        return no_decision(model, output)
+    heads = model.decode_head
+    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+    if output == 'labels' and model.out_channels == 1 and not hasattr(heads, 'threshold'):
+        raise UserError(
+            f'--output labels: {type(model).__name__} with one logit has no threshold, its own '
+            'predict fails; use --output probabilities'
+        )
+    if output == 'probabilities' and not (
+        runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
+        and any(
+            runs(head, kind, 'predict')
+            for kind in (BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead)
+        )
+    ):
+        return no_decision(head, output)
+    return lambda logits: label_of_pixel(model, logits)[output]
+
+
+def head_decision(head, output):
+    """:func:`decision` of what a head of one task returns, or a classifier without a head."""
+    from mmpretrain.models import (
+        ClsHead,
+        ConformerHead,
+        HuggingFaceClassifier,
+        MultiLabelClsHead,
+        TimmClassifier,
+    )
+
+    if any(
+        runs(head, kind, 'predict', '_get_predictions')
+        for kind in (ClsHead, TimmClassifier, HuggingFaceClassifier)
+    ):
+        return lambda logits: one_label(head, logits)[output]
+    if runs(head, MultiLabelClsHead, 'predict', '_get_predictions'):
+        return lambda logits: any_labels(head, logits)[output]
+    if runs(head, ConformerHead, 'predict', '_get_predictions'):
+        return lambda branches: one_label(head, torch.add(*branches))[output]
+    return no_decision(head, output)
+
+
+def no_decision(module, output):
+    """:func:`decision` of a module whose rule is not known: logits, if they are one tensor."""
+    name = type(module).__name__
+    if output != 'logits':
+        raise UserError(
+            f'--output {output}: {name} has a rule of its own for what its predict returns, which '
+            'export does not know; use --output logits and apply that rule to them'
+        )
+
+    def check(scores):
+        if not isinstance(scores, torch.Tensor):
+            raise UserError(f'{name} returns a {type(scores).__name__}; export needs one tensor')
+        return scores
+
+    return check
+
+
 # -- The graph -------------------------------------------------------------------------------------
 
 
@@ -157,11 +298,8 @@ def adaptive_avg_pool2d(x, output_size):
     return x
 
 
-DECOMPOSITIONS = {
-    torch.ops.mmvil.mlstm.default: mlstm_traceable,
-    torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
-}
-"""What exporters do not know, or know for fixed sizes only, in operators that they know."""
+DECOMPOSITIONS = {torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d}
+"""Operators that exporters know for fixed sizes only, in operators that they know for all."""
 
 
 def trace(model, size, static=False, chunk_size=None):
@@ -181,9 +319,7 @@ def trace(model, size, static=False, chunk_size=None):
     model = copy.deepcopy(model)
     for block in model.modules():
         if isinstance(block, ViLBlock):
-            head_width = len(block.skip) // block.num_heads
-            block.lean, block.backend = False, 'chunkwise'
-            block.chunk_size = chunk_size or max(64, head_width // 2)
+            block.chunk_size = chunk_size or block.chunk_size
     # Traced with sizes that no rule of thumb fits; these sizes are then forgotten.
     height, width = size if static else (size[0] + 5, size[1] + 3)
     example = torch.zeros(1 if static else 2, 3, height, width)
@@ -199,15 +335,15 @@ def trace(model, size, static=False, chunk_size=None):
     return program
 
 
-def save_onnx(program, out, opset, description):
-    """Write an ONNX file with a description in its metadata."""
+def save_onnx(program, out, opset, names, description):
+    """Write an ONNX file with names of its outputs and a description in its metadata."""
     with torch.no_grad():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
             input_names=['images'],
-            output_names=[description['output']],
+            output_names=names,
             verbose=False,
         )
     onnx_program.model.metadata_props.update(description)
@@ -223,7 +359,7 @@ def save_pt2(program, out, description):
 
 
 def load(path, output_format):
-    """An exported file as a function of a tensor."""
+    """An exported file as a function from images to a tensor, or to tensors by name."""
     if output_format == 'pt2':
         module = torch.export.load(path).module()
         return lambda images: module(images)
@@ -232,7 +368,13 @@ def load(path, output_format):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    names = [output.name for output in session.get_outputs()]
+
+    def outputs(images):
+        arrays = session.run(None, {'images': images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays)}
+
+    return outputs
 
 
 def timed(function, images):
@@ -242,6 +384,30 @@ def timed(function, images):
         start = time.perf_counter()
         function(images)
     return result, time.perf_counter() - start
+
+
+def by_name(result, names):
+    """Outputs as a dict, also where there is one only."""
+    return result if isinstance(result, dict) else {names[0]: result}
+
+
+def compare(actual, expected, are_labels):
+    """The difference of an output to that of PyTorch, see :func:`check`, as number and text."""
+    if actual.shape != expected.shape:
+        raise UserError(
+            f'the exported file returns the shape {tuple(actual.shape)} where PyTorch returns '
+            f'{tuple(expected.shape)}'
+        )
+    if are_labels:
+        difference = (actual != expected).double().mean().item()
+        return difference, f'{difference:.1e} of the labels differ'
+    absolute = (actual.double() - expected.double()).abs().max().item()
+    difference = absolute and absolute / expected.abs().max().item()
+    said = f'largest difference {absolute:.1e}, relative {difference:.1e}'
+    if expected.dim() > 1 and expected.shape[1] > 1:
+        same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
+        said += f', same class {same:.3%}'
+    return difference, said
 
 
 def check(model, exported, shapes):
@@ -257,32 +423,21 @@ def check(model, exported, shapes):
         that differs.
     """
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
+    differences = []
     for shape in shapes:
         images = torch.rand(shape, generator=generator) * 255
         if not model.normalize:
             images = images / 64 - 2
         expected, seconds = timed(model, images)
         actual, exported_seconds = timed(exported, images)
-        if actual.shape != expected.shape:
-            raise UserError(
-                f'the exported file returns the shape {tuple(actual.shape)} for images of shape '
-                f'{shape}, but PyTorch {tuple(expected.shape)}'
-            )
-        if model.output == 'labels':
-            difference = (actual != expected).double().mean().item()
-            said = f'{difference:.1e} of the labels differ'
-        else:
-            absolute = (actual.double() - expected.double()).abs().max().item()
-            difference = absolute / expected.abs().max().item()
-            said = f'largest difference {absolute:.1e}, relative {difference:.1e}'
-            if expected.dim() > 1 and expected.shape[1] > 1:
-                same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
-                said += f', same class {same:.3%}'
         times = f'{exported_seconds * 1e3:.0f} ms, PyTorch {seconds * 1e3:.0f} ms'
-        print(f'  {"x".join(map(str, shape)):>16}: {said}; {times}')
-        worst = max(worst, difference)
-    return worst
+        expected, actual = by_name(expected, model.names), by_name(actual, model.names)
+        for name in model.names:
+            difference, said = compare(actual[name], expected[name], model.output == 'labels')
+            task = f'{name}: ' if len(model.names) > 1 else ''
+            print(f'  {"x".join(map(str, shape)):>16}: {task}{said}; {times}')
+            differences.append(difference)
+    return torch.tensor(differences).max().item()  # NaN, if there is one
 
 
 # -- Command line ----------------------------------------------------------------------------------
@@ -341,7 +496,7 @@ def main():
     program = trace(model, size, args.static, args.chunk_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     if output_format == 'onnx':
-        save_onnx(program, out, args.opset, description)
+        save_onnx(program, out, args.opset, model.names, description)
     else:
         save_pt2(program, out, description)
     print(f'Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s)')
