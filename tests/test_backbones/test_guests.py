@@ -289,3 +289,35 @@ def test_models_are_built_on_the_meta_device_and_initialized_later(mode):
     block = net.layers[0]
     assert isinstance(block, ViLBlock) and (block.skip == 1).all()
     assert block.fgate.bias.tolist() == [3, 4, 5, 6]
+
+
+# ----------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize('library', ['mmseg', 'mmpretrain'])
+def test_models_of_the_libraries_are_traced(library, tmp_path):
+    pytest.importorskip(library)
+    from mmengine.registry import MODELS, init_default_scope
+
+    backbone = dict(type='mmvil.VisionLSTM', **TINY)
+    if library == 'mmseg':
+        pyramid = dict(strides=(8, 16), norm_cfg=dict(type='BN'))
+        head = dict(
+            type='UPerHead', in_channels=[16, 16], in_index=[0, 1], pool_scales=(1, 2), channels=8
+        )
+        head.update(num_classes=3, norm_cfg=dict(type='BN'), align_corners=False)
+        model = dict(type='EncoderDecoder', decode_head=head, test_cfg=dict(mode='whole'))
+        model['backbone'] = dict(backbone, out_indices=(0, 1), pyramid=pyramid)
+    else:
+        head = dict(type='LinearClsHead', num_classes=3, in_channels=32)
+        model = dict(type='ImageClassifier', head=head)
+        model['backbone'] = dict(backbone, out_type='bilateral_concat')
+    init_default_scope(library)
+    model = MODELS.build(model).eval()
+    image = images(2, 3, 40, 64)
+    with torch.no_grad():
+        trace = torch.jit.trace(model, image)
+        trace.save(tmp_path / 'model.pt')
+        torch.testing.assert_close(
+            torch.jit.load(tmp_path / 'model.pt')(image), model(image), rtol=1e-4, atol=1e-5
+        )
