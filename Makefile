@@ -121,4 +121,4 @@ build: $(INSTALLED)
 	$(UV) build --python $(BIN)/python --no-build-isolation --out-dir dist
 
 clean:
-	rm -rf $(VENV) $(DATA) $(WORK_DIR)
+	rm -rf $(VENV) $(DATA) $(WORK_DIR) .coverage*
