@@ -4,7 +4,17 @@ PYTHON ?= python3
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
+
+# The line of OpenMMLab: the maintained one, or the classic one in an environment of its own.
+STACK ?= maintained
+ifeq ($(STACK),classic)
+VENV := .venv-classic
+REQUIREMENTS := requirements/openmmlab.txt
+else
 VENV := .venv
+REQUIREMENTS := requirements/dev.txt
+endif
+
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALLED := $(VENV)/installed
@@ -19,31 +29,40 @@ WORK_DIR := work_dirs/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: help install lock demo test test-full gpu-report lint clean
+.PHONY: help install lock demo test test-full gpu-report lint build clean
 
 help:
-	@echo "make demo       train ViL-T + UperNet on a small data set, evaluate, draw pictures"
-	@echo "make test       run the tests (less than 15 minutes on 2 cores)"
-	@echo "make test-full  run the slow tests too (a quarter to half an hour)"
-	@echo "make gpu-report test and measure the GPU kernels"
-	@echo "make lint       check the style"
-	@echo "make install    only make $(VENV)"
-	@echo "make clean      remove $(VENV), $(DATA) and $(WORK_DIR)"
+	@echo "make demo        train ViL-T + UperNet on a small dataset, evaluate, draw pictures"
+	@echo "make test        run the fast tests (5 to 15 minutes on 2 cores)"
+	@echo "make test-full   run all tests with coverage (15 to 30 minutes)"
+	@echo "make gpu-report  test and measure the GPU kernels"
+	@echo "make lint        check style, format and spelling"
+	@echo "make build       build a wheel and a source distribution in dist/"
+	@echo "make install     only create $(VENV)"
+	@echo "make lock        pin the packages of requirements/dev.in in requirements/dev.txt"
+	@echo "make clean       remove $(VENV), $(DATA) and $(WORK_DIR)"
 	@echo
 	@echo "JOBS=8 runs tests in 8 processes instead of 2."
-	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.13)."
+	@echo "STACK=classic uses the classic line of OpenMMLab (Python 3.10)."
+	@echo "PYTHON=python3.12 selects the interpreter (3.10 to 3.13)."
 	@echo "UV_TORCH_BACKEND=cpu installs PyTorch without CUDA, which saves about 4 GB."
 
 # -- Environment -----------------------------------------------------------------------------------
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements/dev.txt pyproject.toml setup.py
+$(INSTALLED): $(REQUIREMENTS) pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "mmvil needs Python 3.10 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --python $(BIN)/python --requirement requirements/dev.txt
+ifeq ($(STACK),classic)
+# mim knows mmcv's wheels, which depend on PyTorch and CUDA, and imports pkg_resources.
+	$(UV) pip install --python $(BIN)/python torch==2.1.2 torchvision==0.16.2 'numpy<2' \
+		pip openmim 'setuptools>=77,<81'
+	$(BIN)/mim install mmcv==2.1.0
+endif
+	$(UV) pip install --python $(BIN)/python --requirement $(REQUIREMENTS)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -56,8 +75,8 @@ lock: $(INSTALLED)
 
 # -- Demo ------------------------------------------------------------------------------------------
 
-# Data and training are kept: `make demo` again evaluates and draws again, and goes on with a
-# training that was interrupted. To train anew, remove $(WORK_DIR).
+# Data and training are kept: `make demo` evaluates and draws again, and resumes a training that was
+# interrupted. To train from scratch, remove $(WORK_DIR).
 demo: export PYTHONWARNINGS ?= ignore
 demo: $(WORK_DIR)/trained
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" \
@@ -87,13 +106,19 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(JOBS) --durations=10 -m 'not slow'
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(JOBS) --durations=20
+	$(BIN)/python -m pytest -q -n $(JOBS) --durations=20 --cov
 
 gpu-report: $(INSTALLED)
 	$(BIN)/python tools/analysis_tools/gpu_report.py --out work_dirs/gpu_report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+build: $(INSTALLED)
+	rm -rf dist
+	$(UV) build --python $(BIN)/python --no-build-isolation --out-dir dist
 
 clean:
-	rm -rf $(VENV) $(DATA) $(WORK_DIR)
+	rm -rf $(VENV) $(DATA) $(WORK_DIR) .coverage*

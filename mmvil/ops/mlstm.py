@@ -336,9 +336,7 @@ def _fold_into_batch(function, size: int, in_dims, args):
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)
 
-    folded = [
-        fold(x, dim) if isinstance(x, Tensor) else x for x, dim in zip(args, in_dims)
-    ]
+    folded = [fold(x, dim) if isinstance(x, Tensor) else x for x, dim in zip(args, in_dims)]
     outputs = function.apply(*folded)
     return tuple(y.unflatten(0, (size, len(y) // size)) for y in outputs), (0,) * len(outputs)
 

@@ -38,6 +38,8 @@ TRAIN = ROOT / 'tools' / 'train.py'
 TEST = ROOT / 'tools' / 'test.py'
 MERGE = ROOT / 'tools' / 'model_converters' / 'merge_shards.py'
 
+pytestmark = pytest.mark.distributed
+
 # -- The parts, in processes of their own ----------------------------------------------------------
 
 
