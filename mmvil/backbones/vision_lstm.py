@@ -149,6 +149,7 @@ class VisionLSTM(BaseModule):
         self.pos_embed = nn.Parameter(
             torch.empty(1, height // patch_size, width // patch_size, self.embed_dims)
         )
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
         built = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= built:
@@ -186,7 +187,6 @@ class VisionLSTM(BaseModule):
         self.pyramid = None
         if pyramid is not None:
             self.pyramid_strides, self.pyramid = self._build_pyramid(**pyramid)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze()
 

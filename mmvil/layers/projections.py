@@ -27,15 +27,7 @@ class HeadwiseLinear(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.weight = nn.Parameter(torch.empty(channels // block_size, block_size, block_size))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialize as ViL does: weights normal with deviation sqrt(2 / (5 D)), biases 0."""
-        blocks, size, _ = self.weight.shape
-        nn.init.normal_(self.weight, std=math.sqrt(4 / (5 * blocks * size)))  # E = 2D
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, E) to (B, NH, N, E / NH)."""

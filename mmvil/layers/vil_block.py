@@ -93,14 +93,14 @@ class ViLBlock(nn.Module):
         The down-projection's deviation is Wang's 2 / (L sqrt(D)) with L = 1.
         """
         embed_dims = self.proj_up.in_features
-        nn.init.ones_(self.skip)
-        for module in (self.norm, self.conv, self.q_proj, self.k_proj, self.v_proj, self.out_norm):
-            module.reset_parameters()
-        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * embed_dims)))
+        small = math.sqrt(2 / (5 * embed_dims))
+        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(module.weight, std=small)
         nn.init.normal_(self.proj_down.weight, std=2 / math.sqrt(embed_dims))
-        for module in (self.proj_up, self.proj_down):
+        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj, self.proj_down):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        nn.init.ones_(self.skip)
         nn.init.zeros_(self.igate.weight)
         nn.init.zeros_(self.fgate.weight)
         nn.init.normal_(self.igate.bias, std=0.1)
