@@ -39,8 +39,7 @@ class ImageReader:
         try:
             results = self._load(dict(img_path=str(path)))
         except Exception as error:
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            raise UserError(f'cannot read the image {path}: {reason}') from error
+            raise UserError(f'cannot read the image {path}: {one_line(error)}') from error
         if results is None:
             raise UserError(f"cannot read the image {path}: the config's loader leaves it out")
         return results
@@ -52,14 +51,20 @@ class ImageReader:
             loaded (dict | ndarray): Of :meth:`load`, or an image as it would load it.
 
         Raises:
-            UserError: If the config has no test pipeline.
+            UserError: If the config has no test pipeline, or it does not take the image.
         """
         if not self._complete:
             raise UserError('the config has no test_dataloader with a pipeline, to prepare images')
         if isinstance(loaded, np.ndarray):
             size = loaded.shape[:2]
             loaded = dict(img=loaded, img_shape=size, ori_shape=size)
-        return self._prepare(loaded)
+        try:
+            return self._prepare(loaded)
+        except Exception as error:
+            path = loaded.get('img_path', 'the frame')
+            raise UserError(
+                f"{path} cannot pass the config's pipeline: {one_line(error)}"
+            ) from error
 
     def picture(self, image):
         """An image to look at, see :func:`picture`."""
@@ -88,7 +93,7 @@ def build_pipeline(steps):
     try:
         return Compose(steps)
     except Exception as error:
-        raise UserError(f'cannot build the pipeline: {" ".join(str(error).split())}') from error
+        raise UserError(f'cannot build the pipeline: {one_line(error)}') from error
 
 
 def picture(image, bgr=True):
@@ -117,3 +122,13 @@ def picture(image, bgr=True):
     if bgr and channels in (3, 4):
         shown = shown[..., ::-1]
     return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)))
+
+
+def data_preprocessor(cfg):
+    """The config of the data preprocessor, which normalizes images; empty if there is none."""
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+
+
+def one_line(error):
+    """An exception in one line."""
+    return ' '.join(str(error).split()) or type(error).__name__
