@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 from tool_process import call_tool
 
@@ -163,8 +164,9 @@ STATISTICS = TOOLS / 'analysis_tools/channel_statistics.py'
 
 
 def printed(said):
-    """The settings that the tool prints."""
-    return eval(re.search(r'data_preprocessor=(dict\(.+\))', said)[1])
+    """The settings that the tool prints, as a config reads them."""
+    line = re.search('^data_preprocessor=.+', said, re.MULTILINE)[0]
+    return Config.fromstring(line, '.py').data_preprocessor
 
 
 def test_channel_statistics_are_those_of_all_pixels(fields):
