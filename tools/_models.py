@@ -5,9 +5,11 @@ import warnings
 from pathlib import Path
 
 from _common import UserError, build_lazily, check_checkpoint, check_fit
+from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
+from torch import no_grad
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
@@ -46,6 +48,8 @@ def build_model(cfg, checkpoint, device='cpu'):
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.model.pop('train_cfg', None)
+    if cfg.get('data_preprocessor') is not None:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the libraries' own deprecations
@@ -75,3 +79,9 @@ def load_weights(model, checkpoint, cfg):
         meta = getattr(dataset, 'metainfo', None)
     meta = meta or {}
     model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+
+
+@no_grad()
+def predict(model, prepared):
+    """The data sample that a model returns for what :meth:`ImageReader.prepare` returns."""
+    return model.test_step(pseudo_collate([prepared]))[0]

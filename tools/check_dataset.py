@@ -5,10 +5,12 @@ python tools/check_dataset.py configs/upernet_vil_t_ade20k.py -j 8
 
 Finds images and annotations that are missing, empty, damaged or cut off; annotations of another
 size than their image, with colors instead of labels, or with labels that the data set has no class
-for; classes that never occur. Exit status: 0 if all is well, 1 if something is to be put right.
+for; images whose channels, as the config's pipeline loads them, do not fit the model; classes that
+never occur. Exit status: 0 if all is well, 1 if something is to be put right.
 """
 
 import argparse
+import copy
 import functools
 import multiprocessing
 import os
@@ -27,8 +29,9 @@ from _common import (
     set_data_root,
     stems,
 )
+from _images import build_pipeline, data_preprocessor, loads, one_line
 from mmengine.config import DictAction
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 from PIL import Image, ImageOps
 
@@ -68,7 +71,8 @@ def main():
             if source not in seen:
                 seen.append(source)
                 check_folders(cfg, f'{split}_dataloader')
-                found += check(split, build(dataset_cfg, cfg), cfg, args.jobs)
+                pipeline = dataset_cfg.get('pipeline') or []
+                found += check(split, build(dataset_cfg, cfg), pipeline, cfg, args.jobs)
     if not seen:
         raise UserError(f'{args.config} has no data set for {", ".join(args.splits)}')
 
@@ -94,8 +98,15 @@ def build(dataset_cfg, cfg):
     return dataset
 
 
-def check(split, dataset, cfg, jobs):
+def check(split, dataset, pipeline, cfg, jobs):
     """Look at all files of a data set, and print what was found.
+
+    Args:
+        split (str): Its name.
+        dataset: Of :func:`build`.
+        pipeline (list[dict]): What the config does with its images.
+        cfg (Config): With the model.
+        jobs (int): Processes.
 
     Returns:
         list[tuple[str, str]]: What is wrong, and with which file.
@@ -103,15 +114,21 @@ def check(split, dataset, cfg, jobs):
     classes = (dataset.metainfo or {}).get('classes') or ()
     samples = [dataset.get_data_info(i) for i in range(len(dataset))]
     print(f'{split}: {len(samples)} images, {len(classes)} classes')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
     look = functools.partial(
-        look_at, classes=len(classes), ignore=getattr(dataset, 'ignore_index', 255)
+        look_at,
+        classes=len(classes),
+        ignore=getattr(dataset, 'ignore_index', 255),
+        load=special_loader(pipeline),
     )
     results = list(each(look, samples, jobs))
-    found = [complaint for complaints, _ in results for complaint in complaints]
+    found = [complaint for complaints, _, _ in results for complaint in complaints]
     found += without_partner(dataset)
+    sound = [(sample, loaded) for sample, (bad, _, loaded) in zip(samples, results) if not bad]
+    found += channel_misfits(sound, pipeline, cfg)
     found += [(what, f'the model of {cfg.filename}') for what in misfits(classes, cfg.model)]
     report(found)
-    report_classes(classes, [counts for _, counts in results if counts is not None])
+    report_classes(classes, [counts for _, counts, _ in results if counts is not None])
     return found
 
 
@@ -130,20 +147,16 @@ def each(function, items, jobs):
 # -- One sample ------------------------------------------------------------------------------------
 
 
-def look_at(sample, classes, ignore):
+def look_at(sample, classes, ignore, load=None):
     """Look at an image and its label or annotation.
 
     Returns:
-        tuple: list of (what is wrong, file); and of each class the number of pixels, or None.
+        tuple: list of (what is wrong, file); of each class the number of pixels, or None; and the
+        number of channels where ``load`` has read the image, else None.
     """
-    complaints, image, counts = [], None, None
+    complaints, image, counts, channels = [], None, None, None
     try:
-        with opened(sample['img_path']) as file:
-            # What a loader shows: some cameras note down how to turn the picture.
-            size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
-            file.draft('RGB', (file.width // 8, file.height // 8))  # to the end, but quickly
-            file.load()
-            image = size
+        image, channels = read_size(sample, load)
     except ValueError as error:
         complaints.append((f'image {error}', sample['img_path']))
 
@@ -160,7 +173,59 @@ def look_at(sample, classes, ignore):
             complaints.append((f'label beyond the {classes} classes', sample['img_path']))
         else:
             counts = np.bincount(label, minlength=classes)
-    return complaints, counts
+    return complaints, counts, channels
+
+
+def special_loader(pipeline):
+    """The part of a pipeline that loads images, or None if it is the usual one of photographs.
+
+    A photograph is checked faster, and more strictly, by Pillow; it has three channels or one.
+    """
+    steps = [step for step in pipeline if loads(step)]
+    usual = dict(imdecode_backend=('cv2', 'pillow', 'turbojpeg'), color_type=('color', 'grayscale'))
+    if not steps or all(
+        step['type'].endswith('LoadImageFromFile')
+        and all(step.get(key, values[0]) in values for key, values in usual.items())
+        for step in steps
+    ):
+        return None
+    return build_pipeline(steps)
+
+
+def read_size(sample, load):
+    """Size (width, height) of an image and, where ``load`` reads it, its number of channels.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = sample['img_path']
+    if load is None:
+        with opened(path) as file:
+            # What a loader shows: some cameras note down how to turn the picture.
+            size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
+            file.draft('RGB', (file.width // 8, file.height // 8))  # to the end, but quickly
+            file.load()
+        return size, None
+    check_is_there(path)
+    try:
+        image = load(dict(sample))['img']
+    except Exception as error:
+        raise ValueError(f'cannot be read by the config: {one_line(error)}') from error
+    if not np.isfinite(image).all():
+        raise ValueError('has values that are not finite')
+    return image.shape[1::-1], image.shape[2] if image.ndim == 3 else 1
+
+
+def check_is_there(path):
+    """Make sure that a file exists and is not empty.
+
+    Raises:
+        ValueError: If it is not so.
+    """
+    if not os.path.exists(path):
+        raise ValueError('missing')
+    if os.path.getsize(path) == 0:
+        raise ValueError('empty')
 
 
 class opened:
@@ -170,10 +235,7 @@ class opened:
         self.path = path
 
     def __enter__(self):
-        if not os.path.exists(self.path):
-            raise ValueError('missing')
-        if os.path.getsize(self.path) == 0:
-            raise ValueError('empty')
+        check_is_there(self.path)
         try:
             self.file = Image.open(self.path)
         except OSError as error:
@@ -243,6 +305,53 @@ def without_partner(dataset):
     suffix = dataset.seg_map_suffix
     alone = sorted(stems(maps, suffix) - stems(images, dataset.img_suffix))
     return [('annotation without an image', os.path.join(maps, name + suffix)) for name in alone]
+
+
+def channel_misfits(samples, pipeline, cfg):
+    """Images whose channels do not fit the model: one image for each number of channels that the
+    loader has found goes through the whole pipeline.
+
+    Args:
+        samples (list[tuple[dict, int | None]]): Sound samples, and their channels as loaded.
+        pipeline (list[dict]): The pipeline.
+        cfg (Config): With the model.
+
+    Yields:
+        tuple[str, str]: What is wrong, and with which file.
+    """
+    kinds = defaultdict(list)
+    for sample, loaded in samples:
+        kinds[loaded].append(sample)
+    for same in kinds.values() if pipeline else ():
+        sample = same[0]
+        file = sample['img_path']
+        if len(same) > 1:
+            file += f' and {len(same) - 1} of as many channels'
+        try:
+            inputs = build_pipeline(pipeline)(copy.deepcopy(sample))['inputs']
+        except Exception as error:
+            yield f'image cannot pass the pipeline of the config: {one_line(error)}', file
+            continue
+        channels = inputs.shape[-3]
+        for name, expected in expected_channels(cfg):
+            if channels != expected:
+                yield f'image has {channels} channels after the pipeline, but {name}', file
+
+
+def expected_channels(cfg):
+    """For how many channels a model is made.
+
+    Yields:
+        tuple[str, int]: What the config says, and the channels that it means.
+    """
+    backbone = cfg.model.get('backbone') or {}
+    if 'in_channels' in backbone or str(backbone.get('type')).endswith('VisionLSTM'):
+        channels = backbone.get('in_channels', 3)
+        yield f'the backbone has in_channels={channels}', channels
+    for name in ('mean', 'std'):
+        values = data_preprocessor(cfg).get(name)
+        if values is not None and len(values) != 1:  # one is for all channels
+            yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
 
 
 def misfits(classes, model):

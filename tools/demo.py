@@ -9,13 +9,13 @@ python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
-from _common import DictAction, UserError, check_checkpoint, load_config, parse_args, run
-from _models import find_images, load_weights
+from _common import DictAction, UserError, get_device, load_config, parse_args, run
+from _images import ImageReader
+from _models import build_model, find_images, predict
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
@@ -50,48 +50,43 @@ def make_parser():
 # -- Prediction ------------------------------------------------------------------------------------
 
 
-def build_inferencer(cfg, checkpoint, device):
-    """mmseg's or mmpretrain's inferencer, with the weights and class names of a checkpoint."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # they warn of random weights, which are replaced below
-        if cfg.default_scope == 'mmseg':
-            from mmseg.apis import MMSegInferencer
-
-            inferencer = MMSegInferencer(cfg, device=device)
-        else:
-            from mmpretrain import ImageClassificationInferencer
-
-            inferencer = ImageClassificationInferencer(cfg, pretrained=False, device=device)
-    inferencer.show_progress = False
-    load_weights(inferencer.model, checkpoint, cfg)
-    inferencer.classes = inferencer.model.dataset_meta['classes']
-    if inferencer.classes is None:
-        raise UserError(f'neither {checkpoint} nor the test_dataloader of the config names classes')
-    return inferencer
-
-
-def make_artist(cfg, inferencer, opacity, legend):
+def make_artist(model, reader, opacity, legend):
     """What draws a prediction.
 
-    Returns:
-        Callable: From a frame (H, W, 3) uint8 in BGR to the drawn frame and what was found in it.
-    """
-    if cfg.default_scope != 'mmseg':
+    Args:
+        model (nn.Module): Of :func:`_models.build_model`.
+        reader (ImageReader): Of its config.
+        opacity (float): Of the classes over the image.
+        legend (bool): Write the names of classes.
 
-        def classify(frame):
-            result = inferencer(frame)[0]
-            found = f'{result["pred_class"]} {result["pred_score"]:.1%}'
+    Returns:
+        Callable: From what ``reader.load`` returns, or a frame (H, W, 3) uint8 in BGR, to the drawn
+        frame in BGR and what was found in it.
+    """
+
+    def look_at(loaded):
+        is_frame = isinstance(loaded, np.ndarray)
+        frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
+        return frame, predict(model, reader.prepare(loaded))
+
+    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
+    if not hasattr(model, 'decode_head'):
+
+        def classify(loaded):
+            frame, result = look_at(loaded)
+            score, label = result.pred_score.max(0)
+            found = f'{classes[label]} {score:.1%}'
             return (write_legend(frame, [(found, None)]) if legend else frame), found
 
         return classify
 
-    classes, palette = inferencer.classes, inferencer.model.dataset_meta['palette']
     if palette is None:
         palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
     colors = np.array(palette, np.float32)[:, ::-1]  # BGR
 
-    def segment(frame):
-        labels = inferencer(frame)['predictions']
+    def segment(loaded):
+        frame, result = look_at(loaded)
+        labels = result.pred_sem_seg.data[0].cpu().numpy()
         drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
         present, counts = np.unique(labels, return_counts=True)
         order = np.argsort(-counts)[:12]
@@ -139,15 +134,11 @@ def write_legend(frame, entries):
 # -- Inputs and outputs ----------------------------------------------------------------------------
 
 
-def draw_images(images, draw, out_dir):
+def draw_images(images, load, draw, out_dir):
     """Draw every image into a PNG of the same name."""
     start = time.perf_counter()
     for image in images:
-        # Not cv2.imread, which knows no paths with letters beyond ASCII on Windows.
-        frame = cv2.imdecode(np.fromfile(image, np.uint8), cv2.IMREAD_COLOR)
-        if frame is None:
-            raise UserError(f'cannot read the image {image}')
-        drawn, found = draw(frame)
+        drawn, found = draw(load(image))
         out_file = out_dir / f'{image.stem}.png'
         cv2.imencode('.png', drawn)[1].tofile(out_file)
         print(f'{image} -> {out_file}: {found}')
@@ -230,9 +221,13 @@ def main():
     if video and not webcam and not Path(args.input).is_file():
         raise UserError(f'video not found: {Path(args.input).absolute()}')
     images = None if video else find_images(args.input)
-    check_checkpoint(args.checkpoint)
-    inferencer = build_inferencer(cfg, args.checkpoint, args.device)
-    draw = make_artist(cfg, inferencer, args.opacity, legend=not args.no_legend)
+    reader = ImageReader(cfg)
+    model = build_model(cfg, args.checkpoint, args.device or get_device())
+    if model.dataset_meta['classes'] is None:
+        raise UserError(
+            f'neither {args.checkpoint} nor the test_dataloader of the config names classes'
+        )
+    draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
 
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -243,7 +238,7 @@ def main():
             raise UserError(f'{out_file} is the input; choose another --out-dir')
         draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
     else:
-        draw_images(images, draw, out_dir)
+        draw_images(images, reader.load, draw, out_dir)
 
 
 if __name__ == '__main__':

@@ -27,7 +27,12 @@ from _common import (
     run,
 )
 
-from mmvil.engine import DamagedCheckpointError, find_good_checkpoint, verify
+from mmvil.engine import (
+    AdaptInputChannelsHook,
+    DamagedCheckpointError,
+    find_good_checkpoint,
+    verify,
+)
 from mmvil.engine.safe_checkpoint import ATOMIC, PARTIAL
 from mmvil.engine.shards import is_sharded
 
@@ -224,8 +229,7 @@ def main():
         refuse_shards_of_others(cfg)
     notes += fit_to_cpu(cfg)
     runner = build_runner(cfg, notes=notes)
-    if cfg.get('resume'):
-        runner.register_hook(CheckFitHook())
+    runner.register_hook(CheckFitHook() if cfg.get('resume') else AdaptInputChannelsHook())
     runner.train()
     if lock is not None:
         lock.close()

@@ -106,6 +106,7 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
     checkpoint = _load_checkpoint(address, map_location='cpu')
     state = checkpoint.get('state_dict', checkpoint)
     state = vil_to_mmvil(state) if is_official(state) else dict(state)
+    state = model.backbone.adapt_pretrained(state, 'backbone.')
     own = model.state_dict()
     head = [name for name in own if name.startswith('head.')]
     if keep_head and any(name in state and state[name].shape != own[name].shape for name in head):

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..backbones import VisionLSTM
-from ..converters import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, is_official, vil_to_mmvil
+from ..converters import (
+    OFFICIAL_CHECKPOINTS,
+    OfficialCheckpoint,
+    adapt_input_channels,
+    is_official,
+    vil_to_mmvil,
+)
 from ..layers import PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..ops.compat import static_shape
@@ -378,7 +384,11 @@ def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Official checkpoints, and those of our classifiers, to the names of the model in timm."""
+    """Official checkpoints, and those of our classifiers, to the names of the model in timm.
+
+    Raises:
+        ValueError: If they are of neither 3 channels nor the model's.
+    """
     state_dict = state_dict.get('state_dict', state_dict)
     if is_official(state_dict):
         state_dict = vil_to_mmvil(state_dict)
@@ -386,6 +396,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     for name, value in state_dict.items():
         name = name.replace('backbone.pool_norm.', 'fc_norm.').replace('head.fc.', 'head.')
         renamed[name] = value
+    weight = renamed.get('backbone.patch_embed.projection.weight')
+    if weight is not None:
+        # timm adapts RGB weights by the same rule after this, others it may leave at random.
+        adapt_input_channels(weight, model.in_chans)
     return renamed
 
 

@@ -17,12 +17,14 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..converters import is_official, vil_to_mmvil
+from ..converters import adapt_input_channels, is_official, vil_to_mmvil
 from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias
 
 torch.fx.wrap('resize_pos_embed')  # symbolic tracing keeps it whole: it depends on sizes
+
+_FIRST_WEIGHT = 'patch_embed.projection.weight'
 
 
 @MODELS.register_module()
@@ -75,8 +77,8 @@ class VisionLSTM(BaseModule):
         lean (bool): Keep little for backward, see :class:`mmvil.layers.ViLBlock`. Default: True.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our
             checkpoints (of a backbone, or of a whole model) and the official ones (files, URLs, or
-            short names such as ``mmvil://vil2_base16``), and resizes position embeddings. Default:
-            None.
+            short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts
+            weights of RGB images to ``in_channels``. Default: None.
 
     Raises:
         ValueError: For unknown choices and sizes that do not fit, naming both the value and what is
@@ -187,6 +189,7 @@ class VisionLSTM(BaseModule):
         self.pyramid = None
         if pyramid is not None:
             self.pyramid_strides, self.pyramid = self._build_pyramid(**pyramid)
+        self._register_load_state_dict_pre_hook(self._check_loaded_channels)
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze()
 
@@ -405,6 +408,7 @@ class VisionLSTM(BaseModule):
         state = {
             key[len(prefix) :]: value for key, value in source.items() if key.startswith(prefix)
         }
+        state = self.adapt_pretrained(state)
         self._check_fit(state, filename + (f', {prefix}*,' if prefix else ''))
         missing, unexpected = self.load_state_dict(state, strict=False)
         total = len(self.state_dict())
@@ -413,6 +417,33 @@ class VisionLSTM(BaseModule):
             f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
             f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
         )
+
+    def adapt_pretrained(
+        self, state_dict: Dict[str, Tensor], prefix: str = ''
+    ) -> Dict[str, Tensor]:
+        """Adapt pretrained weights of RGB images to ``in_channels``, and log it.
+
+        Loading a state dict does not: a trained model belongs to images of its own channels.
+
+        Args:
+            state_dict (dict[str, Tensor]): Weights to start from; not changed.
+            prefix (str): Prefix of the backbone's weights in it. Default: ''.
+
+        Returns:
+            dict[str, Tensor]: The weights; a new dict if one was adapted.
+
+        Raises:
+            ValueError: If they are of neither 3 nor ``in_channels`` channels.
+        """
+        name = prefix + _FIRST_WEIGHT
+        weight = state_dict.get(name)
+        if weight is None or weight.dim() != 4 or weight.shape[1] == self.in_channels:
+            return state_dict
+        adapted = adapt_input_channels(weight, self.in_channels)
+        MMLogger.get_current_instance().info(
+            f'Adapted {name} from {weight.shape[1]} to {self.in_channels} input channels.'
+        )
+        return {**state_dict, name: adapted}
 
     def _check_fit(self, state: Dict[str, Tensor], source: str) -> None:
         """Make sure that a state dict has the embeddings and every block, in the right shapes.
@@ -449,13 +480,27 @@ class VisionLSTM(BaseModule):
         source = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
         if not is_official(source):
             return
-        converted = vil_to_mmvil(source)
         name = 'backbone.'
+        converted = self.adapt_pretrained(vil_to_mmvil(source), name)
         backbone = {key[len(name) :]: x for key, x in converted.items() if key.startswith(name)}
         self._check_fit(backbone, 'The official checkpoint')
         for key in source:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: value for key, value in converted.items()})
+
+    def _check_loaded_channels(self, state_dict: dict, prefix: str, *args) -> None:
+        """Refuse weights of images of other channels: mmengine would only warn, and go on with a
+        random patch embedding.
+        """
+        weight = state_dict.get(prefix + _FIRST_WEIGHT)
+        if weight is None or weight.dim() != 4 or weight.shape[1] == self.in_channels:
+            return
+        raise ValueError(
+            f'The checkpoint is of images of {weight.shape[1]} channels, but the model has '
+            f'in_channels={self.in_channels}. Test and resume with the in_channels of the '
+            "checkpoint; weights to start from belong in the backbone's init_cfg, or in load_from "
+            'with the hook mmvil.engine.AdaptInputChannelsHook, which tools/train.py has.'
+        )
 
     def _resizes(self, key: str, value: Tensor) -> bool:
         """Whether a loaded tensor is a position embedding of another image size."""

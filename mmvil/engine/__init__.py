@@ -5,7 +5,7 @@ processes that equal one.
 
 from .amp import CPUAmpOptimWrapper
 from .distributed import AverageLogHook, CPUSyncBatchNorm, GlobalBatchCrossEntropyLoss
-from .hooks import IterationSeedHook
+from .hooks import AdaptInputChannelsHook, IterationSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .metrics import CorruptionError, SubsetAccuracy
 from .nan_guard import NaNGuardHook
@@ -20,6 +20,7 @@ from .safe_checkpoint import (
 from .samples import SampleError
 
 __all__ = [
+    'AdaptInputChannelsHook',
     'AverageLogHook',
     'CPUAmpOptimWrapper',
     'CPUSyncBatchNorm',

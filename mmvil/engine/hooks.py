@@ -2,13 +2,39 @@
 """Hooks that training with ViL wants."""
 
 import itertools
+import re
 
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 
 from .samples import seed_generators, seed_samples
+
+# What DDP, FSDP and activation checkpointing put between the names of modules.
+_WRAPPERS = re.compile(r'^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.')
+
+
+@HOOKS.register_module()
+class AdaptInputChannelsHook(Hook):
+    """Let a training start by ``load_from`` from weights of RGB images, whatever channels its own
+    images have, see :func:`mmvil.converters.adapt_input_channels`.
+
+    It does nothing when a training is resumed or a model is tested: the checkpoint is of that model
+    then, and other channels are a mistake.
+    """
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Adapt the loaded weights in place."""
+        if runner._resume or not isinstance(runner._train_loop, BaseLoop):
+            return
+        state = checkpoint.get('state_dict', checkpoint)
+        for name, module in runner.model.named_modules():
+            if hasattr(module, 'adapt_pretrained'):
+                prefix = _WRAPPERS.sub('', f'{name}.')
+                for wrapper in ('', 'module.'):  # as mmengine takes them
+                    state.update(module.adapt_pretrained(state, wrapper + prefix))
 
 
 @HOOKS.register_module()

@@ -100,6 +100,14 @@ def test_get_model_refuses_what_does_not_fit_and_names_it(official, file, tmp_pa
         mmvil.get_model('vil2-tiny', tmp_path / 'part.pth', num_classes=10, head=HEAD, **tiny())
 
 
+def test_get_model_adapts_rgb_weights_to_other_channels(official, file):
+    settings = tiny()
+    settings['backbone'].update(in_channels=1)
+    model = mmvil.get_model('vil2-tiny', file, num_classes=10, head=HEAD, **settings)
+    weight = official['state_dict']['patch_embed.proj.weight'].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.backbone.patch_embed.projection.weight, weight)
+
+
 def test_get_model_suggests_names():
     with pytest.raises(ValueError, match="'vil2-bse'. Did you mean 'vil2-base'"):
         mmvil.get_model('vil2-bse')
@@ -134,6 +142,12 @@ def test_whole_classifier_starts_from_an_official_file_by_init_cfg(official, fil
     model = mmpretrain.models.build_classifier(config.model).eval()
     model.init_weights()
     assert relative_error(model(official['image']), official['logits']) < 1e-5
+
+    config.model.backbone.in_channels = 2
+    model = mmpretrain.models.build_classifier(config.model)
+    model.init_weights()
+    weight = official['state_dict']['patch_embed.proj.weight'][:, :2] * 1.5
+    torch.testing.assert_close(model.backbone.patch_embed.projection.weight, weight)
 
     config.model.backbone.arch.embed_dims = 16
     config.model.head.in_channels = 32

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from mmvil.converters import adapt_input_channels
 from tests.conftest import ROOT, relative_error
 
 timm = pytest.importorskip('timm')
@@ -91,6 +92,19 @@ def test_pretrained_weights_fit_other_channels_and_classes(num_classes, tmp_path
     weight = data['state_dict']['patch_embed.proj.weight'].sum(dim=1, keepdim=True)
     torch.testing.assert_close(model.backbone.patch_embed.projection.weight, weight)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, num_classes or 64)
+
+
+def test_pretrained_weights_follow_one_rule_for_channels(tmp_path):
+    data = torch.load(ROOT / 'tests/data/vil2_dim32.pt', weights_only=True)
+    torch.save(dict(state_dict=data['state_dict']), tmp_path / 'a.pth')
+    overlay = dict(file=str(tmp_path / 'a.pth'), num_classes=10)
+    kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    model = create(in_chans=4, **kwargs)
+    expected = adapt_input_channels(data['state_dict']['patch_embed.proj.weight'], 4)
+    torch.testing.assert_close(model.backbone.patch_embed.projection.weight, expected)
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='of images of 4 channels, the model has in_channels=8'):
+        create(in_chans=8, **kwargs)
 
 
 def test_pretrained_weights_fit_another_pooling_with_a_new_classifier(image, tmp_path):

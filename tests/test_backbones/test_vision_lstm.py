@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import _load_checkpoint_to_model as mmengine_load
 from torch import nn
 
 import mmvil
 from mmvil import VisionLSTM
-from mmvil.converters import vil_to_mmvil
+from mmvil.converters import adapt_input_channels, vil_to_mmvil
 from tests.conftest import ROOT, relative_error
 
 TINY = dict(arch=dict(embed_dims=16, depth=4), img_size=64)
@@ -382,6 +384,35 @@ def test_init_cfg_refuses_what_does_not_fit(tmp_path, change, message):
     backbone = build(init_cfg=save(tmp_path, change(build().state_dict())))
     with pytest.raises(ValueError, match=message):
         backbone.init_weights()
+
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+def test_init_cfg_adapts_weights_of_rgb_images_and_logs_it(tmp_path, in_channels, monkeypatch):
+    said = []
+    monkeypatch.setattr(MMLogger, 'info', lambda _, message: said.append(message))
+    source = build()
+    backbone = build(in_channels=in_channels, init_cfg=save(tmp_path, source.state_dict()))
+    backbone.init_weights()
+    expected = adapt_input_channels(source.patch_embed.projection.weight.detach(), in_channels)
+    assert torch.equal(backbone.patch_embed.projection.weight, expected)
+    assert any(f'from 3 to {in_channels} input channels' in message for message in said)
+
+
+def test_init_cfg_says_that_channels_are_the_matter(tmp_path):
+    backbone = build(in_channels=8, init_cfg=save(tmp_path, build(in_channels=4).state_dict()))
+    with pytest.raises(ValueError, match='of images of 4 channels, the model has in_channels=8'):
+        backbone.init_weights()
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_state_dict_of_other_channels_is_not_adapted(strict):
+    """A trained model and a mistyped in_channels; mmengine would only warn."""
+    state = build().state_dict()
+    before = build(in_channels=4)
+    with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
+        mmengine_load(before, dict(state_dict=state), strict)
+    with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
+        before.load_state_dict(state, strict=strict)
 
 
 def test_state_dict_of_another_image_size_loads():

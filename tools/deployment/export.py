@@ -3,7 +3,8 @@
 
 python tools/deployment/export.py configs/upernet_vil_t_ade20k.py checkpoint.pth --out vil_t.onnx
 
-The file takes any number of images of any size, in RGB from 0 to 255. See docs/deployment.md.
+The file takes any number of images of any size, in RGB from 0 to 255 or, of other channels, as the
+config loads them. See docs/deployment.md.
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Deployed(nn.Module):
             self.register_buffer('std', preprocessor.std.detach().clone())
 
     def forward(self, images):
-        """Map images (B, 3, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
+        """Map images (B, C, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
         or (B,), or of several labels an image, 1 among 0 (B, classes). Tasks make a dict of them.
         """
         x = (images - self.mean) / self.std if self.normalize else images
@@ -114,8 +115,15 @@ class Deployed(nn.Module):
         return [self.output] if tasks is None else [f'{self.output}.{task}' for task in tasks]
 
     @property
+    def channels(self):
+        """Of the input: those that the first convolution reads."""
+        return next(x.in_channels for x in self.model.modules() if isinstance(x, nn.Conv2d))
+
+    @property
     def channel_order(self):
         """Of the input."""
+        if self.channels != 3:
+            return 'bands as loaded'
         preprocessor = self.model.data_preprocessor
         converts = getattr(preprocessor, '_channel_conversion', False) or getattr(
             preprocessor, 'to_rgb', False
@@ -126,16 +134,17 @@ class Deployed(nn.Module):
 def describe(model, size):
     """What a user of the file has to know, as text by key."""
     meta = getattr(model.model, 'dataset_meta', None) or {}
+    loaded = '0 to 255' if model.channels == 3 else 'values as loaded'
     if model.normalize or not hasattr(model.model.data_preprocessor, 'mean'):
-        values = '0 to 255'
+        values = loaded
     else:
         mean, std = (
             getattr(model.model.data_preprocessor, name).flatten().tolist()
             for name in ('mean', 'std')
         )
-        values = f'0 to 255, minus {mean}, divided by {std}'
+        values = f'{loaded}, minus {mean}, divided by {std}'
     return dict(
-        input=f'(batch, 3, height, width) float32, {model.channel_order}, {values}',
+        input=f'(batch, {model.channels}, height, width) float32, {model.channel_order}, {values}',
         output=model.output,
         classes=json.dumps(meta.get('classes')),
         palette=json.dumps(meta.get('palette')),
@@ -306,7 +315,7 @@ def trace(model, size, static=False, chunk_size=None):
     """Trace a model.
 
     Args:
-        model (nn.Module): Maps images (B, 3, H, W) to a tensor; not changed.
+        model (Deployed): Maps images (B, C, H, W) to a tensor; not changed.
         size (tuple[int, int]): Image size to trace with.
         static (bool): One image of that size only. Default: False.
         chunk_size (int, optional): Tokens in a chunk of the mLSTM.
@@ -322,7 +331,7 @@ def trace(model, size, static=False, chunk_size=None):
             block.chunk_size = chunk_size or block.chunk_size
     # Traced with sizes that no rule of thumb fits; these sizes are then forgotten.
     height, width = size if static else (size[0] + 5, size[1] + 3)
-    example = torch.zeros(1 if static else 2, 3, height, width)
+    example = torch.zeros(1 if static else 2, model.channels, height, width)
     free = torch.export.Dim.DYNAMIC
     dynamic = None if static else ({0: free, 2: free, 3: free},)
     # With this setting, torch does not tie the graph to what happens to hold for the example's
@@ -503,9 +512,10 @@ def main():
     print(f'  input  {description["input"]}\n  output {args.output}')
 
     print('Compared with PyTorch:')
-    shapes = [(1, 3, *size)]
+    shapes = [(1, model.channels, *size)]
     if not args.static:  # a second size that the patches do not tile, larger and smaller than both
-        shapes.append((3, 3, size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, 16)))
+        other = size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, 16)
+        shapes.append((3, model.channels, *other))
     worst = check(model, load(out, output_format), shapes)
     if not worst <= args.tolerance:
         raise UserError(

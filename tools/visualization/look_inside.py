@@ -12,6 +12,7 @@ import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -21,10 +22,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
-from PIL import Image  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
+from _images import ImageReader  # noqa: E402
 from _models import build_model, find_images  # noqa: E402
 
 from mmvil import VisionLSTM  # noqa: E402
@@ -80,24 +81,48 @@ def make_parser():
 # -- Images ----------------------------------------------------------------------------------------
 
 
-def read_images(paths, size=None):
-    """Images as RGB arrays (H, W, 3), resized if a size is given."""
-    images = [Image.open(path).convert('RGB') for path in paths]
-    if size is not None:
-        images = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image in images]
-    return [np.asarray(image) for image in images]
+class Image(NamedTuple):
+    """A picture (H, W, 3) to look at, and the same image as the backbone wants it, (1, C, H, W)."""
+
+    picture: np.ndarray
+    x: torch.Tensor
 
 
-def preprocess(model, image, device):
-    """An RGB image (H, W, 3) as the backbone wants it, (1, 3, H, W)."""
+def read_images(paths, reader, model, size=None):
+    """Images as the config's loader reads them, resized if a size is given."""
+    images = []
+    for path in paths:
+        image = reader.load(path)['img']
+        if size is not None:
+            image = resize(image, size)
+        images.append(Image(reader.picture(image), preprocess(model, image)))
+    return images
+
+
+def preprocess(model, image):
+    """A loaded image (H, W[, C]) as the backbone wants it, (1, C, H, W), without padding."""
     preprocessor = model.data_preprocessor
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().to(device)
+    x = to_tensor(image)[None].to(next(model.parameters()).device)
     converts = getattr(preprocessor, '_channel_conversion', False)
-    if not (converts or getattr(preprocessor, 'to_rgb', False)):
-        x = x.flip(1)  # the model was trained on BGR
+    if x.shape[1] == 3 and (converts or getattr(preprocessor, 'to_rgb', False)):
+        x = x.flip(1)
     if getattr(preprocessor, '_enable_normalize', False):
         x = (x - preprocessor.mean) / preprocessor.std
     return x
+
+
+def to_tensor(image):
+    """An image (H, W) or (H, W, C) as a tensor (C, H, W)."""
+    image = image.reshape(*image.shape[:2], -1).astype(np.float32)
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def resize(image, size):
+    """An image (H, W[, C]) of another size (height, width), in its own dtype and range."""
+    x = to_tensor(image)[None]
+    y = F.interpolate(x, tuple(size), mode='bicubic', antialias=True).clamp(x.min(), x.max())
+    y = y if np.issubdtype(image.dtype, np.floating) else y.round()
+    return y[0].permute(1, 2, 0).numpy().astype(image.dtype)
 
 
 def backbone_of(model):
@@ -177,7 +202,7 @@ def receptive_field(backbone, images, blocks, at):
 
     Args:
         backbone (VisionLSTM): The backbone.
-        images (list[Tensor]): Each of shape (1, 3, H, W), all of one size.
+        images (list[Tensor]): Each of shape (1, C, H, W), all of one size.
         blocks (list[int]): After which blocks.
         at (tuple[float, float]): Place of the token, as parts of height and width.
 
@@ -259,14 +284,14 @@ def make_figure(rows, columns, aspect, width=2.3, extra=0.6):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
 
 
-def draw_gates(model, image, blocks, head, device):
+def draw_gates(model, image, blocks, head):
     """Both gates of some blocks over the image."""
     backbone = backbone_of(model)
     with torch.no_grad(), recorded(backbone) as records:
-        backbone(preprocess(model, image, device))
-    aspect = image.shape[0] / image.shape[1]
+        backbone(image.x)
+    aspect = image.picture.shape[0] / image.picture.shape[1]
     figure, axes = make_figure(2, len(blocks) + 1, aspect, extra=1)
-    show(axes[0, 0], image, 'image')
+    show(axes[0, 0], image.picture, 'image')
     axes[1, 0].axis('off')
     rows = [[], []]
     for block in blocks:
@@ -290,22 +315,22 @@ def draw_gates(model, image, blocks, head, device):
     return figure
 
 
-def draw_decay(model, image, blocks, head, at, device):
+def draw_decay(model, image, blocks, head, at):
     """What one token sees in some blocks, and the half-life of the memory in all blocks."""
     backbone = backbone_of(model)
     with torch.no_grad(), recorded(backbone) as records:
-        backbone(preprocess(model, image, device))
+        backbone(image.x)
         gates = [gates_of(block, x, grid) for block, (x, grid, _) in zip(backbone.layers, records)]
     grid = records[0][1]
     token = token_at(grid, at)
-    height, width = image.shape[:2]
+    height, width = image.picture.shape[:2]
     center = ((token % grid[1] + 0.5) / grid[1], (token // grid[1] + 0.5) / grid[0])
 
     panel = 2.3 * height / width
     figure = plt.figure(figsize=(2.3 * (len(blocks) + 1) + 0.6, panel + 3.4), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=[panel + 0.5, 2.9])
     axes = above.subplots(1, len(blocks) + 1, squeeze=False)[0]
-    show(axes[0], image, 'image and token')
+    show(axes[0], image.picture, 'image and token')
     for axis, block in zip(axes[1:], blocks):
         igate, fgate = gates[block]
         weights = decay_weights(igate[0], fgate[0], backbone.layers[block].reverse, token)
@@ -341,15 +366,15 @@ def draw_decay(model, image, blocks, head, at, device):
     return figure
 
 
-def draw_receptive_field(model, images, blocks, at, device):
+def draw_receptive_field(model, images, blocks, at):
     """Receptive fields after some blocks, trained (above) and with random weights (below)."""
     trained = backbone_of(model)
     torch.manual_seed(0)
     untrained = copy.deepcopy(trained)
     for block in untrained.layers:
         block.reset_parameters()
-    inputs = [preprocess(model, image, device) for image in images]
-    aspect = images[0].shape[0] / images[0].shape[1]
+    inputs = [image.x for image in images]
+    aspect = images[0].picture.shape[0] / images[0].picture.shape[1]
     figure, axes = make_figure(2, len(blocks), aspect, extra=1)
     for line, backbone, label in zip(axes, (trained, untrained), ('trained', 'random blocks')):
         maps = receptive_field(backbone, inputs, blocks, at)
@@ -364,19 +389,19 @@ def draw_receptive_field(model, images, blocks, at, device):
     return figure
 
 
-def draw_pca(model, images, blocks, device):
+def draw_pca(model, images, blocks):
     """Features after some blocks, one row per image."""
     backbone = backbone_of(model)
     features, grids = [], []
     for image in images:
         with torch.no_grad(), recorded(backbone) as records:
-            backbone(preprocess(model, image, device))
+            backbone(image.x)
         features.append([records[block][2][0] for block in blocks])
         grids.append(records[0][1])
-    aspect = max(image.shape[0] / image.shape[1] for image in images)
+    aspect = max(image.picture.shape[0] / image.picture.shape[1] for image in images)
     figure, axes = make_figure(len(images), len(blocks) + 1, aspect)
     for line, image in zip(axes, images):
-        show(line[0], image)
+        show(line[0], image.picture)
     axes[0, 0].set_title('image')
     for column, block in enumerate(blocks):
         colors = principal_colors([each[column] for each in features])
@@ -399,8 +424,8 @@ def main():
     size = args.size
     if size is None and cfg.get('default_scope') == 'mmpretrain':
         size = [side * backbone.patch_size for side in backbone.pos_embed.shape[1:3]]
-    images = read_images(paths, size)
-    if args.picture == 'receptive_field' and len({image.shape for image in images}) > 1:
+    images = read_images(paths, ImageReader(cfg), model, size)
+    if args.picture == 'receptive_field' and len({image.x.shape for image in images}) > 1:
         raise UserError('the images have several sizes; --size HEIGHT WIDTH makes them equal')
     blocks = args.blocks or default_blocks(backbone, pairs=args.picture in ('gates', 'decay'))
     if not 0 <= min(blocks) <= max(blocks) < len(backbone.layers):
@@ -411,13 +436,13 @@ def main():
         raise UserError(f'--head must be 0 to {backbone.num_heads - 1}, but is {args.head}')
 
     if args.picture == 'gates':
-        figure = draw_gates(model, images[0], blocks, args.head, args.device)
+        figure = draw_gates(model, images[0], blocks, args.head)
     elif args.picture == 'decay':
-        figure = draw_decay(model, images[0], blocks, args.head, args.at, args.device)
+        figure = draw_decay(model, images[0], blocks, args.head, args.at)
     elif args.picture == 'receptive_field':
-        figure = draw_receptive_field(model, images, blocks, args.at, args.device)
+        figure = draw_receptive_field(model, images, blocks, args.at)
     else:
-        figure = draw_pca(model, images, blocks, args.device)
+        figure = draw_pca(model, images, blocks)
     out = args.out or Path(f'{args.picture}.png')
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

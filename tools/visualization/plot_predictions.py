@@ -9,15 +9,14 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
-import mmcv  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from mmseg.apis import inference_model, init_model  # noqa: E402
 from mmseg.datasets.transforms import LoadAnnotations  # noqa: E402
 from mmseg.registry import DATASETS  # noqa: E402
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
-import mmvil  # noqa: E402, F401
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from _images import ImageReader  # noqa: E402
 
 IGNORED = 255
 
@@ -50,9 +49,10 @@ def draw(model, samples, out):
         out (Path): Picture to write.
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
+    reader = ImageReader(model.cfg)
     columns, shown = [], set()
     for sample in samples:
-        image = mmcv.imread(sample['img_path'], channel_order='rgb')
+        image = reader.picture(reader.load(sample['img_path'])['img'])
         truth = LoadAnnotations()(sample)['gt_seg_map']
         prediction = inference_model(model, sample['img_path']).pred_sem_seg.data[0].cpu().numpy()
         columns.append([image, overlay(image, truth, palette), overlay(image, prediction, palette)])
