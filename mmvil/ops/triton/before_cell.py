@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compat import tf32_is_allowed
 from .partial_sums import partial_sums, split_tokens
 from .tiles import dot
 
@@ -725,7 +726,7 @@ def split_gradients(
 
 def _precision(dtype: torch.dtype) -> str:
     """How operands in float32 are multiplied; beside features of half precision, tf32 will do."""
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = dtype == torch.float32 and not tf32_is_allowed()
     return 'tf32x3' if exact else 'tf32'
 
 

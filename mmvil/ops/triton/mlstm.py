@@ -33,6 +33,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..compat import tf32_is_allowed
 from . import default_chunk_size, shared_memory
 from .cell import denominators_kernel, readers_kernel, states_kernel, writers_kernel
 from .gates import gate_gradients_kernel, gate_statistics_kernel
@@ -209,7 +210,7 @@ def _precision(dtype: torch.dtype) -> Tuple[str, torch.dtype]:
         return 'tf32', torch.bfloat16
     if dtype == torch.float16:
         return 'tf32', torch.float32  # tf32 has all the digits of float16
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3', torch.float32
+    return 'tf32' if tf32_is_allowed() else 'tf32x3', torch.float32
 
 
 def _new_tokens(x: Tensor) -> Tensor:
