@@ -230,6 +230,7 @@ def test_backend_triton_says_why_it_cannot_run():
 def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
     monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    monkeypatch.setattr('mmvil.ops.triton.verdict.failure', lambda *_: None)
     gpu = torch.device('cuda', 0)
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto').triton
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto', 64) == Form(64, triton=True)
