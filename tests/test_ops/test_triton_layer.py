@@ -7,6 +7,7 @@ in a process in which Triton interprets its kernels.
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple, Tuple
 
 import pytest
@@ -255,6 +256,42 @@ def test_operators_tell_compilers_what_they_return(case):
         assert real_result.shape == fake_result.shape
         assert real_result.dtype == fake_result.dtype
         assert real_result.stride() == fake_result.stride()
+
+
+@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+def test_operators_launch_on_the_gpu_of_their_tensors(monkeypatch):
+    """Played on the CPU: which tensor's device is the current one when a kernel is launched."""
+    from triton.runtime.jit import JITFunction
+
+    from mmvil.ops.triton import mlstm
+
+    launches, current = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def launch(kernel, *args, **kwargs):
+        launches.append((kernel.__name__, [id(tensor) for tensor in current]))
+
+    monkeypatch.setattr(torch.cuda, 'device_of', device_of)
+    monkeypatch.setattr(JITFunction, 'run', launch)
+    case = CASES[1]
+    x, weights = before_cell_inputs(case)
+    before = (weights, case.grid, case.heads, case.reverse)
+    a, q, k, v, gates = before_cell.before_cell(x, *before)
+    parameter = randn(x.shape[2])
+    after = (a, x, parameter, None, parameter, 1e-5)
+    h, normalizer = mlstm.mlstm_forward(q, k, v, *gates, case.reverse)
+    mlstm.mlstm_backward(h, q, k, v, *gates, h, normalizer, case.reverse)
+    after_cell.after_cell(h, *after)
+    after_cell.after_cell_backward(a, h, *after)
+    before_cell.before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x)
+    assert len({name for name, _ in launches}) == 10  # all but the states between chunks
+    firsts = {id(tensor) for tensor in (x, q, h, a)}
+    assert all(len(devices) == 1 and devices[0] in firsts for _, devices in launches), launches
 
 
 @pytest.mark.skipif(DEVICE.type != 'cuda', reason='wants a GPU')

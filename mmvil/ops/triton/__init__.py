@@ -6,9 +6,9 @@
 
 import logging
 import os
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -103,6 +103,17 @@ def shared_memory(device: torch.device) -> int:
         return 227 * 1024
     limits = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
     return limits.get(torch.cuda.get_device_capability(device), 99) * 1024
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Let a function launch its kernels where its first tensor is; Triton takes the current GPU."""
+
+    @wraps(function)
+    def launch(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device_of(first):  # nothing for the CPU
+            return function(first, *args, **kwargs)
+
+    return launch
 
 
 def default_chunk_size(length: int, head_width: int) -> int:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_its_device
 from .partial_sums import partial_sums, split_tokens
 
 # ------------------------------------------------------------------------------------------------
@@ -177,6 +178,7 @@ def after_cell_backward_kernel(
 # Launches
 
 
+@on_its_device
 def after_cell(
     h: Tensor,
     a: Tensor,
@@ -225,6 +227,7 @@ def after_cell(
     return y
 
 
+@on_its_device
 def after_cell_backward(
     y_grad: Tensor,
     h: Tensor,

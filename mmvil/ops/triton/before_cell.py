@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compat import tf32_is_allowed
+from . import on_its_device
 from .partial_sums import partial_sums, split_tokens
 from .tiles import dot
 
@@ -518,6 +519,7 @@ def convolution_backward_kernel(
 # Launches
 
 
+@on_its_device
 def before_cell(
     x: Tensor,
     weights: BeforeCellWeights,
@@ -578,6 +580,7 @@ def before_cell(
     return a, q, k, v, gates_by_head.sum(0)
 
 
+@on_its_device
 def before_cell_backward(
     q_grad: Tensor,
     k_grad: Tensor,

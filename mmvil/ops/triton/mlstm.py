@@ -34,7 +34,7 @@ import triton
 from torch import Tensor
 
 from ..compat import tf32_is_allowed
-from . import default_chunk_size, shared_memory
+from . import default_chunk_size, on_its_device, shared_memory
 from .cell import denominators_kernel, readers_kernel, states_kernel, writers_kernel
 from .gates import gate_gradients_kernel, gate_statistics_kernel
 
@@ -218,6 +218,7 @@ def _new_tokens(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+@on_its_device
 def mlstm_forward(
     q: Tensor,
     k: Tensor,
@@ -252,6 +253,7 @@ def mlstm_forward(
     return h, normalizer
 
 
+@on_its_device
 def mlstm_backward(
     h_grad: Tensor,
     q: Tensor,
