@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_its_device
+from .layout import contiguous, token_rows, unit_stride
 from .partial_sums import partial_sums, split_tokens
 
 # ------------------------------------------------------------------------------------------------
@@ -192,8 +193,9 @@ def after_cell(
 
     Args:
         h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
-        a (Tensor): Output of the convolution, shape (B, N, E).
-        z (Tensor): Half of the up-projection's output, shape (B, N, E), any token stride.
+        a (Tensor): Output of the convolution, shape (B, N, E), any strides.
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
+            channels lie side by side.
         weight, skip (Tensor): Shape (E, ), any floating dtype.
         bias (Tensor, optional): Shape (E, ).
         eps (float): Of the norm.
@@ -202,7 +204,8 @@ def after_cell(
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
     """
     (heads, length), channels = h.shape[1:3], z.shape[-1]
-    h, rows = _unit_stride(h), z.flatten(0, 1)
+    h, rows = unit_stride(h), token_rows(z)
+    weight, bias, skip = map(contiguous, (weight, bias, skip))
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     tile, token_tile = _tiles(channels // heads, 2048)
     if len(rows):
@@ -251,7 +254,8 @@ def after_cell_backward(
         skip (3, E), in float32.
     """
     (batch, heads, length), channels = h.shape[:3], z.shape[-1]
-    h, rows, tokens = _unit_stride(h), z.flatten(0, 1), batch * length
+    h, rows, tokens = unit_stride(h), token_rows(z), batch * length
+    weight, bias, skip = map(contiguous, (weight, bias, skip))
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
     up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
@@ -293,7 +297,3 @@ def _tiles(head_width: int, size: int) -> Tuple[int, int]:
     """Channels and tokens of a tile of about that many values."""
     channels = triton.next_power_of_2(head_width)
     return channels, max(1, min(64, size // channels))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..compat import tf32_is_allowed
 from . import on_its_device
+from .layout import contiguous, token_rows, token_rows_to_write
 from .partial_sums import partial_sums, split_tokens
 from .tiles import dot
 
@@ -531,8 +532,9 @@ def before_cell(
     """Convolution, SiLU, projections to q, k and v, and gates.
 
     Args:
-        x (Tensor): Half of the up-projection's output, shape (B, N, E), any token stride; float16,
-            bfloat16 or float32. Results have its dtype, sums are taken in float32.
+        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
+            channels lie side by side; float16, bfloat16 or float32. Results have its dtype, sums
+            are taken in float32.
         weights (BeforeCellWeights): Parameters, of any floating dtype.
         grid (tuple[int, int]): Rows and columns of the token grid, their product is N.
         heads (int): NH.
@@ -545,7 +547,7 @@ def before_cell(
         tensor.
     """
     batch, length, channels = x.shape
-    rows = x.flatten(0, 1)
+    rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
     # Larger tiles load weights less often, but should leave no multiprocessor idle.
     token_tile = 128 if len(rows) * heads >= 65536 else 64
     a, q, k, v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(4))
@@ -608,14 +610,18 @@ def before_cell_backward(
     Returns:
         tuple[Tensor, Tensor]: The parameters' gradients, one after the other, those of the
         convolution and the others: for :func:`split_gradients`.
+
+    Raises:
+        ValueError: If ``x_grad`` cannot be written as rows of channels.
     """
     batch, length, channels = x.shape
     heads, tokens = igate_grad.shape[1], batch * length
     qkv_grads = (q_grad, k_grad, v_grad)
     if len({y.stride() for y in qkv_grads}) > 1 or q_grad.stride(3) != 1:
         qkv_grads = [y.contiguous() for y in qkv_grads]
-    rows, x_grad_rows = x.flatten(0, 1), x_grad.view(tokens, channels)
-    a_grad = torch.empty_like(a)
+    weights = BeforeCellWeights(*map(contiguous, weights))
+    rows, x_grad_rows = token_rows(x), token_rows_to_write(x_grad)
+    a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     width, tile = weights.q_weight.shape[-1], _channel_tile(channels // heads, x.dtype)
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
@@ -626,9 +632,9 @@ def before_cell_backward(
     sums = partial_sums(programs, size, like=x)
     if programs:
         queries_and_keys = (
-            (0, a.flatten(0, 1), *qkv_grads[:2], c_grad.contiguous()),
+            (0, token_rows(a), *qkv_grads[:2], c_grad.contiguous()),
             (*weights[2:6],),
-            a_grad.view(tokens, channels),
+            a_grad,
         )
         values = ((2, rows, qkv_grads[2], None, None), (*weights[6:8], None, None), x_grad_rows)
         for (operand, source, grad, grad2, extra), maps, source_grad in (queries_and_keys, values):
