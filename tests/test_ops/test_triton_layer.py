@@ -346,7 +346,7 @@ def test_operators_tell_compilers_what_they_return(case):
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
-def test_operators_launch_on_the_gpu_of_their_tensors(monkeypatch):
+def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
     """Played on the CPU: which tensor's device is the current one when a kernel is launched."""
     from triton.runtime.jit import JITFunction
 
@@ -359,6 +359,7 @@ def test_operators_launch_on_the_gpu_of_their_tensors(monkeypatch):
         current.pop()
 
     def launch(kernel, *args, **kwargs):
+        assert not args, 'of thirty arguments in a row, two are swapped without a sign'
         launches.append((kernel.__name__, [id(tensor) for tensor in current]))
 
     monkeypatch.setattr(torch.cuda, 'device_of', device_of)

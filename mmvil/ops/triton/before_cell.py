@@ -370,15 +370,46 @@ def projections_backward_kernel(
     sums += program.to(tl.int64) * sums_stride
     gate_bias_grad = tl.sum(gate_bias_grad, axis=0)
     _store_gradients(
-        sums, OPERAND, weight, bias, weight_grad, bias_grad, igate_weight, fgate_weight,
-        gates_by_source_grad, gate_bias_grad, channel, present, E, NH, WIDTH, GATES, PRECISION, C,
-    )  # fmt: skip
+        sums,
+        OPERAND,
+        weight=weight,
+        bias=bias,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+        igate_weight=igate_weight,
+        fgate_weight=fgate_weight,
+        gates_by_source_grad=gates_by_source_grad,
+        gate_bias_grad=gate_bias_grad,
+        channel=channel,
+        present=present,
+        E=E,
+        NH=NH,
+        WIDTH=WIDTH,
+        GATES=GATES,
+        PRECISION=PRECISION,
+        C=C,
+    )
     if OPERAND == 0:
         _store_gradients(
-            sums, 1, weight2, bias2, weight2_grad, bias2_grad, igate_weight, fgate_weight,
-            gates_by_source_grad, gate_bias_grad, channel, present, E, NH, WIDTH, GATES, PRECISION,
-            C,
-        )  # fmt: skip
+            sums,
+            1,
+            weight=weight2,
+            bias=bias2,
+            weight_grad=weight2_grad,
+            bias_grad=bias2_grad,
+            igate_weight=igate_weight,
+            fgate_weight=fgate_weight,
+            gates_by_source_grad=gates_by_source_grad,
+            gate_bias_grad=gate_bias_grad,
+            channel=channel,
+            present=present,
+            E=E,
+            NH=NH,
+            WIDTH=WIDTH,
+            GATES=GATES,
+            PRECISION=PRECISION,
+            C=C,
+        )
     elif tl.program_id(1) == 0:
         number = tl.arange(0, GATES)
         total = tl.sum(tl.reshape(gate_bias_grad, (2, GATES)), axis=0)
@@ -555,17 +586,17 @@ def before_cell(
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
     if len(rows):
         before_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            rows,
-            rows.stride(0),
-            *weights,
-            a,
-            q,
-            k,
-            v,
-            gates_by_head,
-            len(rows),
-            length,
-            *_convolution_grid(weights, grid, length),
+            x=rows,
+            x_stride=rows.stride(0),
+            **weights._asdict(),
+            a_out=a,
+            q_out=q,
+            k_out=k,
+            v_out=v,
+            gates_out=gates_by_head,
+            tokens=len(rows),
+            length=length,
+            **_convolution_grid(weights, grid, length),
             **_convolution_kernel(weights, reverse),
             E=channels,
             NH=heads,
@@ -631,33 +662,49 @@ def before_cell_backward(
     conv_size, size = gradient_sizes(weights)
     sums = partial_sums(programs, size, like=x)
     if programs:
-        queries_and_keys = (
-            (0, token_rows(a), *qkv_grads[:2], c_grad.contiguous()),
-            (*weights[2:6],),
-            a_grad,
+        q_grad, k_grad, v_grad = qkv_grads
+        batch_stride, head_stride, position_stride, _ = q_grad.stride()
+        queries_and_keys = dict(
+            OPERAND=0,
+            source=token_rows(a),
+            source_grad=a_grad,
+            y_grad=q_grad,
+            y2_grad=k_grad,
+            c_grad=c_grad.contiguous(),
+            weight=weights.q_weight,
+            bias=weights.q_bias,
+            weight2=weights.k_weight,
+            bias2=weights.k_bias,
         )
-        values = ((2, rows, qkv_grads[2], None, None), (*weights[6:8], None, None), x_grad_rows)
-        for (operand, source, grad, grad2, extra), maps, source_grad in (queries_and_keys, values):
+        values = dict(
+            OPERAND=2,
+            source=rows,
+            source_grad=x_grad_rows,
+            y_grad=v_grad,
+            y2_grad=None,
+            c_grad=None,
+            weight=weights.v_weight,
+            bias=weights.v_bias,
+            weight2=None,
+            bias2=None,
+        )
+        for tensors in (queries_and_keys, values):
             projections_backward_kernel[(programs, channel_tiles)](
-                source,
-                source.stride(0),
-                grad,
-                grad2,
-                *grad.stride()[:3],
-                igate_grad.contiguous(),
-                fgate_grad.contiguous(),
-                extra,
-                *maps,
-                weights.igate_weight,
-                weights.fgate_weight,
-                source_grad,
-                source_grad.stride(0),
-                sums,
-                sums.stride(0),
-                tokens,
-                length,
-                share,
-                OPERAND=operand,
+                **tensors,
+                source_stride=tensors['source'].stride(0),
+                source_grad_stride=tensors['source_grad'].stride(0),
+                batch_stride=batch_stride,
+                head_stride=head_stride,
+                position_stride=position_stride,
+                igate_grad=igate_grad.contiguous(),
+                fgate_grad=fgate_grad.contiguous(),
+                igate_weight=weights.igate_weight,
+                fgate_weight=weights.fgate_weight,
+                sums=sums,
+                sums_stride=sums.stride(0),
+                tokens=tokens,
+                length=length,
+                tokens_per_program=share,
                 E=channels,
                 NH=heads,
                 WIDTH=width,
@@ -677,18 +724,18 @@ def before_cell_backward(
     conv_sums = partial_sums(programs, conv_size, like=x)
     if programs:
         convolution_backward_kernel[(programs, channel_tiles)](
-            a_grad,
-            rows,
-            rows.stride(0),
-            weights.conv_weight,
-            x_grad_rows,
-            x_grad_rows.stride(0),
-            conv_sums,
-            conv_sums.stride(0),
-            tokens,
-            length,
-            *_convolution_grid(weights, grid, length),
-            share,
+            a_grad=a_grad,
+            x=rows,
+            x_stride=rows.stride(0),
+            conv_weight=weights.conv_weight,
+            x_grad=x_grad_rows,
+            x_grad_stride=x_grad_rows.stride(0),
+            sums=conv_sums,
+            sums_stride=conv_sums.stride(0),
+            tokens=tokens,
+            length=length,
+            tokens_per_program=share,
+            **_convolution_grid(weights, grid, length),
             **_convolution_kernel(weights, reverse),
             E=channels,
             TAPS=triton.next_power_of_2(weights.conv_weight[0].numel()),
@@ -718,18 +765,18 @@ def split_gradients(
     """
     w = weights
     gates, columns = w.igate_weight.shape
-    sizes = (
-        *3 * (w.q_weight.numel(),),
-        *3 * (columns // 3,),
-        *2 * (gates * columns,),
-        gates,
-        gates,
+    sizes = dict(
+        **dict.fromkeys(('q_weight', 'k_weight', 'v_weight'), w.q_weight.numel()),
+        **dict.fromkeys(('q_bias', 'k_bias', 'v_bias'), columns // 3),
+        **dict.fromkeys(('igate_weight', 'fgate_weight'), gates * columns),
+        **dict.fromkeys(('igate_bias', 'fgate_bias'), gates),
     )
-    qw, kw, vw, qb, kb, vb, iw, fw, ib, fb = other_grads.split(sizes)
-    conv_weight, conv_bias = conv_grads.split((w.conv_weight.numel(), len(w.conv_weight)))
-    ordered = (conv_weight, conv_bias, qw, qb, kw, kb, vw, vb, iw, ib, fw, fb)
+    grads = dict(zip(sizes, other_grads.split([*sizes.values()])))
+    grads['conv_weight'], grads['conv_bias'] = conv_grads.split(
+        (w.conv_weight.numel(), len(w.conv_weight))
+    )
     return BeforeCellWeights(
-        *(None if p is None else grad.view(p.shape) for grad, p in zip(ordered, weights))
+        **{n: None if p is None else grads[n].view(p.shape) for n, p in w._asdict().items()}
     )
 
 
@@ -751,7 +798,8 @@ def _gate_columns(heads: int) -> int:
 
 def _convolution_grid(weights: BeforeCellWeights, grid: Sequence[int], length: int):
     """Rows and columns that the convolution sees: a causal one sees a single row."""
-    return tuple(grid) if weights.conv_weight.dim() == 4 else (1, length)
+    height, width = grid if weights.conv_weight.dim() == 4 else (1, length)
+    return dict(height=height, width=width)
 
 
 def _convolution_kernel(weights: BeforeCellWeights, reverse: bool):
