@@ -59,6 +59,7 @@ def test_import_is_light_and_needs_neither_timm_nor_triton_nor_the_libraries():
         'assert MODELS.get("mmvil.VisionLSTM") is mmvil.VisionLSTM\n'
         'import mmvil\n'
         'mmvil.VisionLSTM(arch=dict(embed_dims=16, depth=2))\n'
+        'assert "mmvil.ops.triton.verdict" not in sys.modules\n'
     )
     result = subprocess.run(
         [sys.executable, '-W', 'error::UserWarning:mmvil', '-c', code],

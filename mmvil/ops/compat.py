@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Tracers, transforms and autocast, under the names they have from torch 2.1 to the newest."""
+"""Tracers, transforms, precision and autocast, by their names from torch 2.1 to the newest."""
 
 import warnings
 from contextlib import nullcontext
@@ -43,6 +43,14 @@ def static_shape(x: Tensor) -> Tuple[int, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         return tuple(map(int, x.shape))
+
+
+def tf32_is_allowed() -> bool:
+    """Whether the user lets CUDA round the operands of float32 matrix products to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):  # torch >= 2.9, where reading the old name may raise
+        return matmul.fp32_precision == 'tf32'
+    return matmul.allow_tf32
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

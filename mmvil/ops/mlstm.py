@@ -227,8 +227,7 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton
     if triton:
         from .triton.mlstm import mlstm_forward
 
-        with torch.cuda.device_of(q):
-            return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
+        return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
     features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
     h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
     return h.to(q.dtype), normalizer
@@ -243,8 +242,7 @@ def _mlstm_backward(
     if triton:
         from .triton.mlstm import mlstm_backward
 
-        with torch.cuda.device_of(q):
-            return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
+        return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     grads = chunkwise_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))

@@ -7,11 +7,14 @@ in a process in which Triton interprets its kernels.
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple, Tuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from mmvil.layers import ViLBlock
 from mmvil.ops.projections import token_conv
@@ -23,7 +26,7 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
-from mmvil.ops.triton import after_cell, before_cell  # noqa: E402
+from mmvil.ops.triton import after_cell, before_cell, mlstm  # noqa: E402
 from mmvil.ops.triton.partial_sums import split_tokens  # noqa: E402
 
 runs_kernels = pytest.mark.skipif(
@@ -198,6 +201,91 @@ def test_after_cell_equals_pytorch(case):
     assert_close(actual, dict(zip(leaves, grads)), case)
 
 
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'dimensions in reverse': lambda x: (
+        x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1])
+    ),
+    'every second channel': lambda x: torch.stack([x, x * float('nan')], -1)[..., 0],
+    'part of a larger one': lambda x: F.pad(x, (3, 5) * x.dim(), value=float('nan'))[
+        tuple(slice(3, -5) for _ in x.shape)
+    ],
+    'expanded': lambda x: x[:1].expand(x.shape),
+}
+
+
+@runs_kernels
+@settings(  # the interpreter takes seconds for an example
+    max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+)
+@given(st.data())
+@pytest.mark.parametrize('operator', ['before_cell', 'after_cell', 'mlstm'])
+def test_operators_take_any_layout(operator, data):
+    """The same results as from contiguous tensors with the same values."""
+    batch = data.draw(st.sampled_from([1, 2]), 'batch')
+    case = Case(2, 8, (2, 3), batch=batch, version=data.draw(st.sampled_from([1, 2]), 'version'))
+    x, weights = before_cell_inputs(case)
+    by_head = [randn(batch, 2, 6, 8) for _ in range(5)]
+    gates = [randn(batch, 2, 6) for _ in range(3)]
+    tokens, parameters = [randn(*x.shape) for _ in range(3)], [randn(16) for _ in range(3)]
+
+    def run_before_cell(x, a, c_grad, q_grad, k_grad, v_grad, igate_grad, fgate_grad, *weights):
+        settings = (before_cell.BeforeCellWeights(*weights), case.grid)
+        x_grad = torch.empty(batch, 6, 20, device=DEVICE)[..., :16]
+        grads = (q_grad, k_grad, v_grad, igate_grad, fgate_grad, c_grad)
+        return [
+            *before_cell.before_cell(x, *settings, 2, False),
+            *before_cell.before_cell_backward(*grads, a, x, *settings, False, x_grad),
+            x_grad,
+        ]
+
+    def run_after_cell(y_grad, a, z, h, weight, bias, skip):
+        args = (h, a, z, weight, bias, skip, 1e-5)
+        y, h_grad, c_grad, up_grad, sums = after_cell.after_cell_backward(y_grad, *args)
+        return [after_cell.after_cell(*args), y, h_grad, c_grad, up_grad[..., 16:], sums]
+
+    def run_mlstm(h_grad, q, k, v, h, igate, fgate, normalizer):
+        inputs, reverse = (q, k, v, igate, fgate), case.version == 1
+        return [
+            *mlstm.mlstm_forward(*inputs, reverse),
+            *mlstm.mlstm_backward(h_grad, *inputs, h, normalizer, reverse),
+        ]
+
+    run, inputs = {
+        'before_cell': (run_before_cell, [x, *tokens[:2], *by_head[:3], *gates[:2], *weights]),
+        'after_cell': (run_after_cell, [*tokens, by_head[0], *parameters]),
+        'mlstm': (run_mlstm, by_head + gates),
+    }[operator]
+    layouts = st.lists(st.sampled_from(list(LAYOUTS)), min_size=len(inputs), max_size=len(inputs))
+    inputs = [
+        None if x is None else LAYOUTS[layout](x)
+        for x, layout in zip(inputs, data.draw(layouts, 'layouts'))
+    ]
+    expected = run(
+        *(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs)
+    )
+    for actual, value in zip(run(*inputs), expected):
+        assert value.isfinite().all() and relative_error(actual, value) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    'x_grad',
+    [
+        torch.empty(2, 16, 6).mT,
+        torch.empty(2, 6, 32)[..., ::2],
+        torch.empty(6, 16).expand(2, 6, 16),
+    ],
+)
+def test_before_cell_refuses_to_write_to_a_copy(x_grad):
+    case = Case(2, 8, (2, 3))
+    x, weights = before_cell_inputs(case)
+    q, gate, tokens = randn(2, 2, 6, 8), randn(2, 2, 6), randn(2, 6, 16)
+    with pytest.raises(ValueError, match='one stride between tokens, but its shape is'):
+        before_cell.before_cell_backward(
+            q, q, q, gate, gate, tokens, tokens, x, weights, case.grid, False, x_grad
+        )
+
+
 @runs_kernels
 @pytest.mark.parametrize('version, reverse', [(2, False), (2, True), (1, True)])
 def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
@@ -255,6 +343,41 @@ def test_operators_tell_compilers_what_they_return(case):
         assert real_result.shape == fake_result.shape
         assert real_result.dtype == fake_result.dtype
         assert real_result.stride() == fake_result.stride()
+
+
+@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
+    """Played on the CPU: which tensor's device is the current one when a kernel is launched."""
+    from triton.runtime.jit import JITFunction
+
+    launches, current = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def launch(kernel, *args, **kwargs):
+        assert not args, 'of thirty arguments in a row, two are swapped without a sign'
+        launches.append((kernel.__name__, [id(tensor) for tensor in current]))
+
+    monkeypatch.setattr(torch.cuda, 'device_of', device_of)
+    monkeypatch.setattr(JITFunction, 'run', launch)
+    case = CASES[1]
+    x, weights = before_cell_inputs(case)
+    before = (weights, case.grid, case.heads, case.reverse)
+    a, q, k, v, gates = before_cell.before_cell(x, *before)
+    parameter = randn(x.shape[2])
+    after = (a, x, parameter, None, parameter, 1e-5)
+    h, normalizer = mlstm.mlstm_forward(q, k, v, *gates, case.reverse)
+    mlstm.mlstm_backward(h, q, k, v, *gates, h, normalizer, case.reverse)
+    after_cell.after_cell(h, *after)
+    after_cell.after_cell_backward(a, h, *after)
+    before_cell.before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x)
+    assert len({name for name, _ in launches}) == 10  # all but the states between chunks
+    firsts = {id(tensor) for tensor in (x, q, h, a)}
+    assert all(len(devices) == 1 and devices[0] in firsts for _, devices in launches), launches
 
 
 @pytest.mark.skipif(DEVICE.type != 'cuda', reason='wants a GPU')

@@ -116,6 +116,31 @@ def test_kernels_hold_states_beyond_the_range_of_float16():
 
 
 @launches
+@pytest.mark.parametrize('fgate', [-300.0, 300.0, None], ids=['forget', 'keep', 'mixed'])
+def test_kernels_hold_weights_beyond_the_range_of_float16(fgate):
+    """Open input gates leave a denominator no floor, and 1 / denominator goes into the weights."""
+    inputs = random_inputs(70, 16, torch.float16, heads=1)
+    for x in inputs[:2]:
+        x.copy_(x.abs() * 3e-3)
+    inputs[2].mul_(4)
+    inputs[3].fill_(300)
+    mixed = torch.tensor([-300.0, 300.0, 0.0, 5.0, -5.0, 300.0, 3.0]).repeat(10)
+    inputs[4].copy_(mixed if fgate is None else torch.full_like(mixed, fgate))
+    check(inputs, chunk_size=64, tolerance=3e-2)  # large weights cancel, and with them digits
+
+
+@launches
+def test_kernels_hold_scores_beyond_the_range_of_float16():
+    inputs = random_inputs(70, 16, torch.float16, heads=1)
+    for x in inputs[:2]:
+        x.copy_(x.abs() * 300)  # products up to a million
+    q, k, v, igate, fgate = (x.to(DEVICE) for x in inputs)
+    h = mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton', chunk_size=64)
+    expected = mlstm(q, k, v, igate=igate, fgate=fgate, backend='parallel')
+    assert relative_error(h, expected) < TOLERANCE[torch.float16]
+
+
+@launches
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 def test_kernels_take_any_strides(reverse):
     q, k, v, igate, fgate = random_inputs(70, 16)
@@ -230,6 +255,7 @@ def test_backend_triton_says_why_it_cannot_run():
 def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
     monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    monkeypatch.setattr('mmvil.ops.triton.verdict.failure', lambda *_: None)
     gpu = torch.device('cuda', 0)
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto').triton
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto', 64) == Form(64, triton=True)

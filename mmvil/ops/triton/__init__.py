@@ -1,11 +1,14 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""GPU kernels in Triton. Importing this package does not import Triton."""
+"""GPU kernels in Triton. Importing this package does not import Triton.
+
+``MMVIL_TRITON=0`` in the environment switches them off.
+"""
 
 import logging
 import os
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -31,13 +34,21 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Op
         return f'the dtype is {dtype}, not one of {", ".join(map(str, DTYPES))}'
     if head_width > MAX_HEAD_WIDTH:
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
+    if not _switched_on('MMVIL_TRITON', '1'):
+        return 'MMVIL_TRITON switches the kernels off'
     return _triton_problem() or _device_problem(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
 def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the kernels can run. A GPU that has to do without is named once in the log."""
+    """Whether the kernels can run on a GPU and passed their test there, which is done now if it has
+    not been. A GPU that has to do without is named once in the log.
+    """
     problem = unavailable(device, dtype, head_width)
+    if not problem and not interpreted():
+        from .verdict import failure
+
+        problem = failure(device, dtype, head_width)
     if problem:
         _log_once(f'The mLSTM runs in plain PyTorch, without GPU kernels: {problem}.')
     return not problem
@@ -77,7 +88,12 @@ def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
 
 def interpreted() -> bool:
     """Whether Triton runs kernels as Python code, as it decides once, when it is imported."""
-    return os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'on', 'yes', 'y')
+    return _switched_on('TRITON_INTERPRET', '0')
+
+
+def _switched_on(variable: str, default: str) -> bool:
+    """Read the environment as Triton does."""
+    return os.environ.get(variable, default).lower() in ('1', 'true', 'on', 'yes', 'y')
 
 
 @lru_cache
@@ -87,6 +103,17 @@ def shared_memory(device: torch.device) -> int:
         return 227 * 1024
     limits = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
     return limits.get(torch.cuda.get_device_capability(device), 99) * 1024
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Let a function launch its kernels where its first tensor is; Triton takes the current GPU."""
+
+    @wraps(function)
+    def launch(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device_of(first):  # nothing for the CPU
+            return function(first, *args, **kwargs)
+
+    return launch
 
 
 def default_chunk_size(length: int, head_width: int) -> int:

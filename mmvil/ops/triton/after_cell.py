@@ -9,13 +9,15 @@ and writes those of h, c = SiLU(a) and z, and y again, which the down-projection
 wants: 8 units, and a small second launch for the sums over tokens.
 """
 
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_its_device
+from .layout import contiguous, token_rows, unit_stride
 from .partial_sums import partial_sums, split_tokens
 
 # ------------------------------------------------------------------------------------------------
@@ -177,6 +179,7 @@ def after_cell_backward_kernel(
 # Launches
 
 
+@on_its_device
 def after_cell(
     h: Tensor,
     a: Tensor,
@@ -190,8 +193,9 @@ def after_cell(
 
     Args:
         h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
-        a (Tensor): Output of the convolution, shape (B, N, E).
-        z (Tensor): Half of the up-projection's output, shape (B, N, E), any token stride.
+        a (Tensor): Output of the convolution, shape (B, N, E), any strides.
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
+            channels lie side by side.
         weight, skip (Tensor): Shape (E, ), any floating dtype.
         bias (Tensor, optional): Shape (E, ).
         eps (float): Of the norm.
@@ -200,23 +204,23 @@ def after_cell(
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
     """
     (heads, length), channels = h.shape[1:3], z.shape[-1]
-    h, rows = _unit_stride(h), z.flatten(0, 1)
+    rows = token_rows(z)
+    weight, bias, skip = map(contiguous, (weight, bias, skip))
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     tile, token_tile = _tiles(channels // heads, 2048)
     if len(rows):
         after_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            h,
-            *h.stride()[:3],
-            a.contiguous(),
-            rows,
-            rows.stride(0),
-            weight,
-            bias,
-            skip,
-            y,
-            len(rows),
-            length,
-            eps,
+            **_by_head(h),
+            a=a.contiguous(),
+            z=rows,
+            z_stride=rows.stride(0),
+            weight=weight,
+            bias=bias,
+            skip=skip,
+            y=y,
+            tokens=len(rows),
+            length=length,
+            eps=eps,
             E=channels,
             NH=heads,
             T=token_tile,
@@ -225,6 +229,7 @@ def after_cell(
     return y
 
 
+@on_its_device
 def after_cell_backward(
     y_grad: Tensor,
     h: Tensor,
@@ -248,7 +253,8 @@ def after_cell_backward(
         skip (3, E), in float32.
     """
     (batch, heads, length), channels = h.shape[:3], z.shape[-1]
-    h, rows, tokens = _unit_stride(h), z.flatten(0, 1), batch * length
+    rows, tokens = token_rows(z), batch * length
+    weight, bias, skip = map(contiguous, (weight, bias, skip))
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
     up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
@@ -257,26 +263,25 @@ def after_cell_backward(
     sums = partial_sums(programs, 3 * channels, like=z)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
-            y_grad.contiguous(),
-            h,
-            *h.stride()[:3],
-            a.contiguous(),
-            rows,
-            rows.stride(0),
-            weight,
-            bias,
-            skip,
-            y,
-            h_grad,
-            c_grad,
-            z_grad,
-            z_grad.stride(0),
-            sums,
-            sums.stride(0),
-            tokens,
-            length,
-            share,
-            eps,
+            y_grad=y_grad.contiguous(),
+            **_by_head(h),
+            a=a.contiguous(),
+            z=rows,
+            z_stride=rows.stride(0),
+            weight=weight,
+            bias=bias,
+            skip=skip,
+            y=y,
+            h_grad=h_grad,
+            c_grad=c_grad,
+            z_grad=z_grad,
+            z_grad_stride=z_grad.stride(0),
+            sums=sums,
+            sums_stride=sums.stride(0),
+            tokens=tokens,
+            length=length,
+            tokens_per_program=share,
+            eps=eps,
             E=channels,
             NH=heads,
             T=token_tile,
@@ -286,11 +291,16 @@ def after_cell_backward(
     return y, h_grad, c_grad, up_grad, sums.sum(0).view(3, channels)
 
 
+def _by_head(h: Tensor) -> Dict[str, Any]:
+    """Arguments for h (B, NH, N, DH)."""
+    h = unit_stride(h)
+    batch_stride, head_stride, position_stride, _ = h.stride()
+    return dict(
+        h=h, batch_stride=batch_stride, head_stride=head_stride, position_stride=position_stride
+    )
+
+
 def _tiles(head_width: int, size: int) -> Tuple[int, int]:
     """Channels and tokens of a tile of about that many values."""
     channels = triton.next_power_of_2(head_width)
     return channels, max(1, min(64, size // channels))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -38,6 +38,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compat import tf32_is_allowed
+from . import on_its_device
+from .layout import contiguous, token_rows, token_rows_to_write
 from .partial_sums import partial_sums, split_tokens
 from .tiles import dot
 
@@ -367,15 +370,46 @@ def projections_backward_kernel(
     sums += program.to(tl.int64) * sums_stride
     gate_bias_grad = tl.sum(gate_bias_grad, axis=0)
     _store_gradients(
-        sums, OPERAND, weight, bias, weight_grad, bias_grad, igate_weight, fgate_weight,
-        gates_by_source_grad, gate_bias_grad, channel, present, E, NH, WIDTH, GATES, PRECISION, C,
-    )  # fmt: skip
+        sums,
+        OPERAND,
+        weight=weight,
+        bias=bias,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+        igate_weight=igate_weight,
+        fgate_weight=fgate_weight,
+        gates_by_source_grad=gates_by_source_grad,
+        gate_bias_grad=gate_bias_grad,
+        channel=channel,
+        present=present,
+        E=E,
+        NH=NH,
+        WIDTH=WIDTH,
+        GATES=GATES,
+        PRECISION=PRECISION,
+        C=C,
+    )
     if OPERAND == 0:
         _store_gradients(
-            sums, 1, weight2, bias2, weight2_grad, bias2_grad, igate_weight, fgate_weight,
-            gates_by_source_grad, gate_bias_grad, channel, present, E, NH, WIDTH, GATES, PRECISION,
-            C,
-        )  # fmt: skip
+            sums,
+            1,
+            weight=weight2,
+            bias=bias2,
+            weight_grad=weight2_grad,
+            bias_grad=bias2_grad,
+            igate_weight=igate_weight,
+            fgate_weight=fgate_weight,
+            gates_by_source_grad=gates_by_source_grad,
+            gate_bias_grad=gate_bias_grad,
+            channel=channel,
+            present=present,
+            E=E,
+            NH=NH,
+            WIDTH=WIDTH,
+            GATES=GATES,
+            PRECISION=PRECISION,
+            C=C,
+        )
     elif tl.program_id(1) == 0:
         number = tl.arange(0, GATES)
         total = tl.sum(tl.reshape(gate_bias_grad, (2, GATES)), axis=0)
@@ -517,6 +551,7 @@ def convolution_backward_kernel(
 # Launches
 
 
+@on_its_device
 def before_cell(
     x: Tensor,
     weights: BeforeCellWeights,
@@ -528,8 +563,9 @@ def before_cell(
     """Convolution, SiLU, projections to q, k and v, and gates.
 
     Args:
-        x (Tensor): Half of the up-projection's output, shape (B, N, E), any token stride; float16,
-            bfloat16 or float32. Results have its dtype, sums are taken in float32.
+        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
+            channels lie side by side; float16, bfloat16 or float32. Results have its dtype, sums
+            are taken in float32.
         weights (BeforeCellWeights): Parameters, of any floating dtype.
         grid (tuple[int, int]): Rows and columns of the token grid, their product is N.
         heads (int): NH.
@@ -542,7 +578,7 @@ def before_cell(
         tensor.
     """
     batch, length, channels = x.shape
-    rows = x.flatten(0, 1)
+    rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
     # Larger tiles load weights less often, but should leave no multiprocessor idle.
     token_tile = 128 if len(rows) * heads >= 65536 else 64
     a, q, k, v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(4))
@@ -550,17 +586,17 @@ def before_cell(
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
     if len(rows):
         before_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            rows,
-            rows.stride(0),
-            *weights,
-            a,
-            q,
-            k,
-            v,
-            gates_by_head,
-            len(rows),
-            length,
-            *_convolution_grid(weights, grid, length),
+            x=rows,
+            x_stride=rows.stride(0),
+            **weights._asdict(),
+            a_out=a,
+            q_out=q,
+            k_out=k,
+            v_out=v,
+            gates_out=gates_by_head,
+            tokens=len(rows),
+            length=length,
+            **_convolution_grid(weights, grid, length),
             **_convolution_kernel(weights, reverse),
             E=channels,
             NH=heads,
@@ -577,6 +613,7 @@ def before_cell(
     return a, q, k, v, gates_by_head.sum(0)
 
 
+@on_its_device
 def before_cell_backward(
     q_grad: Tensor,
     k_grad: Tensor,
@@ -604,14 +641,18 @@ def before_cell_backward(
     Returns:
         tuple[Tensor, Tensor]: The parameters' gradients, one after the other, those of the
         convolution and the others: for :func:`split_gradients`.
+
+    Raises:
+        ValueError: If ``x_grad`` cannot be written as rows of channels.
     """
     batch, length, channels = x.shape
     heads, tokens = igate_grad.shape[1], batch * length
     qkv_grads = (q_grad, k_grad, v_grad)
     if len({y.stride() for y in qkv_grads}) > 1 or q_grad.stride(3) != 1:
         qkv_grads = [y.contiguous() for y in qkv_grads]
-    rows, x_grad_rows = x.flatten(0, 1), x_grad.view(tokens, channels)
-    a_grad = torch.empty_like(a)
+    weights = BeforeCellWeights(*map(contiguous, weights))
+    rows, x_grad_rows = token_rows(x), token_rows_to_write(x_grad)
+    a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     width, tile = weights.q_weight.shape[-1], _channel_tile(channels // heads, x.dtype)
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
@@ -621,33 +662,49 @@ def before_cell_backward(
     conv_size, size = gradient_sizes(weights)
     sums = partial_sums(programs, size, like=x)
     if programs:
-        queries_and_keys = (
-            (0, a.flatten(0, 1), *qkv_grads[:2], c_grad.contiguous()),
-            (*weights[2:6],),
-            a_grad.view(tokens, channels),
+        q_grad, k_grad, v_grad = qkv_grads
+        batch_stride, head_stride, position_stride, _ = q_grad.stride()
+        queries_and_keys = dict(
+            OPERAND=0,
+            source=token_rows(a),
+            source_grad=a_grad,
+            y_grad=q_grad,
+            y2_grad=k_grad,
+            c_grad=c_grad.contiguous(),
+            weight=weights.q_weight,
+            bias=weights.q_bias,
+            weight2=weights.k_weight,
+            bias2=weights.k_bias,
         )
-        values = ((2, rows, qkv_grads[2], None, None), (*weights[6:8], None, None), x_grad_rows)
-        for (operand, source, grad, grad2, extra), maps, source_grad in (queries_and_keys, values):
+        values = dict(
+            OPERAND=2,
+            source=rows,
+            source_grad=x_grad_rows,
+            y_grad=v_grad,
+            y2_grad=None,
+            c_grad=None,
+            weight=weights.v_weight,
+            bias=weights.v_bias,
+            weight2=None,
+            bias2=None,
+        )
+        for tensors in (queries_and_keys, values):
             projections_backward_kernel[(programs, channel_tiles)](
-                source,
-                source.stride(0),
-                grad,
-                grad2,
-                *grad.stride()[:3],
-                igate_grad.contiguous(),
-                fgate_grad.contiguous(),
-                extra,
-                *maps,
-                weights.igate_weight,
-                weights.fgate_weight,
-                source_grad,
-                source_grad.stride(0),
-                sums,
-                sums.stride(0),
-                tokens,
-                length,
-                share,
-                OPERAND=operand,
+                **tensors,
+                source_stride=tensors['source'].stride(0),
+                source_grad_stride=tensors['source_grad'].stride(0),
+                batch_stride=batch_stride,
+                head_stride=head_stride,
+                position_stride=position_stride,
+                igate_grad=igate_grad.contiguous(),
+                fgate_grad=fgate_grad.contiguous(),
+                igate_weight=weights.igate_weight,
+                fgate_weight=weights.fgate_weight,
+                sums=sums,
+                sums_stride=sums.stride(0),
+                tokens=tokens,
+                length=length,
+                tokens_per_program=share,
                 E=channels,
                 NH=heads,
                 WIDTH=width,
@@ -667,18 +724,18 @@ def before_cell_backward(
     conv_sums = partial_sums(programs, conv_size, like=x)
     if programs:
         convolution_backward_kernel[(programs, channel_tiles)](
-            a_grad,
-            rows,
-            rows.stride(0),
-            weights.conv_weight,
-            x_grad_rows,
-            x_grad_rows.stride(0),
-            conv_sums,
-            conv_sums.stride(0),
-            tokens,
-            length,
-            *_convolution_grid(weights, grid, length),
-            share,
+            a_grad=a_grad,
+            x=rows,
+            x_stride=rows.stride(0),
+            conv_weight=weights.conv_weight,
+            x_grad=x_grad_rows,
+            x_grad_stride=x_grad_rows.stride(0),
+            sums=conv_sums,
+            sums_stride=conv_sums.stride(0),
+            tokens=tokens,
+            length=length,
+            tokens_per_program=share,
+            **_convolution_grid(weights, grid, length),
             **_convolution_kernel(weights, reverse),
             E=channels,
             TAPS=triton.next_power_of_2(weights.conv_weight[0].numel()),
@@ -708,24 +765,24 @@ def split_gradients(
     """
     w = weights
     gates, columns = w.igate_weight.shape
-    sizes = (
-        *3 * (w.q_weight.numel(),),
-        *3 * (columns // 3,),
-        *2 * (gates * columns,),
-        gates,
-        gates,
+    sizes = dict(
+        **dict.fromkeys(('q_weight', 'k_weight', 'v_weight'), w.q_weight.numel()),
+        **dict.fromkeys(('q_bias', 'k_bias', 'v_bias'), columns // 3),
+        **dict.fromkeys(('igate_weight', 'fgate_weight'), gates * columns),
+        **dict.fromkeys(('igate_bias', 'fgate_bias'), gates),
     )
-    qw, kw, vw, qb, kb, vb, iw, fw, ib, fb = other_grads.split(sizes)
-    conv_weight, conv_bias = conv_grads.split((w.conv_weight.numel(), len(w.conv_weight)))
-    ordered = (conv_weight, conv_bias, qw, qb, kw, kb, vw, vb, iw, ib, fw, fb)
+    grads = dict(zip(sizes, other_grads.split([*sizes.values()])))
+    grads['conv_weight'], grads['conv_bias'] = conv_grads.split(
+        (w.conv_weight.numel(), len(w.conv_weight))
+    )
     return BeforeCellWeights(
-        *(None if p is None else grad.view(p.shape) for grad, p in zip(ordered, weights))
+        **{n: None if p is None else grads[n].view(p.shape) for n, p in w._asdict().items()}
     )
 
 
 def _precision(dtype: torch.dtype) -> str:
     """How operands in float32 are multiplied; beside features of half precision, tf32 will do."""
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = dtype == torch.float32 and not tf32_is_allowed()
     return 'tf32x3' if exact else 'tf32'
 
 
@@ -741,7 +798,8 @@ def _gate_columns(heads: int) -> int:
 
 def _convolution_grid(weights: BeforeCellWeights, grid: Sequence[int], length: int):
     """Rows and columns that the convolution sees: a causal one sees a single row."""
-    return tuple(grid) if weights.conv_weight.dim() == 4 else (1, length)
+    height, width = grid if weights.conv_weight.dim() == 4 else (1, length)
+    return dict(height=height, width=width)
 
 
 def _convolution_kernel(weights: BeforeCellWeights, reverse: bool):

@@ -12,10 +12,12 @@ import triton.language as tl
 
 from .tiles import (
     add_product,
+    add_product_in_range,
     dot,
     load_tile,
     load_tiles,
     matrix,
+    scaled,
     scores,
     store_tiles,
     zero_tiles,
@@ -196,15 +198,6 @@ def _times_vector(
 
 
 @triton.jit
-def _scaled(tiles, factor, TILES: tl.constexpr):
-    """Every row times its factor."""
-    scaled = ()
-    for i in tl.static_range(TILES):
-        scaled = scaled + (tiles[i] * factor[:, None],)
-    return scaled
-
-
-@triton.jit
 def _plus_outer(tiles, factor, vector, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
     """Add factor (ROWS, ) times vector (DH, )."""
     sums = ()
@@ -281,12 +274,13 @@ def readers_kernel(
             a, a_strides, start, length, state, GRAD, ROWS, STEP, DH, WIDTH, TILES, PRECISION
         )
         if GRAD:
-            totals = _scaled(totals, weight * inv, TILES)
+            totals = scaled(totals, weight * inv, TILES)
             totals = _plus_outer(totals, weight * n, vector, DH, WIDTH, TILES)
         else:
-            totals = _scaled(totals, weight, TILES)
+            totals = scaled(totals, weight, TILES)
             n = weight * _times_vector(a, a_strides, start, length, vector, ROWS, STEP, DH)
 
+    scale_of_row = tl.full((ROWS,), 1, tl.float32)
     a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
     for left in range(chunk_start, tl.minimum(start + ROWS, length), COLUMNS):
         column = left + tl.arange(0, COLUMNS)
@@ -302,11 +296,14 @@ def readers_kernel(
         weight *= tl.exp(logarithm) * scale
         if not GRAD:
             n += tl.sum(weight, 1)
-        totals = add_product(totals, weight.to(c.dtype.element_ty), c_tiles, TILES, PRECISION)
+        totals, scale_of_row = add_product_in_range(
+            totals, scale_of_row, weight, c_tiles, TILES, PRECISION
+        )
 
+    totals = scaled(totals, 1 / scale_of_row, TILES)
     if not GRAD:
         smallest = tl.load(floor + row + token, mask=inside, other=1.0)
-        totals = _scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), TILES)
+        totals = scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), TILES)
         to = matrix(normalizer, normalizer_strides, program, heads)
         tl.store(to + tl.cast(token, tl.int64) * normalizer_strides[2], n, mask=inside)
     store_tiles(out, out_strides, start, length, totals, ROWS, DH, WIDTH, TILES)
@@ -374,10 +371,11 @@ def writers_kernel(
         totals = _read_state(
             a, a_strides, start, length, state, KEYS, ROWS, STEP, DH, WIDTH, TILES, PRECISION
         )
-        totals = _scaled(totals, weight, TILES)
+        totals = scaled(totals, weight, TILES)
         if KEYS:
             totals = _plus_outer(totals, weight, vector, DH, WIDTH, TILES)
 
+    scale_of_row = tl.full((ROWS,), 1, tl.float32)
     a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
     for left in range(start, chunk_end, COLUMNS):
         column = left + tl.arange(0, COLUMNS)
@@ -394,8 +392,11 @@ def writers_kernel(
         read = token[:, None] <= column[None, :]
         logarithm = tl.where(read, g[:, None] - m[None, :], float('-inf'))
         weight *= tl.exp(logarithm) * scale
-        totals = add_product(totals, weight.to(c.dtype.element_ty), c_tiles, TILES, PRECISION)
+        totals, scale_of_row = add_product_in_range(
+            totals, scale_of_row, weight, c_tiles, TILES, PRECISION
+        )
 
+    totals = scaled(totals, 1 / scale_of_row, TILES)
     if KEYS:
         k = matrix(k, k_strides, program, heads)
         of_source = tl.zeros((ROWS,), tl.float32)

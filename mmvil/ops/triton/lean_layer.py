@@ -8,7 +8,7 @@ cell's in the forward pass and 23 in the backward pass, where the PyTorch form h
 The parts are operators of torch, so a compiler sees one node for each.
 """
 
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,17 @@ def forward(
     up = F.linear(x_norm, _to(w.up_weight, settings), _to(w.up_bias, settings))
     x_m, z = up.chunk(2, dim=-1)
     a, q, k, v, gates = torch.ops.mmvil.before_cell(
-        x_m, _before_cell_weights(w), settings.grid, settings.heads, settings.reverse, True
+        x=x_m,
+        weights=_before_cell_weights(w),
+        grid=settings.grid,
+        heads=settings.heads,
+        reverse=settings.reverse,
+        with_gates=True,
     )
     igate, fgate = gates.unbind(0)
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     del q, k, v
-    y = torch.ops.mmvil.after_cell(
-        h, a, z, w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
-    )
+    y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
     y = F.linear(y, _to(w.down_weight, settings), _to(w.down_bias, settings))
     return y, (x_m, z, h, igate, fgate, normalizer)
 
@@ -78,7 +81,7 @@ def gradients(
     down_bias_grad = None if w.down_bias is None else _over_tokens(y_grad)
     gated_grad = torch.matmul(y_grad, _to(w.down_weight, settings))  # (B, N, E)
     gated, h_grad, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
-        gated_grad, h, a, z, w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
+        y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
     )
     down_weight_grad = _weight_grad(y_grad, gated)
     out_norm_weight_grad, out_norm_bias_grad, skip_grad = after_grads.unbind(0)
@@ -91,18 +94,18 @@ def gradients(
     del h_grad, q, k, v
     x_m_grad = up_grad.chunk(2, dim=-1)[0]  # written by the operator
     before_grads = torch.ops.mmvil.before_cell_backward(
-        q_grad,
-        k_grad,
-        v_grad,
-        igate_grad,
-        fgate_grad,
-        c_grad,
-        a,
-        x_m,
-        weights,
-        grid,
-        reverse,
-        x_m_grad,
+        q_grad=q_grad,
+        k_grad=k_grad,
+        v_grad=v_grad,
+        igate_grad=igate_grad,
+        fgate_grad=fgate_grad,
+        c_grad=c_grad,
+        a=a,
+        x=x_m,
+        weights=weights,
+        grid=grid,
+        reverse=reverse,
+        x_grad=x_m_grad,
     )
     before_grads = split_gradients(*before_grads, BeforeCellWeights(*weights))
     del q_grad, k_grad, v_grad, c_grad, a
@@ -123,21 +126,27 @@ def gradients(
         [True, True, w.norm_bias is not None],
     )
     return x_grad, LayerWeights(
-        norm_weight_grad,
-        norm_bias_grad,
-        up_weight_grad,
-        up_bias_grad,
-        *before_grads,
-        out_norm_weight_grad,
-        None if w.out_norm_bias is None else out_norm_bias_grad,
-        skip_grad,
-        down_weight_grad,
-        down_bias_grad,
+        norm_weight=norm_weight_grad,
+        norm_bias=norm_bias_grad,
+        up_weight=up_weight_grad,
+        up_bias=up_bias_grad,
+        **before_grads._asdict(),
+        out_norm_weight=out_norm_weight_grad,
+        out_norm_bias=None if w.out_norm_bias is None else out_norm_bias_grad,
+        skip=skip_grad,
+        down_weight=down_weight_grad,
+        down_bias=down_bias_grad,
     )
 
 
 def _before_cell_weights(w: LayerWeights) -> List[Optional[Tensor]]:
     return [getattr(w, name) for name in BeforeCellWeights._fields]
+
+
+def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> Dict[str, Any]:
+    return dict(
+        weight=w.out_norm_weight, bias=w.out_norm_bias, skip=w.skip, eps=settings.out_norm_eps
+    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import default_chunk_size, shared_memory
+from ..compat import tf32_is_allowed
+from . import default_chunk_size, on_its_device, shared_memory
 from .cell import denominators_kernel, readers_kernel, states_kernel, writers_kernel
 from .gates import gate_gradients_kernel, gate_statistics_kernel
 
@@ -209,7 +210,7 @@ def _precision(dtype: torch.dtype) -> Tuple[str, torch.dtype]:
         return 'tf32', torch.bfloat16
     if dtype == torch.float16:
         return 'tf32', torch.float32  # tf32 has all the digits of float16
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3', torch.float32
+    return 'tf32' if tf32_is_allowed() else 'tf32x3', torch.float32
 
 
 def _new_tokens(x: Tensor) -> Tensor:
@@ -217,6 +218,7 @@ def _new_tokens(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+@on_its_device
 def mlstm_forward(
     q: Tensor,
     k: Tensor,
@@ -251,6 +253,7 @@ def mlstm_forward(
     return h, normalizer
 
 
+@on_its_device
 def mlstm_backward(
     h_grad: Tensor,
     q: Tensor,

@@ -111,6 +111,33 @@ def add_product(totals, weights, tiles, TILES: tl.constexpr, PRECISION: tl.const
 
 
 @triton.jit
+def scaled(tiles, factor, TILES: tl.constexpr):
+    """Every row times its factor."""
+    products = ()
+    for i in tl.static_range(TILES):
+        products = products + (tiles[i] * factor[:, None],)
+    return products
+
+
+@triton.jit
+def add_product_in_range(
+    totals, scale, weights, tiles, TILES: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The same with weights of any size, rounded to the dtype of the tiles: totals and their scale.
+
+    Float16 ends at 65504. Rows with larger weights are scaled down, and so are their totals up to
+    here: the sum is totals / scale. Scales start at 1, where all is in range, and never grow.
+    """
+    dtype: tl.constexpr = tiles[0].dtype
+    if dtype == tl.float16:
+        smaller = tl.minimum(scale, 32768 / tl.max(tl.abs(weights), 1))
+        totals = scaled(totals, smaller / scale, TILES)
+        weights = weights * smaller[:, None]
+        scale = smaller
+    return add_product(totals, weights.to(dtype), tiles, TILES, PRECISION), scale
+
+
+@triton.jit
 def matrix(first, strides, index, heads):
     """Where the (N, DH) matrix of one sample and head begins, given strides of (B, NH, N, DH)."""
     sample, head = index // heads, index % heads

@@ -1,0 +1,225 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Run the cell and the layer with the kernels, forward and backward, at the sizes of real images.
+
+They must agree with PyTorch, and with themselves to the last bit. ``backend='auto'`` has this done
+in a process of its own before it takes the kernels (see :mod:`mmvil.ops.triton.verdict`); by hand::
+
+    python -m mmvil.ops.triton.self_test --dtype bfloat16 --head-width 96
+"""
+
+import argparse
+import faulthandler
+import sys
+import traceback
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..compat import tf32_is_allowed
+from ..lean_layer import LayerSettings, LayerWeights, lean_layer
+from ..mlstm import choose_form, mlstm
+
+TIMEOUT = 480
+"""Seconds after which the test counts as hung. The node's other processes wait for it, and those of
+other nodes perhaps for these, in collective operations that give up after 600 seconds.
+"""
+FAILED = 10
+IMPOSSIBLE = 75
+"""Exit statuses: the kernels are at fault; nothing is known about them (EX_TEMPFAIL)."""
+
+TILE = 16
+"""Rows of the smallest tile. If a head's part of it is wrong, its error is 0.5 or so."""
+SLACK = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""What rounding explains of such an error, beside four times the error of PyTorch."""
+
+
+class Case(NamedTuple):
+    """An input, and what of the layer it goes through."""
+
+    batch: int
+    grid: Tuple[int, int]
+    reverse: bool
+    version: int
+    heads: int = 4
+
+
+CASES = (
+    Case(3, (14, 14), reverse=False, version=2),  # one chunk; the last tiles are not full
+    Case(16, (32, 33), reverse=True, version=2),  # many chunks; the larger tiles of tokens
+    Case(3, (14, 14), reverse=True, version=1),
+)
+
+
+def check(
+    device: torch.device, dtype: torch.dtype, head_width: int, cases: Sequence[Case] = CASES
+) -> Optional[str]:
+    """Compare the kernels with PyTorch, and with themselves.
+
+    Args:
+        device (torch.device): Where to run.
+        dtype (torch.dtype): Of the features.
+        head_width (int): DH.
+        cases (Sequence[Case]): Inputs.
+
+    Returns:
+        str, optional: What is wrong, or None.
+    """
+    exact = torch.float64 if dtype == torch.float32 else torch.float32
+    tf32 = dtype == torch.float32 and tf32_is_allowed()  # it has as many digits as float16
+    slack = SLACK[torch.float16 if tf32 else dtype]
+    for case in cases:
+        for name, run in (('cell', _run_cell), ('layer', _run_layer)):
+            inputs = (case, head_width, device)
+            results = run(*inputs, dtype, 'triton')
+            again = run(*inputs, dtype, 'triton')
+            plain = run(*inputs, dtype, 'chunkwise')
+            expected = run(*inputs, exact, 'chunkwise')
+            # Gradients far below the others are differences of terms as large as they are.
+            floor = 1e-2 * max(_row_size(value) for value in expected.values())
+            for key, value in expected.items():
+                what = f'{key} of the {name} ({case})'
+                error, usual = (_error(x[key], value, floor) for x in (results, plain))
+                if not error <= 4 * usual + slack:
+                    return f'got wrong numbers: {what}, error {error:.1e}, PyTorch has {usual:.1e}'
+                if not torch.equal(results[key], again[key]):
+                    return f'got other bits the second time: {what}'
+    return None
+
+
+def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
+    """Largest error of a tile of rows, relative to the size of rows; NaN where there is one."""
+    errors = _squares(actual.to(expected.dtype) - expected)
+    rows = min(TILE, len(errors))
+    tiles = F.pad(errors, (0, -len(errors) % rows)).view(-1, rows)
+    return tiles.mean(1).max().sqrt().item() / max(_row_size(expected), floor)
+
+
+def _row_size(x: Tensor) -> float:
+    return _squares(x).mean().sqrt().item()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Squared norms of rows: of tokens, channels, entries of a vector."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.unsqueeze(1)
+    return rows.square().sum(1)
+
+
+def _results(function: Callable[..., Tensor], leaves: Dict[str, Optional[Tensor]], randn):
+    """The output and the gradients of all leaves; those that are None have none."""
+    tensors = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
+    output = function(**{**leaves, **tensors})
+    seed = randn(*output.shape).to(output.dtype)
+    grads = torch.autograd.grad(output, tensors.values(), seed)
+    return dict(output=output.detach(), **{f'gradient of {n}': g for n, g in zip(tensors, grads)})
+
+
+def _generator(device: torch.device):
+    """The same random numbers for every run."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+
+def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
+    """The cell by itself: the layer's norm hides what comes through the normalizer."""
+    randn = _generator(device)
+    batch, tokens = case.batch, case.grid[0] * case.grid[1]
+
+    def features():  # numbers that half precision has, in the layout of tokens
+        x = randn(batch, tokens, case.heads, head_width).bfloat16().to(dtype)
+        return x.transpose(1, 2)
+
+    leaves = dict(
+        q=features().abs(),  # so that no sum is near zero and blows up rounding errors
+        k=features().abs(),
+        v=features(),
+        igate=randn(batch, case.heads, tokens),
+        fgate=randn(batch, case.heads, tokens) + 3,
+    )
+
+    def cell(q, k, v, igate, fgate):
+        return mlstm(q, k, v, igate=igate, fgate=fgate, reverse=case.reverse, backend=backend)
+
+    return _results(cell, leaves, randn)
+
+
+def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
+    """The layer with its fused kernels, as under autocast: parameters in float32."""
+    randn = _generator(device)
+    tokens, inner = case.grid[0] * case.grid[1], case.heads * head_width
+    width = inner // 2
+    settings = LayerSettings(
+        grid=case.grid,
+        heads=case.heads,
+        reverse=case.reverse,
+        form=choose_form(device, dtype, tokens, head_width, backend),
+        norm_eps=1e-6,
+        out_norm_eps=1e-6,
+        dtype=dtype,
+    )
+
+    def weight(*shape: int, inputs: int) -> Tensor:
+        return (randn(*shape) / inputs**0.5).to(torch.promote_types(dtype, torch.float32))
+
+    def bias(size: int) -> Optional[Tensor]:
+        return weight(size, inputs=4) if case.version == 2 else None
+
+    conv = (inner, 1, 3, 3) if case.version == 2 else (inner, 1, 4)
+    weights = LayerWeights(
+        norm_weight=1 + weight(width, inputs=100),
+        norm_bias=bias(width),
+        up_weight=weight(2 * inner, width, inputs=width),
+        up_bias=bias(2 * inner),
+        conv_weight=weight(*conv, inputs=4),
+        conv_bias=bias(inner),
+        q_weight=weight(inner // 4, 4, 4, inputs=4),
+        q_bias=bias(inner),
+        k_weight=weight(inner // 4, 4, 4, inputs=4),
+        k_bias=bias(inner),
+        v_weight=weight(inner // 4, 4, 4, inputs=4),
+        v_bias=bias(inner),
+        igate_weight=weight(case.heads, 3 * inner, inputs=3 * inner),
+        igate_bias=weight(case.heads, inputs=1),
+        fgate_weight=weight(case.heads, 3 * inner, inputs=3 * inner),
+        fgate_bias=3 + weight(case.heads, inputs=1),
+        out_norm_weight=1 + weight(inner, inputs=100),
+        out_norm_bias=bias(inner),
+        skip=weight(inner, inputs=1),
+        down_weight=weight(width, inner, inputs=inner),
+        down_bias=bias(width),
+    )
+    x = weight(case.batch, tokens, width, inputs=1)
+
+    def layer(x, **weights):
+        return lean_layer(x, LayerWeights(**weights), settings)
+
+    return _results(layer, dict(x=x, **weights._asdict()), randn)
+
+
+def main(args: Optional[Sequence[str]] = None) -> int:
+    """Print what is wrong as the last line, and return an exit status."""
+    parser = argparse.ArgumentParser(prog='python -m mmvil.ops.triton.self_test')
+    parser.add_argument('--device', type=torch.device, default='cuda')
+    parser.add_argument('--dtype', choices=[str(dtype)[6:] for dtype in SLACK], required=True)
+    parser.add_argument('--head-width', type=int, required=True)
+    parser.add_argument('--tf32', action='store_true', help='round operands in float32 to TF32')
+    args = parser.parse_args(args)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # should nobody wait any more
+    torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')
+    torch.backends.cudnn.allow_tf32 = False
+    torch.zeros((), device=args.device)  # without a device there is no verdict, but an exception
+    try:
+        problem = check(args.device, getattr(torch, args.dtype), args.head_width)
+        status = FAILED if problem else 0
+    except Exception as error:
+        traceback.print_exc()
+        problem = f'raised {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        status = IMPOSSIBLE if 'out of memory' in str(error) else FAILED
+    print(problem or 'The kernels are right.', flush=True)
+    return status
+
+
+if __name__ == '__main__':
+    sys.exit(main())

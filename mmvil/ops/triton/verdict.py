@@ -1,0 +1,259 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Whether the kernels passed their self-test on this machine.
+
+Versions of Triton and of ptxas, NVIDIA's assembler, have turned such kernels into code that is
+wrong on one GPU and right on the next, or that crashes or hangs. So the first time that a GPU
+model, a dtype, a head width and these versions come together, :mod:`mmvil.ops.triton.self_test`
+runs in a process of its own. Other processes wait for it. The verdict is kept beside torch's other
+caches, in ``~/.cache/torch/mmvil``, or where ``TORCH_HOME`` or ``XDG_CACHE_HOME`` put it.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+from typing import List, NamedTuple, Optional, TextIO, Tuple
+
+import torch
+
+from ..compat import tf32_is_allowed
+from .self_test import FAILED, IMPOSSIBLE, TIMEOUT
+
+_logger = logging.getLogger('mmvil')
+
+
+class Subject(NamedTuple):
+    """What a verdict holds for."""
+
+    gpu: str
+    dtype: str
+    head_width: int
+    tf32: bool
+    triton: str
+    ptxas: str
+    ptxas_variable: str
+    """In the environment: the path of another ptxas."""
+    kernels: str
+    """Digest of their source."""
+
+    def __str__(self) -> str:
+        return (
+            f'{self.gpu}, {self.dtype}, heads {self.head_width} wide, Triton {self.triton}, '
+            f'ptxas {self.ptxas}'
+        )
+
+
+class Verdict(NamedTuple):
+    """What a test came to."""
+
+    problem: Optional[str]
+    lasting: bool = True
+    """Whether it would be the same again; else nothing is known about the kernels."""
+
+
+def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
+    """Why the kernels are not to be trusted, or None. The first time this takes a minute or so.
+
+    Args:
+        device (torch.device): A GPU that has what the kernels need.
+        dtype (torch.dtype): Of the features.
+        head_width (int): DH.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _failure(index, dtype, head_width, dtype == torch.float32 and tf32_is_allowed())
+
+
+@cache
+def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Optional[str]:
+    try:
+        subject = _subject(index, dtype, head_width, tf32)
+    except Exception as error:  # a version of Triton that hides its compiler, or lacks it
+        return f"the compiler's version cannot be read ({type(error).__name__}: {error})"
+    digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:16]
+    file = Path(torch.hub.get_dir()).parent / 'mmvil' / f'kernels_{digest}.json'
+    verdict = _read(file, subject) or _test_or_wait(file, subject, index)
+    if verdict.problem is None:
+        return None
+    problem = f'their self-test {verdict.problem} ({subject})'
+    if not verdict.lasting:
+        return f'{problem}; the next process tries again'
+    return (
+        f'{problem}. Try another ptxas ({subject.ptxas_variable}=/path/to/ptxas, from another CUDA '
+        f'toolkit) or another Triton. To test again, remove {file}'
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# What is tested
+
+
+def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Subject:
+    major, minor = torch.cuda.get_device_capability(index)
+    ptxas, variable = _ptxas(10 * major + minor)
+    return Subject(
+        gpu=f'{torch.cuda.get_device_name(index)} (sm_{major}{minor})',
+        dtype=str(dtype)[6:],
+        head_width=head_width,
+        tf32=tf32,
+        triton=version('triton'),
+        ptxas=ptxas,
+        ptxas_variable=variable,
+        kernels=_digest_of_kernels(),
+    )
+
+
+def _ptxas(arch: int) -> Tuple[str, str]:
+    """Version of the ptxas that Triton takes for a GPU, and the variable that names another."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    # Newer versions of Triton have one for older GPUs and one for newer GPUs.
+    tool = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()
+    text = subprocess.run([tool.path, '--version'], capture_output=True, text=True).stdout
+    full = re.search(r'\bV([\d.]+)', text)
+    variables = [
+        knob.key
+        for name, knob in knobs.nvidia.knob_descriptors.items()
+        if name in ('ptxas', 'ptxas_blackwell') and getattr(knobs.nvidia, name) == tool
+    ]
+    return full.group(1) if full else tool.version, ' or '.join(variables)
+
+
+def _digest_of_kernels() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob('*.py')):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def _read(file: Path, subject: Subject) -> Optional[Verdict]:
+    """The verdict that was kept, or None where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text())
+        problem = content['problem']
+        known = content['subject'] == subject._asdict()
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return Verdict(problem) if known and isinstance(problem, (str, type(None))) else None
+
+
+def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
+    """Test, unless another process does: then wait for what it finds."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix('.lock').open('w')
+    except OSError as error:
+        _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
+        return _test(subject, index)
+    with lock:
+        if not _acquire(lock, TIMEOUT + 60):
+            return Verdict(f'waited in vain for the process that holds {lock.name}', lasting=False)
+        verdict = _read(file, subject)
+        if verdict is None:
+            verdict = _test(subject, index)
+            if verdict.lasting:
+                _keep(file, subject, verdict)
+        return verdict
+
+
+def _acquire(lock: TextIO, timeout: float) -> bool:
+    """Wait for a lock, which ends with the process that has it; False if that takes too long."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks: better twice than not at all
+            return True
+
+
+def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
+    """Write the whole file or none."""
+    content = dict(subject=subject._asdict(), problem=verdict.problem)
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile('w', dir=file.parent, suffix='.tmp', delete=False) as out:
+            partial = out.name
+            json.dump(content, out, indent=2)
+        os.replace(partial, file)
+    except OSError as error:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
+        _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
+
+
+# ------------------------------------------------------------------------------------------------
+# The test in a process of its own
+
+
+def _test(subject: Subject, index: int) -> Verdict:
+    _logger.info(f'Testing the GPU kernels, once for this machine: {subject}.')
+    try:
+        process = subprocess.Popen(
+            _command(subject, index),
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors='replace',
+            start_new_session=True,  # so that its compilers end with it
+        )
+    except OSError as error:
+        return Verdict(f'could not start: {error}', lasting=False)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return Verdict(f'gave no result within {TIMEOUT} seconds')
+    finally:
+        _end(process)
+    last_line = (out.strip() or err.strip() or 'no output').splitlines()[-1]
+    status = process.returncode
+    if status == 0:
+        return Verdict(None)
+    if status == FAILED:
+        return Verdict(last_line)
+    if status == IMPOSSIBLE:
+        return Verdict(f'was impossible: {last_line}', lasting=False)
+    if status < 0:
+        name = signal.Signals(-status).name
+        ended_by_others = name in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP')
+        return Verdict(f'crashed with {name}', lasting=not ended_by_others)
+    error = (err.strip() or last_line).splitlines()[-1]
+    return Verdict(f'could not run: {error}', lasting=False)
+
+
+def _command(subject: Subject, index: int) -> List[str]:
+    command = [sys.executable, '-m', f'{__package__}.self_test', f'--device=cuda:{index}']
+    command += [f'--dtype={subject.dtype}', f'--head-width={subject.head_width}']
+    return command + ['--tf32'] * subject.tf32
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Leave no process behind, whether it hangs, or we were interrupted."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:  # stuck in a driver, where no signal arrives
+        pass

@@ -1,0 +1,357 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Who gets the kernels: their self-test with faulty kernels, and all that can go wrong around it.
+
+No GPU is needed. Faults of compilers are played by changed results, and by programs that crash,
+hang, or lie in the place of the self-test.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmvil.ops.mlstm import choose_form
+from mmvil.ops.triton import _triton_problem, interpreted
+from tests.conftest import ROOT
+
+if sys.platform == 'win32':
+    pytest.skip('Triton is for Unix', allow_module_level=True)
+
+from mmvil.ops.triton import self_test, verdict  # noqa: E402
+from mmvil.ops.triton.self_test import FAILED, IMPOSSIBLE, Case, check  # noqa: E402
+
+CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
+SUBJECT = verdict.Subject('Fake', 'bfloat16', 96, False, '3.9', '12.9', 'TRITON_PTXAS_PATH', 'x')
+needs_triton = pytest.mark.skipif(bool(_triton_problem()), reason=str(_triton_problem()))
+
+
+# -- What the test finds ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty_kernels(monkeypatch):
+    """PyTorch instead of the kernels, and what a compiler may do to the results."""
+
+    def install(fault, part='layer'):
+        original = getattr(self_test, f'_run_{part}')
+        monkeypatch.setattr(self_test, f'_run_{part}', lambda *args: fault(original, *args))
+
+    for part in ('cell', 'layer'):
+        original = getattr(self_test, f'_run_{part}')
+        monkeypatch.setattr(
+            self_test,
+            f'_run_{part}',
+            lambda *args, run=original: run(*args[:-1], 'chunkwise'),
+        )
+    return install
+
+
+def check_small(dtype=torch.float32):
+    return check(CPU, dtype, 8, [Case(1, (7, 10), reverse=True, version=2)])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_self_test_passes_right_kernels(faulty_kernels, dtype):
+    assert check_small(dtype) is None
+
+
+@pytest.mark.parametrize('value', [0.0, 2.0, float('nan')])
+@pytest.mark.parametrize(
+    'part, key', [('cell', 'gradient of k'), ('layer', 'output'), ('layer', 'gradient of q_weight')]
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_self_test_finds_a_wrong_tile(faulty_kernels, dtype, part, key, value):
+    def fault(run, *args):
+        results = run(*args)
+        if args[-1] == 'triton':  # 16 rows of many
+            rows = results[key].flatten(0, -2)
+            rows[:16] *= value
+            results[key] = rows.view(results[key].shape)
+        return results
+
+    faulty_kernels(fault, part)
+    problem = check_small(dtype)
+    assert key in problem and f'of the {part}' in problem
+    assert 'wrong numbers' in problem
+
+
+def test_self_test_finds_results_that_do_not_repeat(faulty_kernels):
+    noise = iter(range(100))
+
+    def fault(run, *args):
+        results = run(*args)
+        if args[-1] == 'triton':
+            results['output'][0, 0, 0, 0] += 1e-6 * next(noise)
+        return results
+
+    faulty_kernels(fault, 'cell')
+    assert check_small().startswith('got other bits the second time: output of the cell')
+
+
+@needs_triton
+def test_self_test_passes_the_kernels_in_the_interpreter():
+    code = (
+        'import torch\n'
+        'from mmvil.ops.triton.self_test import Case, check\n'
+        'case = Case(1, (10, 15), reverse=True, version=2, heads=1)\n'  # two chunks
+        'problem = check(torch.device("cpu"), torch.bfloat16, 8, [case])\n'
+        'assert problem is None, problem\n'
+    )
+    subprocess.run(
+        [sys.executable, '-c', code],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+    )
+
+
+# -- What becomes of it ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU, on which a program plays the self-test."""
+
+    class Machine:
+        cache = tmp_path / 'torch' / 'mmvil'
+
+        def play(self, program):
+            """Let a program run instead, and note that it did."""
+            noting = f'open({str(tmp_path / "runs")!r}, "a").write("x")\n'
+            command = [sys.executable, '-S', '-c', noting + program]
+            monkeypatch.setattr(verdict, '_command', lambda *_: command)
+            return self.ask()
+
+        def ask(self):
+            verdict._failure.cache_clear()
+            return verdict.failure(GPU, torch.bfloat16, 96)
+
+        @property
+        def runs(self):
+            file = tmp_path / 'runs'
+            return len(file.read_text()) if file.exists() else 0
+
+        @property
+        def verdicts(self):
+            return list(self.cache.glob('*.json'))
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT)
+    monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
+    monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    yield Machine()
+    verdict._failure.cache_clear()
+
+
+def test_verdict_is_kept_and_not_asked_for_again(machine):
+    for _ in range(2):
+        assert machine.play('print("The kernels are right.")') is None
+    assert machine.runs == 1
+    content = json.loads(machine.verdicts[0].read_text())
+    assert content == dict(subject=SUBJECT._asdict(), problem=None)
+
+
+@pytest.mark.parametrize(
+    'program, problem',
+    [
+        (f'print("noise\\ngot wrong numbers"); raise SystemExit({FAILED})', 'got wrong numbers'),
+        ('import os; os.kill(os.getpid(), 11)', 'crashed with SIGSEGV'),
+        ('import os; os.abort()', 'crashed with SIGABRT'),
+    ],
+)
+def test_verdict_on_a_compiler_fault_lasts(machine, program, problem):
+    message = machine.play(program)
+    assert message.startswith(f'their self-test {problem} (Fake, bfloat16, heads 96 wide, Triton')
+    assert 'TRITON_PTXAS_PATH=' in message and str(machine.verdicts[0]) in message
+    assert machine.ask() == message
+    assert machine.runs == 1
+    machine.verdicts[0].unlink()
+    assert machine.ask() == message
+    assert machine.runs == 2
+
+
+def test_verdict_on_a_hanging_kernel(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(verdict, 'TIMEOUT', 3)
+    late = tmp_path / 'late'
+    compiler = f'import time; time.sleep(6); open({str(late)!r}, "w")'
+    start = time.monotonic()
+    message = machine.play(
+        f'import subprocess, sys; subprocess.run([sys.executable, "-S", "-c", {compiler!r}])'
+    )
+    assert 'gave no result within 3 seconds' in message and machine.verdicts
+    time.sleep(max(0, 7 - (time.monotonic() - start)))
+    assert not late.exists(), 'what the test had started was left behind'
+
+
+@pytest.mark.parametrize(
+    'program, problem',
+    [
+        (f'print("out of memory"); raise SystemExit({IMPOSSIBLE})', 'impossible: out of memory'),
+        ('import no_such_module', "could not run: ModuleNotFoundError: No module named 'no_such_"),
+        ('import os; os.kill(os.getpid(), 9)', 'crashed with SIGKILL'),
+    ],
+)
+def test_verdict_on_other_troubles_does_not_last(machine, program, problem):
+    message = machine.play(program)
+    assert problem in message and 'the next process tries again' in message
+    assert 'PTXAS' not in message and not machine.verdicts
+    assert machine.play('pass') is None and machine.runs == 2
+
+
+def test_verdict_of_a_program_that_does_not_start(machine, monkeypatch):
+    monkeypatch.setattr(verdict, '_command', lambda *_: ['/no/such/python'])
+    assert 'could not start' in machine.ask() and not machine.verdicts
+
+
+@pytest.mark.parametrize(
+    'content',
+    ['', '{"problem": nu', '[]', 'null', '{"problem": null}', '\ufffd' * 9, '{"problem": 3}'],
+)
+def test_verdict_that_cannot_be_read_is_replaced(machine, content):
+    assert 'crashed' in machine.play('import os; os.abort()')
+    (file,) = machine.verdicts
+    file.write_text(content)
+    assert machine.play('pass') is None
+    assert json.loads(file.read_text())['problem'] is None
+
+
+def test_verdict_on_another_compiler_does_not_count(machine, monkeypatch):
+    machine.play('import os; os.abort()')
+    monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT._replace(ptxas='13.4'))
+    assert machine.play('pass') is None
+
+
+@pytest.mark.parametrize('where', ['folder', 'write'])
+def test_verdict_without_a_place_to_keep_it(machine, monkeypatch, caplog, where):
+    if where == 'folder':  # permissions do not stop root
+        machine.cache.parent.write_text('a file where the folder should be')
+    else:
+
+        def full(*_):
+            raise OSError('No space left on device')
+
+        monkeypatch.setattr(os, 'replace', full)
+    assert 'crashed' in machine.play('import os; os.abort()')
+    assert 'nothing can be kept' in caplog.text
+    assert machine.play('pass') is None and machine.runs == 2
+    assert where == 'folder' or not list(machine.cache.glob('*.tmp'))
+
+
+def in_other_processes(count, function):
+    """Start forks, which need not import torch again."""
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=function) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_one_process_tests_and_the_others_wait(machine):
+    def ask():
+        result = machine.play('import time; time.sleep(1)')
+        os._exit(0 if result is None else 1)
+
+    processes = in_other_processes(4, ask)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert machine.runs == 1
+
+
+def test_a_lock_ends_with_its_process(machine, tmp_path, monkeypatch):
+    lock, has_it = tmp_path / 'lock', multiprocessing.get_context('fork').Event()
+
+    def hold():
+        with lock.open('w') as file:
+            verdict._acquire(file, 0)
+            has_it.set()
+            time.sleep(100)
+
+    (owner,) = in_other_processes(1, hold)
+    has_it.wait()
+    with lock.open('w') as file:
+        assert not verdict._acquire(file, 0.3)
+        owner.kill()
+        assert verdict._acquire(file, 5)
+    owner.join()
+
+
+def test_waiting_for_another_process_ends(machine, monkeypatch):
+    machine.play('pass')
+    machine.verdicts[0].unlink()
+    monkeypatch.setattr(verdict, '_acquire', lambda *_: False)
+    assert 'waited in vain' in machine.ask()
+    assert not machine.verdicts and machine.runs == 1
+
+
+def test_self_test_runs_as_a_program(machine, monkeypatch):
+    """Without a GPU it must fail, but in the way that faults are reported."""
+    command = verdict._command
+    on_cpu = [x.replace('cuda:0', 'cpu') for x in command(SUBJECT, 0)]
+    monkeypatch.setattr(verdict, '_command', lambda *_: on_cpu)
+    assert "raised ValueError: backend='triton' cannot run" in machine.ask()
+
+
+@needs_triton
+def test_subject_names_the_assembler_that_triton_takes(monkeypatch):
+    import triton.knobs
+
+    older, newer = verdict._ptxas(80), verdict._ptxas(100)
+    assert older[1] == 'TRITON_PTXAS_PATH' and older[0].split('.')[0] in ('12', '13')
+    if hasattr(triton.knobs.nvidia, 'ptxas_blackwell'):
+        assert newer[1] == 'TRITON_PTXAS_BLACKWELL_PATH'
+        monkeypatch.setenv('TRITON_PTXAS_PATH', triton.knobs.nvidia.ptxas_blackwell.path)
+        assert verdict._ptxas(80)[0] == newer[0]
+
+
+# -- Who asks --------------------------------------------------------------------------------------
+
+
+def form(backend='auto', dtype=torch.bfloat16):
+    return choose_form(GPU, dtype, 196, 96, backend)
+
+
+@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+def test_auto_takes_only_kernels_that_passed(machine, caplog):
+    machine.play('pass')
+    assert form().triton and not caplog.records
+    machine.verdicts[0].unlink()
+    machine.play('import os; os.abort()')
+    with caplog.at_level(logging.WARNING):
+        assert not form().triton and not form().triton
+    (record,) = caplog.records
+    assert 'runs in plain PyTorch' in record.message and 'SIGABRT' in record.message
+    assert form('triton').triton, 'who names the kernels gets them'
+
+
+@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+def test_kernels_are_tested_only_where_they_would_be_taken(machine, monkeypatch):
+    assert not form(dtype=torch.float64).triton
+    assert form('triton').triton
+    assert not form('chunkwise').triton
+    assert not choose_form(CPU, torch.bfloat16, 196, 96, 'auto').triton
+    monkeypatch.setenv('MMVIL_TRITON', '0')
+    assert not form().triton
+    with pytest.raises(ValueError, match='MMVIL_TRITON switches the kernels off'):
+        form('triton')
+    assert not machine.runs
+
+
+@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+def test_self_test_is_not_traced(machine):
+    machine.play('pass')
+    machine.verdicts[0].unlink()
+    verdict._failure.cache_clear()
+
+    @torch.compile(fullgraph=True, backend='eager')
+    def function(x):
+        return x + choose_form(x.device if x.is_cuda else GPU, x.dtype, 196, 96, 'auto').triton
+
+    assert function(torch.zeros(1, dtype=torch.bfloat16)) == 1
+    assert machine.runs == 2
