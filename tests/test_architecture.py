@@ -13,7 +13,7 @@ ALLOWED = {
     'ops': {'torch'},
     'layers': {'torch', 'mmvil.ops'},
     'converters': {'torch'},
-    'backbones': {'torch', 'mmengine', 'mmcv', 'mmvil.layers', 'mmvil.converters'},
+    'backbones': {'torch', 'mmengine', 'mmcv', 'mmvil.layers', 'mmvil.checkpoints'},
     'engine': {'torch', 'numpy', 'mmengine'},
 }
 

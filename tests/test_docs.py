@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import mmvil
-from mmvil.converters import find_official
+from mmvil.checkpoints import find_official
 from tests.conftest import ROOT
 
 PAGES = {

@@ -19,21 +19,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from _common import (
-    UserError,
-    check_folders,
-    innermost_datasets,
-    load_config,
-    parse_args,
-    run,
-    set_data_root,
-    stems,
-)
-from _images import build_pipeline, data_preprocessor, loads, one_line
 from mmengine.config import DictAction
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 from PIL import Image, ImageOps
+
+from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.errors import UserError
+from mmvil.cli.images import build_pipeline, data_preprocessor, loads, one_line
+from mmvil.cli.main import parse_args, run
+from mmvil.cli.preflight import check_folders, stems
+from mmvil.engine.config_nodes import innermost_datasets
 
 SPLITS = ('train', 'val', 'test')
 Image.MAX_IMAGE_PIXELS = None  # large images are no attack here

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from _common import DictAction, UserError, get_device, load_config, parse_args, run
-from _images import ImageReader
-from _models import build_model, find_images, predict
+from mmengine.config import DictAction
+from mmengine.device import get_device
+
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.images import ImageReader
+from mmvil.cli.inference import build_model, find_images, predict
+from mmvil.cli.main import parse_args, run
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 

@@ -12,19 +12,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    UserError,
-    check_checkpoint,
-    get_device,
-    load_config,
-    make_parser,
-    parse_args,
-    run,
-)
+from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from rich.progress import track
 from torch import Tensor
+
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.preflight import check_checkpoint
 
 PENALTIES = [10.0**exponent for exponent in range(-8, 1)]
 

@@ -8,21 +8,19 @@ import os
 from copy import deepcopy
 from pathlib import Path
 
-from _common import (
+import torch
+
+from mmvil.cli.config import apply_common_args, load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.preflight import (
     CheckFitHook,
-    UserError,
-    apply_common_args,
     build_runner,
     check_backbone,
     check_checkpoint,
     check_data,
-    fit_to_cpu,
-    load_config,
-    make_parser,
-    parse_args,
-    run,
-    torch,
 )
+from mmvil.engine.cpu import fit_to_cpu
 
 
 def add_arguments(parser):

@@ -26,24 +26,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from _claims import ClaimLost, Claims, write
-from _common import (
-    ROOT,
-    Config,
-    DictAction,
-    Hook,
-    UserError,
-    apply_common_args,
-    build_runner,
-    check_checkpoint,
-    fit_to_cpu,
-    load_config,
-    parse_args,
-    run,
-    torch,
-)
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
 
-from mmvil.converters import infer_architecture, is_official, vil_to_mmvil
+from mmvil.checkpoints import infer_architecture, is_official, vil_to_mmvil
+from mmvil.cli.config import CONFIGS, apply_common_args, load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args, run
+from mmvil.cli.preflight import build_runner, check_checkpoint
+from mmvil.cli.run_queue import ClaimLost, Claims, write
+from mmvil.engine.cpu import fit_to_cpu
 
 GROUPS = dict(
     natural=(
@@ -288,7 +281,7 @@ class Watch(Hook):
 
 def make_config(job, args, architecture) -> Config:
     """The config of a run: that of the data set, with what depends on run and checkpoint."""
-    cfg = load_config(str(ROOT / 'configs' / 'vtab1k' / f'{job.dataset}.py'), {})
+    cfg = load_config(str(CONFIGS / 'vtab1k' / f'{job.dataset}.py'), {})
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
         version=architecture['version'],
@@ -352,7 +345,7 @@ def read_architecture(path) -> dict:
 def check_dataset(data_root, dataset):
     """Make sure that lists and images are there and labels are in range. Returns warnings."""
     folder = Path(data_root, dataset)
-    classes = load_config(str(ROOT / 'configs' / 'vtab1k' / f'{dataset}.py'), {})
+    classes = load_config(str(CONFIGS / 'vtab1k' / f'{dataset}.py'), {})
     classes = classes.model.head.num_classes
     notes = []
     for split, size in dict(train800=800, val200=200, train800val200=1000, test=None).items():

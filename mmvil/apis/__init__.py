@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """What people call by hand. The only part of mmvil that names mmseg, mmpretrain, mmdet or timm."""
 
-from .checkpoints import convert_checkpoint, fetch_checkpoint, read_checkpoint
+from .convert import convert_checkpoint, fetch_checkpoint, read_checkpoint
 from .models import get_model, list_models, register_models
 from .swap import swap_backbone
 

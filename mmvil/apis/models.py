@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from ..converters import OFFICIAL_CHECKPOINTS, find_official, is_official, vil_to_mmvil
+from ..checkpoints import OFFICIAL_CHECKPOINTS, find_official, is_official, vil_to_mmvil
 
 
 def list_models(pattern: Optional[str] = None) -> List[str]:

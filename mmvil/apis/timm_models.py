@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..backbones import VisionLSTM
-from ..converters import (
+from ..checkpoints import (
     OFFICIAL_CHECKPOINTS,
     OfficialCheckpoint,
     adapt_input_channels,

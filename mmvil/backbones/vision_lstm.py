@@ -17,7 +17,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..converters import adapt_input_channels, is_official, vil_to_mmvil
+from ..checkpoints import adapt_input_channels, is_official, vil_to_mmvil
 from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias

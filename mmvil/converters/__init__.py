@@ -1,18 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Pure functions from foreign state dicts to ours, and the list of what the authors publish."""
+"""Former name of :mod:`mmvil.checkpoints`, kept for one release."""
 
-from .channels import adapt_input_channels
-from .official import OFFICIAL_CHECKPOINTS, OFFICIAL_URL, OfficialCheckpoint, find_official
-from .vil import infer_architecture, is_official, official_names, vil_to_mmvil
-
-__all__ = [
-    'OFFICIAL_CHECKPOINTS',
-    'OFFICIAL_URL',
-    'OfficialCheckpoint',
-    'adapt_input_channels',
-    'find_official',
-    'infer_architecture',
-    'is_official',
-    'official_names',
-    'vil_to_mmvil',
-]
+from ..checkpoints import *  # noqa: F403
+from ..checkpoints import __all__  # noqa: F401

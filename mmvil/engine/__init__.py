@@ -3,13 +3,7 @@
 processes that equal one.
 """
 
-from .amp import CPUAmpOptimWrapper
-from .distributed import AverageLogHook, CPUSyncBatchNorm, GlobalBatchCrossEntropyLoss
-from .hooks import AdaptInputChannelsHook, IterationSeedHook
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .metrics import CorruptionError, SubsetAccuracy
-from .nan_guard import NaNGuardHook
-from .safe_checkpoint import (
+from ..checkpoints.safe_load import (
     DamagedCheckpointError,
     UntrustedCheckpointError,
     find_good_checkpoint,
@@ -17,7 +11,13 @@ from .safe_checkpoint import (
     load_safely_from_now_on,
     verify,
 )
-from .samples import SampleError
+from ..losses import GlobalBatchCrossEntropyLoss
+from ..metrics import CorruptionError, SubsetAccuracy
+from .cpu import CPUAmpOptimWrapper, CPUSyncBatchNorm
+from .hooks import AdaptInputChannelsHook, AverageLogHook, IterationSeedHook
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .nan_guard import NaNGuardHook
+from .sampling import SampleError
 
 __all__ = [
     'AdaptInputChannelsHook',

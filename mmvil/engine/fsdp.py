@@ -6,14 +6,15 @@ takes its time.
 """
 
 import time
-from typing import Callable, Optional, Union
+from typing import Callable, Optional, Sequence, Union
 
 from mmengine._strategy import FSDPStrategy as _FSDPStrategy
 from mmengine.dist import barrier, is_main_process
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .safe_checkpoint import PARTIAL, replace
-from .shards import is_sharded, load_rest, load_shards, require_shards, save_shards
+from ..checkpoints.safe_load import PARTIAL, replace
+from ..checkpoints.sharded import is_sharded, load_rest, load_shards, require_shards, save_shards
 
 
 class FSDPStrategy(_FSDPStrategy):
@@ -127,3 +128,14 @@ def _sharded_states():
     from torch.distributed.checkpoint import state_dict
 
     return state_dict
+
+
+def wrap_classes(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int, names: Sequence[str]
+) -> bool:
+    """Policy of FSDP that makes a unit of every module whose class has one of the names.
+
+    Units must be called as a whole. A ViLBlock is; its parts are not, because the block reads their
+    weights itself.
+    """
+    return recurse or type(module).__name__ in names

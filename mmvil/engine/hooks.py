@@ -3,14 +3,16 @@
 
 import itertools
 import re
+from typing import Dict, Optional
 
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
+from torch import Tensor
 
-from .samples import seed_generators, seed_samples
+from .sampling import seed_generators, seed_samples
 
 # What DDP, FSDP and activation checkpointing put between the names of modules.
 _WRAPPERS = re.compile(r'^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.')
@@ -92,3 +94,24 @@ def _begin_anew(loop, passed: int) -> None:
     if sampler.start and not hasattr(iterator, 'skip_iter'):
         iterator = itertools.chain(itertools.repeat(None, passed), iterator)
     loop.dataloader_iterator = iterator
+
+
+@HOOKS.register_module()
+class AverageLogHook(Hook):
+    """Log losses and accuracies as means over all processes.
+
+    mmengine logs those of the first process, a part of the batch. With this hook the training log
+    of any number of processes shows what one process with the whole batch would show.
+    """
+
+    priority = 'HIGHEST'  # before the log takes the numbers
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict[str, Tensor]] = None
+    ) -> None:
+        """Replace what the model returned for the log."""
+        if not outputs or get_world_size() == 1:
+            return
+        means = torch.stack([value.detach().float().mean() for value in outputs.values()])
+        all_reduce(means, op='mean')
+        outputs.update(zip(outputs, means))

@@ -3,9 +3,8 @@
 
 from .drop_path import DropPath
 from .embed import PatchEmbed, resize_pos_embed
-from .projections import HeadwiseLinear, TokenConv
 from .pyramid import FeaturePyramid
-from .vil_block import ViLBlock
+from .vil_block import HeadwiseLinear, TokenConv, ViLBlock
 
 __all__ = [
     'DropPath',

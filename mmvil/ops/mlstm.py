@@ -19,8 +19,8 @@ from .compat import (
     static_shape,
     without_autocast,
 )
+from .mlstm_export import mlstm_traceable
 from .reference import mlstm_reference
-from .traceable import mlstm_traceable
 from .triton import default_chunk_size as default_triton_chunk_size
 from .triton import unavailable as triton_unavailable
 from .triton import usable as triton_usable
@@ -225,7 +225,7 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton
     if q.numel() == 0:
         return _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size)
     if triton:
-        from .triton.mlstm import mlstm_forward
+        from .triton.mlstm_launch import mlstm_forward
 
         return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
     features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
@@ -240,7 +240,7 @@ def _mlstm_backward(
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     if triton:
-        from .triton.mlstm import mlstm_backward
+        from .triton.mlstm_launch import mlstm_backward
 
         return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))

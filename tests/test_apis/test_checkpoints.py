@@ -12,8 +12,8 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmvil import VisionLSTM
-from mmvil.apis import checkpoints, convert_checkpoint, fetch_checkpoint, read_checkpoint
-from mmvil.converters import OFFICIAL_CHECKPOINTS, find_official
+from mmvil.apis import convert, convert_checkpoint, fetch_checkpoint, read_checkpoint
+from mmvil.checkpoints import OFFICIAL_CHECKPOINTS, find_official
 from tests.conftest import REFERENCE, ROOT
 from tests.test_converters.test_vil import load, to_standalone
 
@@ -253,4 +253,4 @@ def test_segmentation_recipe_starts_from_the_published_checkpoint(size, name):
     official = find_official(backbone.init_cfg.checkpoint)
     assert backbone.init_cfg.type == 'Pretrained'
     assert (official.arch, official.version) == (backbone.arch, 2) == (name, 2)
-    assert official in OFFICIAL_CHECKPOINTS[:4] and checkpoints.cached_path(official).name
+    assert official in OFFICIAL_CHECKPOINTS[:4] and convert.cached_path(official).name

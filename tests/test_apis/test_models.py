@@ -6,7 +6,7 @@ import torch
 
 import mmvil
 from mmvil.apis import models
-from mmvil.converters import OFFICIAL_CHECKPOINTS
+from mmvil.checkpoints import OFFICIAL_CHECKPOINTS
 from tests.conftest import ROOT, relative_error
 
 HEAD = dict(in_channels=64)

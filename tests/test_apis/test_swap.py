@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM, swap_backbone
-from mmvil.apis.swap import _out_indices
+from mmvil.apis.swap.swap import _out_indices
 from tests.conftest import ROOT
 
 TINY = dict(embed_dims=32, depth=10)
@@ -38,7 +38,7 @@ def load(name):
 @pytest.fixture(scope='module')
 def matrix():
     """The tool that makes docs/swap_matrix.md."""
-    folder = str(ROOT / 'tools' / 'analysis_tools')
+    folder = str(ROOT / 'tools' / '.dev_scripts')
     sys.path.insert(0, folder)
     try:
         return importlib.import_module('swap_matrix')

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from mmvil.converters import adapt_input_channels
+from mmvil.checkpoints import adapt_input_channels
 from tests.conftest import ROOT, relative_error
 
 timm = pytest.importorskip('timm')

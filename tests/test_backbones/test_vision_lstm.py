@@ -11,7 +11,7 @@ from torch import nn
 
 import mmvil
 from mmvil import VisionLSTM
-from mmvil.converters import adapt_input_channels, vil_to_mmvil
+from mmvil.checkpoints import adapt_input_channels, vil_to_mmvil
 from tests.conftest import ROOT, relative_error
 
 TINY = dict(arch=dict(embed_dims=16, depth=4), img_size=64)

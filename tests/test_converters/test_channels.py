@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mmvil.converters import adapt_input_channels
+from mmvil.checkpoints import adapt_input_channels
 
 
 def test_one_channel_gives_what_its_rgb_copy_gives():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmvil import VisionLSTM
-from mmvil.converters import (
+from mmvil.checkpoints import (
     OFFICIAL_CHECKPOINTS,
     find_official,
     infer_architecture,

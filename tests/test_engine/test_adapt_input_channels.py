@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop
 from torch import nn
 
 from mmvil import VisionLSTM
-from mmvil.converters import adapt_input_channels
+from mmvil.checkpoints import adapt_input_channels
 from mmvil.engine import AdaptInputChannelsHook
 
 NAME = 'backbone.patch_embed.projection.weight'

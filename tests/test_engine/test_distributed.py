@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from mmvil.checkpoints.sharded import WEIGHTS, require_shards, save_shards
 from mmvil.engine import (
     AverageLogHook,
     CPUSyncBatchNorm,
     GlobalBatchCrossEntropyLoss,
     load_safely,
 )
-from mmvil.engine.shards import WEIGHTS, require_shards, save_shards
 from mmvil.layers import DropPath
 from tests.test_tools.tool_process import call_tool, call_tool_in_processes
 

@@ -19,6 +19,8 @@ from mmengine.logging import MessageHub
 from mmengine.runner import save_checkpoint
 from torch import nn
 
+from mmvil.checkpoints.safe_load import ATOMIC
+from mmvil.checkpoints.sharded import require_shards
 from mmvil.engine import (
     DamagedCheckpointError,
     UntrustedCheckpointError,
@@ -26,8 +28,6 @@ from mmvil.engine import (
     load_safely,
     verify,
 )
-from mmvil.engine.safe_checkpoint import ATOMIC
-from mmvil.engine.shards import require_shards
 
 
 def checkpoint():

@@ -11,8 +11,8 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mmvil.engine import SampleError
-from mmvil.engine import samples as module
-from mmvil.engine.samples import seed_samples
+from mmvil.engine import sampling as module
+from mmvil.engine.sampling import seed_samples
 
 
 class Noise(Dataset):

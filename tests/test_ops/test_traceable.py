@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmvil.ops import mlstm_reference
-from mmvil.ops.traceable import mlstm_traceable
+from mmvil.ops.mlstm_export import mlstm_traceable
 from tests.conftest import relative_error
 
 

@@ -26,8 +26,10 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
-from mmvil.ops.triton import after_cell, before_cell, mlstm  # noqa: E402
-from mmvil.ops.triton.partial_sums import split_tokens  # noqa: E402
+from mmvil.ops.triton import conv_qkv_gates as before_cell  # noqa: E402
+from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
+from mmvil.ops.triton import norm_skip_gate as after_cell  # noqa: E402
+from mmvil.ops.triton.reduction import split_tokens  # noqa: E402
 
 runs_kernels = pytest.mark.skipif(
     PROBLEM is not None, reason='without a GPU, test_kernels_pass_in_the_interpreter runs this'
@@ -318,7 +320,7 @@ def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
 def test_operators_tell_compilers_what_they_return(case):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import mmvil.ops.triton.lean_layer  # noqa: F401  registers
+    import mmvil.ops.triton.fused_layer  # noqa: F401  registers
 
     x, weights = before_cell_inputs(case)
     qkv = [randn(case.batch, case.heads, x.shape[1], case.width).to(case.dtype) for _ in range(3)]

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, init_default_scope
 from tool_process import call_tool
 
 import mmvil  # noqa: F401
-from mmvil.converters import vil_to_mmvil
+from mmvil.checkpoints import vil_to_mmvil
 from tests.conftest import relative_error
 
 EXPORT = Path(__file__).parents[2] / 'tools/deployment/export.py'

@@ -13,7 +13,7 @@ from PIL import Image
 from tool_process import call_tool
 
 from mmvil import VisionLSTM
-from mmvil.converters import adapt_input_channels
+from mmvil.checkpoints import adapt_input_channels
 
 pytest.importorskip('mmseg')
 tifffile = pytest.importorskip('tifffile', reason='multi-band TIFF needs tifffile')

@@ -22,7 +22,7 @@ import mmvil
 TOOLS = Path(__file__).parents[2] / 'tools'
 sys.path.insert(0, str(TOOLS))
 
-import _claims  # noqa: E402
+from mmvil.cli import run_queue  # noqa: E402
 
 # A short training of a small network from scratch.
 OPTIONS = (
@@ -200,7 +200,7 @@ def test_vtab1k_checks_its_data(standin, tmp_path):
 
 
 def test_claims_grant_a_run_once(tmp_path):
-    claims, others = _claims.Claims(tmp_path), _claims.Claims(tmp_path)
+    claims, others = run_queue.Claims(tmp_path), run_queue.Claims(tmp_path)
     claim = claims.claim('a')
     assert others.states(['a', 'b']) == dict(a='running', b='open')
     assert others.claim('a') is None
@@ -210,7 +210,7 @@ def test_claims_grant_a_run_once(tmp_path):
 
 
 def test_claims_of_the_dead_are_taken_over(tmp_path):
-    claims = _claims.Claims(tmp_path, stale_after=1, max_attempts=2)
+    claims = run_queue.Claims(tmp_path, stale_after=1, max_attempts=2)
     begun = tmp_path / 'a.attempt-1'
     begun.touch()
     os.utime(begun, (0, claims._now() - 100))
@@ -229,20 +229,20 @@ def test_claims_of_the_dead_are_taken_over(tmp_path):
 
 
 def test_claims_keep_the_living_alive_and_notice_a_loss(tmp_path):
-    claims = _claims.Claims(tmp_path, stale_after=0.5)
+    claims = run_queue.Claims(tmp_path, stale_after=0.5)
     claim = claims.claim('a')
     time.sleep(1)
     assert claims.states(['a'])['a'] == 'running' and not claim.lost
     (tmp_path / 'a.attempt-2').touch()  # as if this process had been suspended for long
     time.sleep(0.5)
     assert claim.lost
-    with pytest.raises(_claims.ClaimLost):
+    with pytest.raises(run_queue.ClaimLost):
         claim.finish(dict(accuracy=1.0))
     assert claims.result('a') is None
 
 
 def test_claims_released_leave_no_trace(tmp_path):
-    claims = _claims.Claims(tmp_path)
+    claims = run_queue.Claims(tmp_path)
     claims.claim('a').release()
     assert not os.listdir(tmp_path) and claims.claim('a').attempt == 1
 
@@ -250,7 +250,7 @@ def test_claims_released_leave_no_trace(tmp_path):
 def test_claims_by_many_threads_at_once(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
-    claims = _claims.Claims(tmp_path)
+    claims = run_queue.Claims(tmp_path)
     names = [f'run{i}' for i in range(20)]
     with ThreadPoolExecutor(8) as pool:
         granted = list(pool.map(claims.claim, names * 8))

@@ -18,15 +18,15 @@ import time
 from pathlib import Path
 
 import torch
+from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import UserError, load_config, parse_args, run  # noqa: E402
-from _malloc import keep_freed_memory  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-
-import mmvil  # noqa: E402
-from mmvil.ops.flops import flop_formulas  # noqa: E402
+import mmvil
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args, run
+from mmvil.engine.cpu import keep_freed_memory
+from mmvil.ops.flops import flop_formulas
 
 DEIT = {
     'tiny': 'deit_tiny_patch16_224',

@@ -10,26 +10,19 @@ channels that differ in number or are constant are errors. See docs/multiband.md
 
 import argparse
 import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from check_dataset import build
+from mmengine.config import DictAction
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import (  # noqa: E402
-    DictAction,
-    UserError,
-    check_folders,
-    innermost_datasets,
-    load_config,
-    parse_args,
-    run,
-    set_data_root,
-)
-from _images import ImageReader, data_preprocessor  # noqa: E402
-from check_dataset import build  # noqa: E402
+from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.errors import UserError
+from mmvil.cli.images import ImageReader, data_preprocessor
+from mmvil.cli.main import parse_args, run
+from mmvil.cli.preflight import check_folders
+from mmvil.engine.config_nodes import innermost_datasets
 
 MULTIBAND = 'mmvil.apis.data_preprocessor.MultibandSegDataPreProcessor'
 

@@ -9,20 +9,20 @@ Nothing is computed: the model runs on shapes alone, so any size takes seconds a
 
 import argparse
 import json
-import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from mmengine.config import DictAction
+from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-
-from mmvil.ops import projections  # noqa: E402
-from mmvil.ops.flops import flop_formulas  # noqa: E402
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args, run
+from mmvil.ops import projections
+from mmvil.ops.flops import flop_formulas
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and

@@ -20,19 +20,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import ROOT, UserError, load_config, parse_args, run  # noqa: E402
-from mmengine.model import revert_sync_batchnorm  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-
-import mmvil  # noqa: E402
+import mmvil
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args, run
 
 THROUGHPUT = {224: 0.8, 512: 1.0, 1024: 2.0}
 """Training throughput relative to DeiT that is aimed at, by image size."""
 OVER_PARALLEL = {224: 3.0, 512: 6.0}
 """The same relative to the plain parallel form of PyTorch."""
 PACKAGES = ('torch', 'triton', 'timm', 'mmengine', 'onedl-mmengine', 'mmsegmentation', 'numpy')
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # -- Parts of the report: each returns Markdown ---------------------------------------------------

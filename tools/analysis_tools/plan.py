@@ -10,7 +10,6 @@ takes seconds, no GPU and no memory. With --measure, a step runs on the GPU at h
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from mmengine.config import DictAction
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,12 +30,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
-from mmengine.model import revert_sync_batchnorm  # noqa: E402
-from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope  # noqa: E402
-
-from mmvil.layers import DropPath  # noqa: E402
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args, run
+from mmvil.layers import DropPath
 
 GIB = 2**30
 BLOCK = 512

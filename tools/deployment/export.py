@@ -11,19 +11,20 @@ import argparse
 import copy
 import json
 import logging
-import sys
 import time
 import warnings
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import torch  # noqa: E402
-from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
-from _models import build_model  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from mmengine.config import DictAction
+from torch import nn
 
-from mmvil import VisionLSTM, __version__  # noqa: E402
-from mmvil.layers import ViLBlock  # noqa: E402
+from mmvil import VisionLSTM, __version__
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.inference import build_model
+from mmvil.cli.main import parse_args, run
+from mmvil.layers import ViLBlock
 
 SUFFIXES = dict(onnx='.onnx', pt2='.pt2')
 OUTPUTS = ('logits', 'probabilities', 'labels')

@@ -5,16 +5,14 @@ python tools/model_converters/merge_shards.py work_dirs/vil_b/iter_160000.pth vi
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from _common import UserError, run
 from mmengine.runner import save_checkpoint
 
-from mmvil.engine.safe_checkpoint import ATOMIC
-from mmvil.engine.shards import is_sharded, join_shards
+from mmvil.checkpoints.safe_load import ATOMIC
+from mmvil.checkpoints.sharded import is_sharded, join_shards
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import run
 
 
 def parse_args():

@@ -6,17 +6,15 @@ python tools/model_converters/vil_to_mmvil.py vil2_tiny16_e800_in1k.th vil2_tiny
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-from _common import UserError, run
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import run
 
 
 def parse_args():

@@ -9,27 +9,28 @@ See docs/visualization.md for the four pictures and how to read them.
 import argparse
 import copy
 import math
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from mmengine.config import DictAction
+
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.images import ImageReader
+from mmvil.cli.inference import build_model, find_images
+from mmvil.cli.main import parse_args, run
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import MaxNLocator
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import DictAction, UserError, load_config, parse_args, run  # noqa: E402
-from _images import ImageReader  # noqa: E402
-from _models import build_model, find_images  # noqa: E402
-
-from mmvil import VisionLSTM  # noqa: E402
-from mmvil.ops.gates import gate_statistics  # noqa: E402
+from mmvil import VisionLSTM
+from mmvil.ops.gates import gate_statistics
 
 DIRECTIONS = ('forward', 'backward')
 COLORS = ('tab:blue', 'tab:orange')

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-from mmseg.apis import inference_model, init_model  # noqa: E402
-from mmseg.datasets.transforms import LoadAnnotations  # noqa: E402
-from mmseg.registry import DATASETS  # noqa: E402
+from mmvil.cli.images import ImageReader
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _images import ImageReader  # noqa: E402
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Patch
+from mmseg.apis import inference_model, init_model
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import DATASETS
 
 IGNORED = 255
 

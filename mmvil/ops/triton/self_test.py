@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import tf32_is_allowed
-from ..lean_layer import LayerSettings, LayerWeights, lean_layer
 from ..mlstm import choose_form, mlstm
+from ..vil_layer import LayerSettings, LayerWeights, lean_layer
 
 TIMEOUT = 480
 """Seconds after which the test counts as hung. The node's other processes wait for it, and those of

@@ -20,8 +20,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ..backbones import VisionLSTM
-from .models import _root
+from ...backbones import VisionLSTM
+from ..models import _root
 
 # Heads that are called with the features and nothing that only their model knows.
 HEADS = ('decode_head', 'auxiliary_head', 'head')

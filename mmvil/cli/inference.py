@@ -4,12 +4,15 @@
 import warnings
 from pathlib import Path
 
-from _common import UserError, build_lazily, check_checkpoint, check_fit
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import no_grad
+
+from .config import build_lazily
+from .errors import UserError
+from .preflight import check_checkpoint, check_fit
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import on_its_device
 from .layout import contiguous, token_rows, unit_stride
-from .partial_sums import partial_sums, split_tokens
+from .reduction import partial_sums, split_tokens
 
 # ------------------------------------------------------------------------------------------------
 # Kernels

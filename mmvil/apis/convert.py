@@ -22,7 +22,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from ..backbones import VisionLSTM
-from ..converters import (
+from ..checkpoints import (
     OFFICIAL_URL,
     OfficialCheckpoint,
     find_official,

@@ -2,9 +2,10 @@
 """How the tools read and show images: what a model is given comes from its config's pipeline."""
 
 import numpy as np
-from _common import UserError
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
+
+from .errors import UserError
 
 
 class ImageReader:

@@ -92,7 +92,7 @@ def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
         DamagedCheckpointError: If it cannot be read.
     """
     if os.path.isdir(path):
-        from .shards import join_shards  # which loads files by this function
+        from .sharded import join_shards  # which loads files by this function
 
         return join_shards(path)
     return _load_file(path, map_location, _PICKLE)

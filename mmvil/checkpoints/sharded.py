@@ -17,7 +17,7 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.runner import save_checkpoint
 
-from .safe_checkpoint import (
+from .safe_load import (
     ATOMIC,
     PARTIAL,
     DamagedCheckpointError,

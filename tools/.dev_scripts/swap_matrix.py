@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Try ViL in the configs of the installed OpenMMLab libraries, and write down what works.
 
-python tools/analysis_tools/swap_matrix.py --out docs/swap_matrix.md
-python tools/analysis_tools/swap_matrix.py --libraries mmseg --only pspnet --out docs/swap_matrix.md
+python tools/.dev_scripts/swap_matrix.py --out docs/swap_matrix.md
+python tools/.dev_scripts/swap_matrix.py --libraries mmseg --only pspnet --out docs/swap_matrix.md
 
 Of each folder of configs, every combination of backbone, neck and head is tried once: the backbone
 is swapped (mmvil.swap_backbone), the model is built, trained for one step, in which the loss is
@@ -21,15 +21,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from _common import Config, UserError, run  # noqa: E402
-from mmengine.logging import MMLogger  # noqa: E402
-from mmengine.model import revert_sync_batchnorm  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-from mmengine.structures import InstanceData, PixelData  # noqa: E402
-
-from mmvil import swap_backbone  # noqa: E402
+from mmvil import swap_backbone
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import run
 
 LIBRARIES = ('mmseg', 'mmpretrain', 'mmdet')
 ARCH = dict(embed_dims=32, depth=10)
@@ -53,7 +53,7 @@ CHOSEN = dict(
 HEADER = """\
 # Where ViL fits: the configs of OpenMMLab
 
-Written by `tools/analysis_tools/swap_matrix.py`; do not edit. How to swap: see
+Written by `tools/.dev_scripts/swap_matrix.py`; do not edit. How to swap: see
 [swap_backbone.md](swap_backbone.md).
 
 Of each folder of configs, every combination of backbone, neck and head was tried once.

@@ -41,7 +41,7 @@ from torch import Tensor
 from ..compat import tf32_is_allowed
 from . import on_its_device
 from .layout import contiguous, token_rows, token_rows_to_write
-from .partial_sums import partial_sums, split_tokens
+from .reduction import partial_sums, split_tokens
 from .tiles import dot
 
 

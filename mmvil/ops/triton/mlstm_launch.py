@@ -35,8 +35,8 @@ from torch import Tensor
 
 from ..compat import tf32_is_allowed
 from . import default_chunk_size, on_its_device, shared_memory
-from .cell import denominators_kernel, readers_kernel, states_kernel, writers_kernel
-from .gates import gate_gradients_kernel, gate_statistics_kernel
+from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
+from .mlstm_kernels import denominators_kernel, readers_kernel, states_kernel, writers_kernel
 
 
 class Tiling(NamedTuple):
@@ -63,11 +63,14 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
     single = dtype == torch.float32
+    few_registers = width == 64 and shared < 200 * 1024  # GPUs before Hopper want smaller steps
     wide = padded >= 128
     if single:
         rows = columns = 32 if padded <= 64 else 16
     else:
         rows, columns = 64, (32 if wide else 64)
+        if few_registers and wide and dtype == torch.float16:  # which scales its totals
+            columns = 16
     room = shared // (dtype.itemsize * padded) - rows  # rows that loops may have on their way
     return Tiling(
         width=width,
@@ -76,8 +79,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         columns=columns,
         warps=8 if wide else 4,
         stages=2 if room >= 4 * columns + 16 else 1,
-        # Registers: GPUs before Hopper, which have less shared memory, want smaller steps.
-        step=16 if width == 64 and shared < 200 * 1024 else min(width, 32),
+        step=16 if few_registers else min(width, 32),
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and not single else 64),
     )
 

@@ -165,7 +165,7 @@ def _forward(x: Tensor, w: LayerWeights, settings: LayerSettings):
     """The output (B, N, D), and what the backward pass needs besides the input and the weights."""
     with without_autocast(x):  # dtypes are explicit here
         if settings.form.triton:
-            from .triton import lean_layer as fused
+            from .triton import fused_layer as fused
 
             return fused.forward(x, w, settings)
         x_norm, _, _ = _normalize(x, w, settings)
@@ -219,7 +219,7 @@ def _gradients(y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settin
     The way back through the layer, step by step, each with what it needs computed again.
     """
     if settings.form.triton:
-        from .triton import lean_layer as fused
+        from .triton import fused_layer as fused
 
         return fused.gradients(y_grad, kept, w, settings)
     x, x_m, z, h, igate, fgate, normalizer = kept

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lean_layer import (
+from ..vil_layer import (
     LayerSettings,
     LayerWeights,
     _normalize,
@@ -22,14 +22,14 @@ from ..lean_layer import (
     _to,
     _weight_grad,
 )
-from .after_cell import after_cell, after_cell_backward
-from .before_cell import (
+from .conv_qkv_gates import (
     BeforeCellWeights,
     before_cell,
     before_cell_backward,
     gradient_sizes,
     split_gradients,
 )
+from .norm_skip_gate import after_cell, after_cell_backward
 
 
 def forward(

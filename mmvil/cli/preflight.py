@@ -1,0 +1,224 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Checks before the work starts, of what would go wrong later with a worse message or with none."""
+
+import difflib
+import inspect
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import MODELS, RUNNERS
+from mmengine.runner import Runner
+
+from ..checkpoints import find_official, is_official, vil_to_mmvil
+from ..checkpoints.sharded import is_sharded
+from ..engine.config_nodes import dicts, innermost_datasets, strategy_name
+from .config import build_lazily
+from .errors import UserError, one_line
+
+
+def build_runner(cfg: Config, notes=()) -> Runner:
+    """Build the runner that a config describes and write ``notes`` into its log.
+
+    Raises:
+        UserError: If some part of the config is refused by the class that it configures, or
+            cannot be compiled.
+    """
+    compiles = cfg.get('compile') and cfg.get('strategy') is not None
+    if compiles and strategy_name(cfg).startswith('DeepSpeed'):
+        raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
+    try:
+        runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'cannot build what the config describes: {one_line(error)} (--traceback shows where)'
+        ) from error
+    if compiles:
+        # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
+        options = {} if cfg.compile is True else cfg.compile
+        runner._compile = dict(target='forward', **options)
+    for note in notes:
+        runner.logger.warning(note)
+    return runner
+
+
+def check_backbone(cfg: Config) -> None:
+    """Make sure that our backbones know the options that the config gives them.
+
+    Raises:
+        UserError: If one does not, with the option that was probably meant.
+    """
+    for node in dicts(cfg.get('model') or {}):
+        if str(node.get('type')).rpartition('.')[2] != 'VisionLSTM':
+            continue
+        known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
+        for key in set(node) - set(known) - {'type', '_scope_'}:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
+            raise UserError(f'VisionLSTM has no option {key!r}. {hint}')
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Make sure that the work dir, or the folder that it will be made in, can be written to.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    folder = Path(cfg.work_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = 'no permission to write' if existing.is_dir() else 'it is a file'
+        raise UserError(
+            f'cannot use the work dir {folder}: {existing}: {why}. Choose another by --work-dir.'
+        )
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Make sure that what the named dataloaders read is there: folders, images, annotations.
+
+    Raises:
+        UserError: If something is missing.
+    """
+    check_folders(cfg, *loaders)
+    for loader in filter(cfg.get, loaders):
+        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
+            check_annotations_are_there(build_lazily(dataset_cfg, cfg.get('default_scope')))
+
+
+def check_folders(cfg: Config, *loaders: str) -> None:
+    """Make sure that the folders which the named dataloaders read exist and hold images.
+
+    Raises:
+        UserError: If one is missing or empty.
+    """
+    for loader in filter(cfg.get, loaders):
+        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
+            root = dataset_cfg.get('data_root') or ''
+            dataset = build_lazily(dataset_cfg, cfg.get('default_scope'))
+            prefix = getattr(dataset, 'data_prefix', {})
+            for folder in filter(None, (root, *prefix.values())):
+                if '://' not in folder and not os.path.isdir(folder):
+                    raise UserError(
+                        f'data not found: {os.path.abspath(folder)} ({loader} of the config reads '
+                        'it). Put or link the data there, or name its folder by --data-root.'
+                    )
+            # An empty segmentation data set would make mmengine's InfiniteSampler wait for ever.
+            suffix = getattr(dataset, 'img_suffix', '')
+            folder = prefix.get('img_path') or ''
+            if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
+                raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+
+
+def check_annotations_are_there(dataset) -> None:
+    """Make sure that each image of a segmentation data set has an annotation.
+
+    Raises:
+        UserError: If one has none, as after half a download.
+    """
+    prefix = getattr(dataset, 'data_prefix', {})
+    images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
+    if not images or not maps or dataset.ann_file or dataset.test_mode or '://' in images + maps:
+        return
+    names = stems(images, dataset.img_suffix)
+    missing = sorted(names - stems(maps, dataset.seg_map_suffix))
+    if missing:
+        raise UserError(
+            f'{len(missing)} of {len(names)} images in {images} have no annotation in {maps} '
+            f'({missing[0]}{dataset.seg_map_suffix}, …). Was the download complete? '
+            'tools/check_dataset.py CONFIG lists all that is wrong.'
+        )
+
+
+def stems(folder: str, suffix: str) -> set:
+    """Files under a folder that end in a suffix, without it, relative to the folder."""
+    found = set()
+    for parent, _, files in os.walk(folder, followlinks=True):
+        inside = os.path.relpath(parent, folder)
+        found.update(os.path.join(inside, f[: -len(suffix)]) for f in files if f.endswith(suffix))
+    return {os.path.normpath(name) for name in found}
+
+
+def check_checkpoint(path: str) -> None:
+    """Make sure that a path is a PyTorch checkpoint. URLs are taken on trust.
+
+    Raises:
+        UserError: If it is missing or something else.
+        ValueError: If there is no official checkpoint of this name.
+    """
+    if path.startswith('mmvil://'):
+        find_official(path)
+    if '://' in path or is_sharded(path):
+        return
+    if os.path.isdir(path):
+        raise UserError(
+            f'{path} is a folder, but not one that FSDP training has written. The shards of '
+            'DeepSpeed become one file by tools/model_converters/merge_shards.py.'
+        )
+    if not os.path.isfile(path):
+        raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if start[:1] != b'\x80' and start != b'PK':  # a pickle, a zip file
+        raise UserError(f'{path} is not a PyTorch checkpoint')
+
+
+def check_config_checkpoints(cfg: Config) -> None:
+    """Check the files that ``load_from`` and ``init_cfg`` name."""
+    named = [cfg.get('load_from')]
+    if strategy_name(cfg).startswith('DeepSpeed') and os.path.isdir(cfg.get('load_from') or ''):
+        named = []  # its own shards
+    named += [node.get('checkpoint') for node in dicts(cfg) if node.get('type') == 'Pretrained']
+    for path in named:
+        if path is not None:
+            check_checkpoint(path)
+
+
+def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
+    """Make sure that a checkpoint holds every tensor of a model in the right shape.
+
+    mmengine only warns about this, and goes on with random weights.
+
+    Raises:
+        UserError: If it does not.
+    """
+    # FSDP itself knows the whole tensors, inside are pieces; it tells them to the first process.
+    sharded = hasattr(model, 'summon_full_params')
+    while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
+        model = model.module
+    given = checkpoint.get('state_dict', checkpoint)
+    given = {name.removeprefix('module.'): tensor for name, tensor in given.items()}
+    if is_official(given):
+        given = vil_to_mmvil(given)  # as the classifier does when it loads
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in given]
+    misfits = [name for name in wanted if name in given and not _fits(name, given, wanted)]
+    complaints = []
+    if missing:
+        complaints.append(f'{len(missing)} of {len(wanted)} tensors are missing ({missing[0]}, …)')
+    if misfits:
+        name = misfits[0]
+        complaints.append(
+            f'{len(misfits)} have another shape ({name}: {tuple(given[name].shape)} in the file, '
+            f'{tuple(wanted[name].shape)} in the model)'
+        )
+    if complaints:
+        raise UserError(
+            f'{path} does not fit the config: {" and ".join(complaints)}. '
+            'Test and resume with the config that it was trained with.'
+        )
+
+
+class CheckFitHook(Hook):
+    """Refuses a checkpoint that does not fit, when the runner loads it."""
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')
+
+
+def _fits(name: str, given: dict, wanted: dict) -> bool:
+    if name.endswith('pos_embed'):  # the backbone resizes its grid
+        return given[name].shape[-1] == wanted[name].shape[-1]
+    return given[name].shape == wanted[name].shape

@@ -1,0 +1,189 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Training without a GPU: mixed precision, synchronized batch norm, memory, and the config."""
+
+import ctypes
+import os
+from contextlib import contextmanager
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import MODELS, OPTIM_WRAPPERS
+from torch import Tensor, nn
+
+from .config_nodes import dicts, loaders, strategy_name
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(AmpOptimWrapper):
+    """mmengine's ``AmpOptimWrapper`` for the CPU, which that one refuses.
+
+    Autocast and loss scaling are PyTorch's own, the same as on a GPU; the kernels are the CPU's,
+    and slower than in float32. So this tells whether training in half precision overflows, not how
+    fast it is.
+
+    Args:
+        dtype (str): 'float16', with dynamic loss scaling, or 'bfloat16', without. Default:
+            'float16'.
+        loss_scale (str | float): First scale of the loss in float16. Default: 'dynamic', which is
+            65536, as on a GPU.
+        **kwargs: See :class:`mmengine.optim.OptimWrapper`.
+
+    Raises:
+        ValueError: For another ``dtype``, or float16 with a PyTorch that has no loss scaling for
+            the CPU (before 2.3).
+    """
+
+    def __init__(self, dtype: str = 'float16', loss_scale='dynamic', **kwargs) -> None:
+        if dtype not in ('float16', 'bfloat16'):
+            raise ValueError(f"dtype must be 'float16' or 'bfloat16', but is {dtype!r}.")
+        scaled = dtype == 'float16'
+        if scaled and not hasattr(torch.amp, 'GradScaler'):
+            raise ValueError(
+                f'PyTorch {torch.__version__} has no float16 training on the CPU; use bfloat16, or '
+                'PyTorch 2.3 or later.'
+            )
+        OptimWrapper.__init__(self, **kwargs)  # the parent's would look for a GPU
+        self.cast_dtype = getattr(torch, dtype)
+        self._scale_update_param = None
+        if hasattr(torch.amp, 'GradScaler'):
+            loss_scale = 2.0**16 if loss_scale == 'dynamic' else float(loss_scale)
+            self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=loss_scale, enabled=scaled)
+        else:
+            self.loss_scaler = torch.cuda.amp.GradScaler(enabled=False)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        """Forward in half precision."""
+        with OptimWrapper.optim_context(self, model), torch.autocast('cpu', self.cast_dtype):
+            yield
+
+
+@MODELS.register_module()
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the statistics of all processes, on CPUs.
+
+    torch's ``SyncBatchNorm`` is for GPUs only. This one does the same with plain, differentiable
+    operations, so that training with several CPU processes is exact, too. On one process it is
+    ``BatchNorm2d``. The tools put it in the place of SyncBN where there is no GPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, shape (B, C, H, W)."""
+        if not self.training or get_world_size() == 1:
+            return super().forward(x)
+        channels = x.shape[1]
+        numel = x.new_tensor([x.numel() // channels])
+        sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), numel]))
+        count = sums[-1].detach()
+        mean = (sums[:-1] / count).view(1, channels, 1, 1)
+        centred = x - mean  # a second round, because E[x²] - E[x]² loses digits
+        var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        self._update_running(mean.detach().flatten(), var.detach() * count / (count - 1))
+
+        scale = (var + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        y = centred * scale.view(1, channels, 1, 1)
+        return y + self.bias.view(1, channels, 1, 1) if self.affine else y
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked += 1
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1 / self.num_batches_tracked.item()
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduced gradient: each input is in all the sums."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return _sum(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum(grad)
+
+
+def _sum(x: Tensor) -> Tensor:
+    x = x.clone()
+    all_reduce(x)
+    return x
+
+
+def fit_to_cpu(cfg: Config) -> list:
+    """Replace what needs a GPU where there is none.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Returns:
+        list[str]: What was replaced, for the log. Empty on a machine with an accelerator.
+    """
+    if get_device() != 'cpu':
+        return []
+    keep_freed_memory()
+    notes = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        wrapper.type = 'OptimWrapper'
+        for option in ('dtype', 'loss_scale', 'use_fsdp'):
+            wrapper.pop(option, None)
+        notes.append(
+            'no GPU: training in float32, because mixed precision (AmpOptimWrapper) needs one'
+        )
+    sync_norms = [node for node in dicts(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
+    for node in sync_norms:
+        node.type = 'BN' if cfg.launcher == 'none' else 'mmvil.engine.CPUSyncBatchNorm'
+    if sync_norms and cfg.launcher != 'none':
+        notes.append('no GPU: CPUSyncBatchNorm stands in for SyncBN, which torch has for GPUs only')
+    for loader in loaders(cfg):
+        loader.pin_memory = False
+
+    if cfg.launcher == 'pytorch':
+        # Imported later, as DDP does, its functions keep the process group as their default, and
+        # leave_process_group could not end it.
+        from torch.distributed.nn import functional  # noqa: F401
+
+        # mmengine would choose a CUDA device first; it leaves an existing process group alone.
+        torch.distributed.init_process_group('gloo')
+        if cfg.get('strategy') is None:
+            cfg.model_wrapper_cfg = {
+                **dict(type='MMDistributedDataParallel', broadcast_buffers=False),
+                **dict(find_unused_parameters=cfg.get('find_unused_parameters', False)),
+                **(cfg.get('model_wrapper_cfg') or {}),
+                **dict(device_ids=None),
+            }
+        elif strategy_name(cfg) == 'FSDPStrategy':
+            cfg.strategy.model_wrapper.device_id = torch.device('cpu')
+        notes.append('no GPU: the processes communicate by gloo')
+    elif cfg.launcher != 'none':
+        raise ValueError(f'--launcher {cfg.launcher} needs GPUs; on CPUs use tools/dist_train.sh')
+    return notes
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 512 MiB of freed memory for the next layer.
+
+    It would hand back tensors of some megabytes when they are freed, and every page of the next one
+    would cost a fault, a quarter of a small model's time. What the environment sets has precedence.
+    Without glibc nothing happens.
+    """
+    if any(name.startswith('MALLOC_') for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # its largest
+    mallopt(M_TRIM_THRESHOLD, 512 * 2**20)

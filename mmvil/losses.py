@@ -1,0 +1,111 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Cross entropy whose value does not depend on how a batch is spread over processes.
+
+Data parallel training averages the gradients of the processes. That equals the gradient of the
+whole batch if the loss is a mean over equal numbers of pixels; but processes hold different numbers
+of labelled ones.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.dist import all_reduce
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class GlobalBatchCrossEntropyLoss(nn.Module):
+    """Cross entropy, averaged over the labelled pixels of all processes.
+
+    mmsegmentation's ``CrossEntropyLoss(avg_non_ignore=True)`` divides by the process's own labelled
+    pixels. The mean of such means gives a pixel more weight the fewer labelled ones it has beside
+    it, the more so the smaller the batch of a process. Here a process's sum is divided by the mean
+    number of labelled pixels per process, so that the averaged gradient is that of
+
+        sum of the losses of all labelled pixels / number of all labelled pixels.
+
+    On one process both losses are equal. A process's own value depends on its share of the labelled
+    pixels; :class:`mmvil.engine.AverageLogHook` logs the mean, the loss of the whole batch.
+
+    Gradients accumulated over several iterations are averaged iteration by iteration, because the
+    number of labelled pixels to come is not known.
+
+    Args:
+        class_weight (Sequence[float], optional): Weight of each class. Pixels then count with the
+            weight of their class, in sum and divisor. Default: None.
+        loss_weight (float): Default: 1.
+        loss_name (str): Name in the log; what begins with 'loss' is trained on. Default: 'loss_ce'.
+    """
+
+    def __init__(
+        self,
+        class_weight: Optional[Sequence[float]] = None,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_ce',
+    ) -> None:
+        super().__init__()
+        self.class_weight = class_weight
+        self.loss_weight = loss_weight
+        self.loss_name = loss_name
+
+    def forward(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        weight: Optional[Tensor] = None,
+        avg_factor: Optional[float] = None,
+        reduction_override: Optional[str] = None,
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """Compute the loss, with the arguments that mmsegmentation's heads give.
+
+        Args:
+            cls_score (Tensor): Logits, shape (B, K, H, W).
+            label (Tensor): Classes, shape (B, H, W).
+            weight (Tensor, optional): Of each pixel, shape (B, H, W), as pixel samplers give it.
+            avg_factor (float, optional): Divisor of the sum of the losses, instead of the number
+                of labelled pixels.
+            reduction_override (str, optional): 'none' for the losses of the pixels, (B, H, W);
+                'sum' for their sum.
+            ignore_index (int): Label of pixels that do not count.
+
+        Returns:
+            Tensor: A scalar; (B, H, W) with ``reduction_override='none'``.
+        """
+        # The sum over an image's pixels leaves float16's range.
+        cls_score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
+        class_weight = self.class_weight and cls_score.new_tensor(self.class_weight)
+        losses = F.cross_entropy(
+            cls_score, label, weight=class_weight, ignore_index=ignore_index, reduction='none'
+        )
+        if weight is not None:
+            losses = losses * weight
+        if reduction_override == 'none':
+            return self.loss_weight * losses
+        total = self.loss_weight * losses.sum()
+        if reduction_override == 'sum':
+            return total
+        if avg_factor is None:
+            avg_factor = _mean_over_processes(_labelled(label, ignore_index, class_weight))
+        return total / avg_factor
+
+    def extra_repr(self) -> str:
+        return f'loss_weight={self.loss_weight:g}, class_weight={self.class_weight}'
+
+
+def _labelled(label: Tensor, ignore_index: int, class_weight: Optional[Tensor]) -> Tensor:
+    """Number of labelled pixels, or the sum of the weights of their classes. A tensor, because a
+    number would make the CPU wait for the GPU.
+    """
+    labelled = label != ignore_index
+    if class_weight is None:
+        return labelled.sum(dtype=torch.float32)
+    return class_weight.float()[label[labelled]].sum()
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """Mean of a positive scalar; where there is nothing to average, a divisor that leaves 0."""
+    all_reduce(count, op='mean')
+    return count.clamp_(min=torch.finfo(count.dtype).tiny)
