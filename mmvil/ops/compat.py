@@ -33,7 +33,13 @@ def is_transforming() -> bool:
 
 def has_global_module_hooks() -> bool:
     """Whether somebody watches the calls of all modules, such as torch's FLOP counter."""
-    return torch.nn.modules.module._has_any_global_hook()
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
 
 
 def static_shape(x: Tensor) -> Tuple[int, ...]:
