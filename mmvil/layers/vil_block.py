@@ -21,9 +21,11 @@ from ..ops.compat import (
     is_transforming,
     without_autocast,
 )
+from ..ops.layout import by_head
 from ..ops.mlstm import BACKENDS, choose_form
-from ..ops.projections import by_head, dense_blocks, headwise_linear, token_conv
-from ..ops.vil_layer import LayerSettings, LayerWeights, lean_layer
+from ..ops.projections import dense_blocks, headwise_linear, token_conv
+from ..ops.vil_layer import vil_layer
+from ..ops.vil_layer_common import LayerSettings, LayerWeights
 from .drop_path import DropPath
 
 
@@ -172,7 +174,7 @@ class ViLBlock(nn.Module):
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
         )
-        return lean_layer(x, weights, settings)
+        return vil_layer(x, weights, settings)
 
     def _fusible_weights(self) -> Optional[LayerWeights]:
         """The weights of all submodules, or None where the submodules have to be called.

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import GateStatistics, gate_gradients, gate_statistics
+from .layout import like_tokens
 from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
 
@@ -167,12 +168,6 @@ def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
     return x[..., : shape[-2], :]
 
 
-def _like_tokens(x: Tensor) -> Tensor:
-    """New tensor (B, NH, N, DH), in memory (B, N, NH, DH)."""
-    batch, heads, tokens, head_width = x.shape
-    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
-
-
 def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
     """exp(-m_t), the least denominator; infinite where nothing was ever written, so that h is 0."""
     return torch.exp(-stats.stabilizer).to(dtype)
@@ -199,7 +194,7 @@ def chunkwise_forward(
     gates = chunk_gates(stats, length, reverse, q.dtype)
     size = _portion_size(q)
 
-    h = _like_tokens(q)
+    h = like_tokens(q)
     normalizer = torch.empty_like(stats.source, dtype=q.dtype)  # (B * NH, N)
     for q_, k_, v_, h_, normalizer_, floor, part in zip(
         *(_portions(x, size) for x in (q, k, v, h)),
@@ -284,7 +279,7 @@ def chunkwise_backward(
     projection_part = projection * inverse
     normalizer_grad = torch.where(by_normalizer, projection_part * -normalizer.sign(), 0)
 
-    grads = [_like_tokens(q) for _ in range(3)]
+    grads = [like_tokens(q) for _ in range(3)]
     source_grad = torch.empty_like(normalizer)
     for q_, k_, v_, h_grad_, q_grad_, k_grad_, v_grad_, source_grad_, inverse_, n_grad, part in zip(
         *(_portions(x, size) for x in (q, k, v, h_grad, *grads)),

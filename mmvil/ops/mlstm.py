@@ -19,6 +19,7 @@ from .compat import (
     static_shape,
     without_autocast,
 )
+from .layout import like_tokens
 from .mlstm_export import mlstm_traceable
 from .reference import mlstm_reference
 from .triton import default_chunk_size as default_triton_chunk_size
@@ -248,21 +249,15 @@ def _mlstm_backward(
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 
-def _like_tokens(x):
-    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
-    batch, heads, tokens, head_width = x.shape
-    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
-
-
 def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size, triton=False):
-    return _like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
+    return like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
 
 
 def _mlstm_backward_fake(
     h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False
 ):
     return (
-        *(_like_tokens(x) for x in (q, k, v)),
+        *(like_tokens(x) for x in (q, k, v)),
         *(x.new_empty(x.shape) for x in (igate, fgate)),
     )
 

@@ -109,11 +109,6 @@ def headwise_linear_backward(
     return dense_grad, y_grad.sum((0, 1)) if with_bias else None
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """View tokens (B, N, E) as (B, NH, N, DH)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
 class GateWeights(NamedTuple):
     """Both gates as linear maps of the tokens before the projections to q, k and v; the input
     gates' NH rows come first.

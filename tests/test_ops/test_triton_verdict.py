@@ -17,18 +17,19 @@ import pytest
 import torch
 
 from mmvil.ops.mlstm import choose_form
-from mmvil.ops.triton import _triton_problem, interpreted
+from mmvil.ops.triton import interpreted, triton_problem
 from tests.conftest import ROOT
 
 if sys.platform == 'win32':
     pytest.skip('Triton is for Unix', allow_module_level=True)
 
 from mmvil.ops.triton import self_test, verdict  # noqa: E402
-from mmvil.ops.triton.self_test import FAILED, IMPOSSIBLE, Case, check  # noqa: E402
+from mmvil.ops.triton.self_test import Case, check  # noqa: E402
+from mmvil.ops.triton.verdict import FAILED, IMPOSSIBLE  # noqa: E402
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
 SUBJECT = verdict.Subject('Fake', 'bfloat16', 96, False, '3.9', '12.9', 'TRITON_PTXAS_PATH', 'x')
-needs_triton = pytest.mark.skipif(bool(_triton_problem()), reason=str(_triton_problem()))
+needs_triton = pytest.mark.skipif(bool(triton_problem()), reason=str(triton_problem()))
 
 
 # -- What the test finds ---------------------------------------------------------------------------
@@ -143,8 +144,8 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT)
-    monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
-    monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    monkeypatch.setattr('mmvil.ops.triton.triton_problem', lambda: None)
+    monkeypatch.setattr('mmvil.ops.triton.device_problem', lambda kind, index: None)
     yield Machine()
     verdict._failure.cache_clear()
 

@@ -36,7 +36,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Op
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
     if not _switched_on('MMVIL_TRITON', '1'):
         return 'MMVIL_TRITON switches the kernels off'
-    return _triton_problem() or _device_problem(device.type, device.index)
+    return triton_problem() or device_problem(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
@@ -60,7 +60,7 @@ def _log_once(message: str) -> None:
 
 
 @lru_cache
-def _triton_problem() -> Optional[str]:
+def triton_problem() -> Optional[str]:
     needed = '.'.join(map(str, MIN_TRITON))
     try:
         installed = version('triton')
@@ -72,7 +72,7 @@ def _triton_problem() -> Optional[str]:
 
 
 @lru_cache
-def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
+def device_problem(kind: str, index: Optional[int]) -> Optional[str]:
     if interpreted():
         return None
     if torch.version.hip:

@@ -38,11 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compat import tf32_is_allowed
+from ..layout import by_head, contiguous, token_rows, token_rows_to_write
 from . import on_its_device
-from .layout import contiguous, token_rows, token_rows_to_write
 from .reduction import partial_sums, split_tokens
-from .tiles import dot
+from .tiles import dot, dot_precision, load_row
 
 
 class BeforeCellWeights(NamedTuple):
@@ -101,15 +100,6 @@ def _block_diagonal(weight, channel, present, WIDTH: tl.constexpr, dtype: tl.con
     inside = (block[:, None] == block[None, :]) & present[None, :]
     index = channel[None, :] * WIDTH + channel[:, None] % WIDTH
     return tl.load(weight + index, mask=inside, other=0).to(dtype)
-
-
-@triton.jit
-def _vector(pointer, index, present):
-    """A parameter with an entry per channel, as a row; zero where there is none."""
-    if pointer is None:
-        return tl.zeros(index.shape, tl.float32)[None, :]
-    else:
-        return tl.load(pointer + index, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -194,7 +184,7 @@ def before_cell_kernel(
         present = first + tl.arange(0, C) < DH
         inside = in_batch[:, None] & present[None, :]
 
-        a = tl.zeros((T, C), tl.float32) + _vector(conv_bias, channel, present)
+        a = tl.zeros((T, C), tl.float32) + load_row(conv_bias, channel, present)
         for tap in range(SIZE):
             step, there = _neighbour(
                 row, column, height, width, tap, SIGN, KERNEL_WIDTH, ROW, COLUMN
@@ -204,7 +194,7 @@ def before_cell_kernel(
                 mask=inside & there[:, None],
                 other=0,
             )
-            weight = _vector(conv_weight, channel * SIZE + tap, present)
+            weight = load_row(conv_weight, channel * SIZE + tap, present)
             a += x_tap.to(tl.float32) * weight
         out = offset * E + channel[None, :]
         a = a.to(dtype)
@@ -215,9 +205,9 @@ def before_cell_kernel(
         q_map = _block_diagonal(q_weight, channel, present, WIDTH, dtype)
         k_map = _block_diagonal(k_weight, channel, present, WIDTH, dtype)
         v_map = _block_diagonal(v_weight, channel, present, WIDTH, dtype)
-        q = dot(c, q_map, zero + _vector(q_bias, channel, present), PRECISION)
-        k = dot(c, k_map, zero + _vector(k_bias, channel, present), PRECISION)
-        v = dot(x_m, v_map, zero + _vector(v_bias, channel, present), PRECISION)
+        q = dot(c, q_map, zero + load_row(q_bias, channel, present), PRECISION)
+        k = dot(c, k_map, zero + load_row(k_bias, channel, present), PRECISION)
+        v = dot(x_m, v_map, zero + load_row(v_bias, channel, present), PRECISION)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         tl.store(q_out + out, q, mask=inside)
         tl.store(k_out + out, k, mask=inside)
@@ -346,14 +336,14 @@ def projections_backward_kernel(
             x = a * is_open
         x = x.to(dtype)
         by_channel = tl.trans(x)
-        by_head = batch.to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride
-        by_head = by_head[:, None] + head.to(tl.int64) * head_stride + in_head[None, :]
-        dy = tl.load(y_grad + by_head, mask=inside, other=0).to(dtype)
+        head_offset = batch.to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride
+        head_offset = head_offset[:, None] + head.to(tl.int64) * head_stride + in_head[None, :]
+        dy = tl.load(y_grad + head_offset, mask=inside, other=0).to(dtype)
         weight_grad = dot(by_channel, dy, weight_grad, PRECISION)
         bias_grad = dot(average, dy, bias_grad, PRECISION)
         dx = dot(dy, tl.trans(projection), tl.zeros((T, C), tl.float32), PRECISION)
         if OPERAND == 0:
-            dy = tl.load(y2_grad + by_head, mask=inside, other=0).to(dtype)
+            dy = tl.load(y2_grad + head_offset, mask=inside, other=0).to(dtype)
             weight2_grad = dot(by_channel, dy, weight2_grad, PRECISION)
             bias2_grad = dot(average, dy, bias2_grad, PRECISION)
             dx = dot(dy, tl.trans(projection2), dx, PRECISION)
@@ -465,7 +455,7 @@ def _store_gradients(
     tl.store(sums + (3 * WIDTH + operand) * E + channel, bias_grad, mask=present)
 
     projection = _block_diagonal(weight, channel, present, WIDTH, tl.float32)
-    shift = _vector(bias, channel, present)
+    shift = load_row(bias, channel, present)
     gate_weight_grad = dot(
         gates_by_source_grad, projection, gate_bias_grad[:, None] * shift, PRECISION
     )
@@ -536,7 +526,7 @@ def convolution_backward_kernel(
                 mask=inside & there[:, None],
                 other=0,
             ).to(tl.float32)
-            dx += da * _vector(conv_weight, channel * SIZE + tap, present)
+            dx += da * load_row(conv_weight, channel * SIZE + tap, present)
             weight_grad = tl.where(number == tap, weight_grad + (da * x_m)[None, :, :], weight_grad)
         tl.store(dx_at, dx.to(x_grad.dtype.element_ty), mask=inside)
 
@@ -603,13 +593,13 @@ def before_cell(
             WIDTH=weights.q_weight.shape[-1],
             WITH_GATES=with_gates,
             GATES=_gate_columns(heads),
-            PRECISION=_precision(x.dtype),
+            PRECISION=dot_precision(x.dtype),
             T=token_tile,
             C=_channel_tile(channels // heads, x.dtype),
             num_warps=4,
             num_stages=1,
         )
-    q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    q, k, v = (by_head(y, heads) for y in (q, k, v))
     return a, q, k, v, gates_by_head.sum(0)
 
 
@@ -711,7 +701,7 @@ def before_cell_backward(
                 GATES=_gate_columns(heads),
                 # The range of float32 counts more here than the last digits.
                 GATE_DTYPE=tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
-                PRECISION=_precision(x.dtype),
+                PRECISION=dot_precision(x.dtype),
                 T=token_tile,
                 C=tile,
                 num_warps=warps,
@@ -778,12 +768,6 @@ def split_gradients(
     return BeforeCellWeights(
         **{n: None if p is None else grads[n].view(p.shape) for n, p in w._asdict().items()}
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How operands in float32 are multiplied; beside features of half precision, tf32 will do."""
-    exact = dtype == torch.float32 and not tf32_is_allowed()
-    return 'tf32x3' if exact else 'tf32'
 
 
 def _channel_tile(head_width: int, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The matrix products of the chunkwise mLSTM, see :mod:`mmvil.ops.triton.mlstm` for the equations.
+"""Matrix products of the chunkwise mLSTM (equations in :mod:`mmvil.ops.triton.mlstm_launch`).
 
-Everywhere: a program works for one sample and head, on one tile of tokens or of a state. Positions
+A program works for one sample and head, on one tile of tokens or of a state. Positions
 count in reading order; a cell that reads backwards gets negative strides, so that the kernels know
 one direction only. Gate scalars g and M come in float64, and leave it as differences from the M of
 a token nearby.
@@ -209,7 +209,7 @@ def _plus_outer(tiles, factor, vector, DH: tl.constexpr, WIDTH: tl.constexpr, TI
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def readers_kernel(
+def query_side_kernel(
     a,
     b,
     c,
@@ -310,7 +310,7 @@ def readers_kernel(
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def writers_kernel(
+def key_side_kernel(
     a,
     b,
     c,

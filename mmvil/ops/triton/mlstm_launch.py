@@ -33,10 +33,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ..compat import tf32_is_allowed
+from ..layout import like_tokens
 from . import default_chunk_size, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
-from .mlstm_kernels import denominators_kernel, readers_kernel, states_kernel, writers_kernel
+from .mlstm_kernels import (
+    denominators_kernel,
+    key_side_kernel,
+    query_side_kernel,
+    states_kernel,
+)
+from .tiles import dot_precision
 
 
 class Tiling(NamedTuple):
@@ -92,7 +98,8 @@ class _Cell:
         self.q, self.k, self.v, self.fgate, self.reverse = q, k, v, fgate, reverse
         self.device, self.programs = q.device, batch * heads
         self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
-        self.precision, self.state_dtype = _precision(q.dtype)
+        self.precision = dot_precision(q.dtype)
+        self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
         chunk = chunk_size or default_chunk_size(self.length, self.width)
         unit = self.tiling.rows  # a multiple of columns
         self.chunk = triton.cdiv(min(chunk, self.length), unit) * unit
@@ -206,20 +213,6 @@ class _Cell:
         )
 
 
-def _precision(dtype: torch.dtype) -> Tuple[str, torch.dtype]:
-    """How operands in float32 are multiplied, and the dtype of states."""
-    if dtype == torch.bfloat16:
-        return 'tf32', torch.bfloat16
-    if dtype == torch.float16:
-        return 'tf32', torch.float32  # tf32 has all the digits of float16
-    return 'tf32' if tf32_is_allowed() else 'tf32x3', torch.float32
-
-
-def _new_tokens(x: Tensor) -> Tensor:
-    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 @on_its_device
 def mlstm_forward(
     q: Tensor,
@@ -243,9 +236,9 @@ def mlstm_forward(
         in float32, needed for backward.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    h, normalizer = _new_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    h, normalizer = like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     cell.products(
-        readers_kernel,
+        query_side_kernel,
         None,
         **cell.reading(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
@@ -280,11 +273,11 @@ def mlstm_backward(
         their dtypes.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    q_grad, k_grad, v_grad = (_new_tokens(x) for x in (q, k, v))
+    q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     by_token = cell.denominators(h_grad, h, normalizer)
     cell.products(
-        readers_kernel,
+        query_side_kernel,
         by_token,
         **cell.reading(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
         **cell.states(k, v),
@@ -294,7 +287,7 @@ def mlstm_backward(
     states_grad, source_grad = cell.states(q, h_grad, by_token), cell.scalars()
     for keys, a, b, c, out in ((False, k, q, h_grad, v_grad), (True, v, h_grad, q, k_grad)):
         cell.products(
-            writers_kernel,
+            key_side_kernel,
             by_token,
             **cell.reading(a=a, b=b, c=c, out=out, k=k),
             **states_grad,

@@ -16,21 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import by_head, contiguous, token_rows, unit_stride
 from . import on_its_device
-from .layout import contiguous, token_rows, unit_stride
 from .reduction import partial_sums, split_tokens
+from .tiles import load_row
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def _parameter(pointer, channel, present):
-    """A row of parameters in float32; zero where there is none."""
-    if pointer is None:
-        return tl.zeros(channel.shape, tl.float32)[None, :]
-    else:
-        return tl.load(pointer + channel, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -77,14 +69,14 @@ def after_cell_kernel(
     token = tl.program_id(0) * T + tl.arange(0, T)
     inside = (token < tokens)[:, None] & present[None, :]
     batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
-    by_head = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
+    row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
     offset = token.to(tl.int64)[:, None]
 
-    h_norm, _ = _normalize(_tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH)
+    h_norm, _ = _normalize(_tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH)
     a_tile = _tile(a, offset * E + channel[None, :], inside)
     z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
-    mixed = h_norm * _parameter(weight, channel, present) + _parameter(bias, channel, present)
-    mixed += a_tile * tl.sigmoid(a_tile) * _parameter(skip, channel, present)
+    mixed = h_norm * load_row(weight, channel, present) + load_row(bias, channel, present)
+    mixed += a_tile * tl.sigmoid(a_tile) * load_row(skip, channel, present)
     out = mixed * (z_tile * tl.sigmoid(z_tile))
     tl.store(y + offset * E + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
 
@@ -126,9 +118,9 @@ def after_cell_backward_kernel(
     in_head = tl.arange(0, C)
     present = in_head < DH
     channel = head * DH + in_head
-    w = _parameter(weight, channel, present)
-    b = _parameter(bias, channel, present)
-    s = _parameter(skip, channel, present)
+    w = load_row(weight, channel, present)
+    b = load_row(bias, channel, present)
+    s = load_row(skip, channel, present)
     weight_grad = tl.zeros((T, C), tl.float32)
     bias_grad = tl.zeros((T, C), tl.float32)
     skip_grad = tl.zeros((T, C), tl.float32)
@@ -138,13 +130,12 @@ def after_cell_backward_kernel(
         token = first + tl.arange(0, T)
         inside = (token < tokens)[:, None] & present[None, :]
         batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
-        by_head = batch * batch_stride + head.to(tl.int64) * head_stride
-        by_head += position * position_stride
+        row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
 
         h_norm, rstd = _normalize(
-            _tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH
+            _tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH
         )
         a_tile = _tile(a, here, inside)
         c = a_tile * tl.sigmoid(a_tile)
@@ -207,10 +198,10 @@ def after_cell(
     rows = token_rows(z)
     weight, bias, skip = map(contiguous, (weight, bias, skip))
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tile, token_tile = _tiles(channels // heads, 2048)
+    tile, token_tile = _tile_sizes(channels // heads, 2048)
     if len(rows):
         after_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            **_by_head(h),
+            **_head_arguments(h),
             a=a.contiguous(),
             z=rows,
             z_stride=rows.stride(0),
@@ -258,13 +249,13 @@ def after_cell_backward(
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
     up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
-    tile, token_tile = _tiles(channels // heads, 1024)
+    tile, token_tile = _tile_sizes(channels // heads, 1024)
     share, programs = split_tokens(tokens, token_tile, heads)
     sums = partial_sums(programs, 3 * channels, like=z)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
             y_grad=y_grad.contiguous(),
-            **_by_head(h),
+            **_head_arguments(h),
             a=a.contiguous(),
             z=rows,
             z_stride=rows.stride(0),
@@ -287,11 +278,10 @@ def after_cell_backward(
             T=token_tile,
             C=tile,
         )
-    h_grad = h_grad.unflatten(2, (heads, -1)).transpose(1, 2)
-    return y, h_grad, c_grad, up_grad, sums.sum(0).view(3, channels)
+    return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(3, channels)
 
 
-def _by_head(h: Tensor) -> Dict[str, Any]:
+def _head_arguments(h: Tensor) -> Dict[str, Any]:
     """Arguments for h (B, NH, N, DH)."""
     h = unit_stride(h)
     batch_stride, head_stride, position_stride, _ = h.stride()
@@ -300,7 +290,7 @@ def _by_head(h: Tensor) -> Dict[str, Any]:
     )
 
 
-def _tiles(head_width: int, size: int) -> Tuple[int, int]:
+def _tile_sizes(head_width: int, size: int) -> Tuple[int, int]:
     """Channels and tokens of a tile of about that many values."""
     channels = triton.next_power_of_2(head_width)
     return channels, max(1, min(64, size // channels))

@@ -19,15 +19,9 @@ from torch import Tensor
 
 from ..compat import tf32_is_allowed
 from ..mlstm import choose_form, mlstm
-from ..vil_layer import LayerSettings, LayerWeights, lean_layer
-
-TIMEOUT = 480
-"""Seconds after which the test counts as hung. The node's other processes wait for it, and those of
-other nodes perhaps for these, in collective operations that give up after 600 seconds.
-"""
-FAILED = 10
-IMPOSSIBLE = 75
-"""Exit statuses: the kernels are at fault; nothing is known about them (EX_TEMPFAIL)."""
+from ..vil_layer import vil_layer
+from ..vil_layer_common import LayerSettings, LayerWeights
+from .verdict import FAILED, IMPOSSIBLE, TIMEOUT
 
 TILE = 16
 """Rows of the smallest tile. If a head's part of it is wrong, its error is 0.5 or so."""
@@ -192,7 +186,7 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict
     x = weight(case.batch, tokens, width, inputs=1)
 
     def layer(x, **weights):
-        return lean_layer(x, LayerWeights(**weights), settings)
+        return vil_layer(x, LayerWeights(**weights), settings)
 
     return _results(layer, dict(x=x, **weights._asdict()), randn)
 

@@ -6,8 +6,11 @@ widths are 96, 192 and 384, so a row of features is held as a tuple of TILES ten
 columns wide: 3 x 32, 3 x 64, 3 x 128. What is beyond the head's width is masked.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from ..compat import tf32_is_allowed
 
 # The interpreter multiplies bfloat16 matrices as if they were integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -19,6 +22,22 @@ def dot(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """PRECISION of :func:`dot` by the dtype of the features."""
+    # Beside half precision tf32 will do: it has all the digits of float16.
+    exact = dtype == torch.float32 and not tf32_is_allowed()
+    return 'tf32x3' if exact else 'tf32'
+
+
+@triton.jit
+def load_row(pointer, index, present):
+    """Parameters with an entry per channel as a row in float32; zero where there are none."""
+    if pointer is None:
+        return tl.zeros(index.shape, tl.float32)[None, :]
+    else:
+        return tl.load(pointer + index, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -28,7 +28,15 @@ from typing import List, NamedTuple, Optional, TextIO, Tuple
 import torch
 
 from ..compat import tf32_is_allowed
-from .self_test import FAILED, IMPOSSIBLE, TIMEOUT
+
+TIMEOUT = 480
+"""Seconds after which the self-test counts as hung. Other processes of the node wait for it, and
+those of other nodes perhaps for these, in collective operations that give up after 600 seconds.
+"""
+FAILED = 10
+IMPOSSIBLE = 75
+"""Exit statuses of the self-test: the kernels are at fault; nothing is known about them
+(EX_TEMPFAIL)."""
 
 _logger = logging.getLogger('mmvil')
 
