@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Block-diagonal projections and token convolutions of the ViL layer: differentiable functions and
-their explicit gradients.
+"""Block-diagonal projections and token convolutions of the ViL layer: functions and their
+explicit gradients.
 """
 
 from typing import NamedTuple, Optional, Sequence, Tuple
@@ -105,17 +105,15 @@ def headwise_linear_backward(
 
 
 class GateWeights(NamedTuple):
-    """Both gates as linear maps of the tokens before the projections to q, k and v; the input
-    gates' NH rows come first.
-    """
+    """Both gates as linear maps of the tokens before the projections; input gates come first."""
 
-    c: Tensor  # (2 NH, E), for what q and k are made of
-    x: Tensor  # (2 NH, E), for what v is made of
+    c: Tensor  # (2 NH, E), of the convolved tokens, which make q and k
+    x: Tensor  # (2 NH, E), of the tokens before the convolution, which make v
     bias: Tensor  # (2 NH, )
 
 
 def _by_block(gates: Tensor, size: int) -> Tensor:
-    """(2 NH, 3E) to (3, blocks, 2 NH, size), the first axis for q, k and v."""
+    """View (2 NH, 3E) as (3, blocks, 2 NH, size), the first axis for q, k and v."""
     return gates.view(gates.shape[0], 3, -1, size).permute(1, 2, 0, 3)
 
 

@@ -47,7 +47,7 @@ class LayerSettings(NamedTuple):
     norm_eps: float
     out_norm_eps: float
     dtype: torch.dtype
-    """Of features and matrix products; gates and statistics are at least float32."""
+    """Dtype of features and matrix products; gates and statistics are at least float32."""
 
 
 def cast(parameter: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def random_inputs(length, width, dtype=torch.float32, **kwargs):
-    """As the layer has them: features of tokens in memory, gates in float32."""
+    """Inputs as in the layer: features with the memory of tokens, gates in float32."""
     inputs = [x.detach() for x in make_inputs(length, width, batch=1, **kwargs)]
     features = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
     return [*features, *(x.float() for x in inputs[3:])]
@@ -303,10 +303,10 @@ def test_kernels_compile_within_the_limits_of(arch, width, dtype, monkeypatch):
         label = name + (' GRAD' if grad else '') + (' KEYS' if keys else '')
         print(f'{arch} {width} {str(dtype)[6:]} {label}: {needs}')
         assert needs['shared_bytes'] <= SHARED_LIMIT[arch], label
-        # Up to 16 registers may go where nobody is in a hurry: in float32, at widths that no ViL
+        # Up to 16 registers may spill where speed matters less: in float32, at widths that no ViL
         # has, on small GPUs.
-        in_a_hurry = dtype != torch.float32 and width in (96, 192, 384) and arch != 'sm_86'
-        assert needs['spills'] <= (0 if in_a_hurry else 64), label
+        matters = dtype != torch.float32 and width in (96, 192, 384) and arch != 'sm_86'
+        assert needs['spills'] <= (0 if matters else 64), label
 
 
 @needs_gpu

@@ -27,14 +27,14 @@ from mmvil.ops.projections import dense_block_width
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
 convolutions only.
-  needed    what the model's equations ask for; counted so, ViL-T/S/B at 224 x 224 have the
+  needed    by the model's equations; counted so, ViL-T/S/B at 224 x 224 have the
             published 1.5/5.1/18.6 G
-  executed  what PyTorch multiplies: zeros between small diagonal blocks, and pairs of tokens
-            of which neither has read the other, are computed along"""
+  executed  by PyTorch, which also multiplies zeros between small diagonal blocks and masked
+            pairs of tokens"""
 
 
 def build_model(cfg):
-    """The model of a config, with shapes but without weights."""
+    """Build the model of a config, with shapes but without weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         with warnings.catch_warnings():
@@ -54,10 +54,10 @@ def count_multiply_adds(model, shape, needed=False):
     """Multiply-adds of one forward pass by part, and in all.
 
     Args:
-        model (nn.Module): A model of OpenMMLab on the meta device. What its inference leaves out,
-            such as auxiliary heads, counts 0.
-        shape (tuple[int, ...]): Of the input, (B, C, H, W).
-        needed (bool): Count what the equations ask for instead of what is executed. Default: False.
+        model (nn.Module): A model of OpenMMLab on the meta device. Parts that inference skips, such
+            as auxiliary heads, count 0.
+        shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
+        needed (bool): Count what the equations need instead of what is executed. Default: False.
 
     Returns:
         dict[str, int]: By name of the part; 'total' comes last.

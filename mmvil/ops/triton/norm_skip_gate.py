@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""What the ViL layer computes between the mLSTM cell and its down-projection, forward and back.
+r"""Head-wise norm, skip and output gate of the ViL layer as fused kernels, forward and backward.
 
 .. math:: y = (\mathrm{norm}(h) \cdot w + b + s \cdot \mathrm{SiLU}(a)) \cdot \mathrm{SiLU}(z)
 
 The norm is over the channels of a head. In units of one (B, N, E) tensor the forward kernel reads
 h, a and z and writes y: 4 units, 1 launch. The backward kernel reads the gradient of y, h, a and z,
-and writes those of h, c = SiLU(a) and z, and y again, which the down-projection's weight gradient
-wants: 8 units, and a small second launch for the sums over tokens.
+and writes the gradients of h, c = SiLU(a) and z, and y again for the weight gradient of the
+down-projection: 8 units, and a small second launch for the sums over tokens.
 """
 
 from typing import Any, Dict, Optional, Tuple
@@ -32,7 +32,7 @@ def _tile(pointer, offset, inside):
 
 @triton.jit
 def _normalize(h, present, eps, DH: tl.constexpr):
-    """Normalized h, zero outside the head, and inverse deviation."""
+    """Normalize h, zero outside the head; return the inverse deviation, too."""
     mean = tl.sum(h, axis=1) / DH
     centred = tl.where(present, h - mean[:, None], 0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / DH + eps)
@@ -60,7 +60,7 @@ def after_cell_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One tile of tokens and one head."""
+    """Compute y for one tile of tokens and one head."""
     DH: tl.constexpr = E // NH
     head = tl.program_id(1)
     in_head = tl.arange(0, C)
@@ -110,7 +110,7 @@ def after_cell_backward_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Some tiles of tokens and one head. The gradient of h is written as (B, N, E)."""
+    """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E)."""
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
     program = tl.program_id(0)
@@ -180,16 +180,16 @@ def after_cell(
     skip: Tensor,
     eps: float,
 ) -> Tensor:
-    """Head-wise norm, skip and output gate.
+    """Apply head-wise norm, skip and output gate.
 
     Args:
         h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
         a (Tensor): Output of the convolution, shape (B, N, E), any strides.
-        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
-            channels lie side by side.
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied
+            unless channels are side by side.
         weight, skip (Tensor): Shape (E, ), any floating dtype.
         bias (Tensor, optional): Shape (E, ).
-        eps (float): Of the norm.
+        eps (float): Epsilon of the norm.
 
     Returns:
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
@@ -231,7 +231,7 @@ def after_cell_backward(
     skip: Tensor,
     eps: float,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`after_cell`.
+    """Compute the gradients of :func:`after_cell`.
 
     Args:
         y_grad (Tensor): Shape (B, N, E).
@@ -282,7 +282,7 @@ def after_cell_backward(
 
 
 def _head_arguments(h: Tensor) -> Dict[str, Any]:
-    """Arguments for h (B, NH, N, DH)."""
+    """Kernel arguments for h (B, NH, N, DH)."""
     h = unit_stride(h)
     batch_stride, head_stride, position_stride, _ = h.stride()
     return dict(
@@ -291,6 +291,6 @@ def _head_arguments(h: Tensor) -> Dict[str, Any]:
 
 
 def _tile_sizes(head_width: int, size: int) -> Tuple[int, int]:
-    """Channels and tokens of a tile of about that many values."""
+    """Channels and tokens of a tile of about ``size`` values."""
     channels = triton.next_power_of_2(head_width)
     return channels, max(1, min(64, size // channels))
