@@ -206,7 +206,7 @@ def chunkwise_forward(
         numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse, q.dtype), scale)
         if length < q.shape[2]:
             memory, state_normalizer = _states(k_, v_, part, reverse)
-            state_q = q_ * _by_token(part.from_state * scale)
+            state_q = q_ * (part.from_state * scale).flatten(0, 1)
             numerator.baddbmm_(state_q, memory)
             sums += torch.bmm(state_q, state_normalizer.transpose(1, 2)).squeeze(-1)
         normalizer_.copy_(_from_chunks(sums.unsqueeze(-1), (*normalizer_.shape, 1)).squeeze(-1))
@@ -221,14 +221,9 @@ def _weights(gates: ChunkGates, reverse: bool, dtype: torch.dtype) -> Tensor:
     return decay_weights(source, running_max, reverse, dtype)
 
 
-def _by_token(gate: Tensor) -> Tensor:
-    """(G, n, L, 1) to (G * n, L, 1)."""
-    return gate.flatten(0, 1)
-
-
 def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
     """Incoming memory (G * n, DH, DH) and normalizer (G * n, 1, DH) of each chunk."""
-    state_k = k * _by_token(gates.to_state)
+    state_k = k * gates.to_state.flatten(0, 1)
     memory = torch.bmm(state_k.transpose(1, 2), v)
     return (
         _incoming_states(memory, gates.transfer, reverse),
@@ -299,7 +294,10 @@ def chunkwise_backward(
             memory, state_normalizer = _states(k_, v_, part, reverse)
             state_q_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
             state_q_grad.addcmul_(n_grad, state_normalizer)
-            from_state, to_state = _by_token(part.from_state * scale), _by_token(part.to_state)
+            from_state, to_state = (
+                (part.from_state * scale).flatten(0, 1),
+                part.to_state.flatten(0, 1),
+            )
             q_grad.addcmul_(state_q_grad, from_state)
             # ... whose gradients run from chunk to chunk in the opposite direction ...
             state_q = torch.mul(q_, from_state, out=state_q_grad)

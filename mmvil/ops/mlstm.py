@@ -75,11 +75,10 @@ def mlstm(
     inputs. First derivatives only.
 
     Args:
-        q (Tensor): Queries, shape (B, NH, N, DH), any strides. q, k and v share dtype and device.
-        k (Tensor): Keys, shape (B, NH, N, DH).
-        v (Tensor): Values, shape (B, NH, N, DH).
-        igate (Tensor): Input gate pre-activations, shape (B, NH, N), any floating dtype.
-        fgate (Tensor): Forget gate pre-activations, shape (B, NH, N), any floating dtype.
+        q, k, v (Tensor): Queries, keys and values of one dtype and device, shape (B, NH, N, DH),
+            any strides.
+        igate, fgate (Tensor): Pre-activations of input and forget gates, shape (B, NH, N), any
+            floating dtype.
         reverse (bool): Read the tokens from last to first; nothing is flipped in memory. Default:
             False.
         backend (str): One of :data:`BACKENDS`. Default: 'auto'.
@@ -154,15 +153,7 @@ def choose_form(
     return Form(chunk_size, triton)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate: Tensor,
-    fgate: Tensor,
-    backend: str,
-    chunk_size: Optional[int],
-) -> None:
+def _check(q, k, v, igate, fgate, backend, chunk_size) -> None:
     shape, *others = map(static_shape, (q, k, v))
     if len(shape) != 4 or any(other != shape for other in others):
         raise ValueError(

@@ -66,11 +66,6 @@ class BeforeCellWeights(NamedTuple):
 
 
 @triton.jit
-def _silu(x):
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
 def _neighbour(
     row,
     column,
@@ -199,7 +194,7 @@ def before_cell_kernel(
         out = offset * E + channel[None, :]
         a = a.to(dtype)
         tl.store(a_out + out, a, mask=inside)
-        c = _silu(a.to(tl.float32)).to(dtype)
+        c = (a.to(tl.float32) * tl.sigmoid(a.to(tl.float32))).to(dtype)
 
         x_m = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0).to(dtype)
         q_map = _block_diagonal(q_weight, channel, present, WIDTH, dtype)
@@ -298,7 +293,8 @@ def projections_backward_kernel(
     projection = _block_diagonal(weight, channel, present, WIDTH, dtype)
     gate_weight = _gate_weights(igate_weight, fgate_weight, row, column, present[None, :], NH, E)
     gates_by_source_grad = tl.zeros((2 * GATES, C), tl.float32)
-    gates_by_source = _times_transposed(gate_weight, projection, gates_by_source_grad, PRECISION)
+    by_projection = tl.trans(projection.to(tl.float32))
+    gates_by_source = dot(gate_weight, by_projection, gates_by_source_grad, PRECISION)
     weight_grad = tl.zeros((C, C), tl.float32)  # (in, out)
     bias_grad = tl.zeros((16, C), tl.float32)
     gate_bias_grad = tl.zeros((16, 2 * GATES), tl.float32)
@@ -308,7 +304,8 @@ def projections_backward_kernel(
         gate_weight = _gate_weights(
             igate_weight, fgate_weight, row, column2, present[None, :], NH, E
         )
-        gates_by_source = _times_transposed(gate_weight, projection2, gates_by_source, PRECISION)
+        by_projection = tl.trans(projection2.to(tl.float32))
+        gates_by_source = dot(gate_weight, by_projection, gates_by_source, PRECISION)
         weight2_grad = tl.zeros((C, C), tl.float32)
         bias2_grad = tl.zeros((16, C), tl.float32)
     gates_by_source = gates_by_source.to(GATE_DTYPE)
@@ -404,12 +401,6 @@ def projections_backward_kernel(
         number = tl.arange(0, GATES)
         total = tl.sum(tl.reshape(gate_bias_grad, (2, GATES)), axis=0)
         tl.store(sums + (3 * WIDTH + 3 + 6 * NH) * E + number, total, mask=number < 2 * NH)
-
-
-@triton.jit
-def _times_transposed(gate_weight, projection, total, PRECISION: tl.constexpr):
-    """Compute total + gate_weight @ projection^T in float32."""
-    return dot(gate_weight, tl.trans(projection.to(tl.float32)), total, PRECISION)
 
 
 @triton.jit
@@ -586,8 +577,7 @@ def before_cell(
             gates_out=gates_by_head,
             tokens=len(rows),
             length=length,
-            **_convolution_grid(weights, grid, length),
-            **_convolution_kernel(weights, reverse),
+            **_convolution(weights, grid, length, reverse),
             E=channels,
             NH=heads,
             WIDTH=weights.q_weight.shape[-1],
@@ -725,8 +715,7 @@ def before_cell_backward(
             tokens=tokens,
             length=length,
             tokens_per_program=share,
-            **_convolution_grid(weights, grid, length),
-            **_convolution_kernel(weights, reverse),
+            **_convolution(weights, grid, length, reverse),
             E=channels,
             TAPS=triton.next_power_of_2(weights.conv_weight[0].numel()),
             T=token_tile,
@@ -778,20 +767,17 @@ def _gate_columns(heads: int) -> int:
     return max(8, triton.next_power_of_2(2 * heads))
 
 
-def _convolution_grid(weights: BeforeCellWeights, grid: Sequence[int], length: int):
-    """Rows and columns of the convolution's grid; a causal one sees a single row."""
-    height, width = grid if weights.conv_weight.dim() == 4 else (1, length)
-    return dict(height=height, width=width)
-
-
-def _convolution_kernel(weights: BeforeCellWeights, reverse: bool):
-    """Constants that describe the convolution's kernel."""
+def _convolution(weights: BeforeCellWeights, grid: Sequence[int], length: int, reverse: bool):
+    """Arguments for grid and kernel of the convolution; a causal one sees a single row."""
     *rows, columns = weights.conv_weight.shape[2:]
-    height = rows[0] if rows else 1
+    kernel_height = rows[0] if rows else 1
+    height, width = grid if rows else (1, length)
     return dict(
+        height=height,
+        width=width,
         SIGN=-1 if reverse else 1,
-        SIZE=height * columns,
+        SIZE=kernel_height * columns,
         KERNEL_WIDTH=columns,
-        ROW=height // 2,
+        ROW=kernel_height // 2,
         COLUMN=columns // 2 if rows else columns - 1,
     )

@@ -194,29 +194,11 @@ def after_cell(
     Returns:
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
     """
-    (heads, length), channels = h.shape[1:3], z.shape[-1]
-    rows = token_rows(z)
-    weight, bias, skip = map(contiguous, (weight, bias, skip))
+    arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=2048)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tile, token_tile = _tile_sizes(channels // heads, 2048)
-    if len(rows):
-        after_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            **_head_arguments(h),
-            a=a.contiguous(),
-            z=rows,
-            z_stride=rows.stride(0),
-            weight=weight,
-            bias=bias,
-            skip=skip,
-            y=y,
-            tokens=len(rows),
-            length=length,
-            eps=eps,
-            E=channels,
-            NH=heads,
-            T=token_tile,
-            C=tile,
-        )
+    if arguments['tokens']:
+        programs = triton.cdiv(arguments['tokens'], arguments['T'])
+        after_cell_kernel[(programs, h.shape[1])](**arguments, y=y)
     return y
 
 
@@ -243,25 +225,17 @@ def after_cell_backward(
         (B, N, 2E), of which only the second, that of z, is written; gradients of weight, bias and
         skip (3, E), in float32.
     """
-    (batch, heads, length), channels = h.shape[:3], z.shape[-1]
-    rows, tokens = token_rows(z), batch * length
-    weight, bias, skip = map(contiguous, (weight, bias, skip))
+    arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
+    tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
-    up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
+    up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
-    tile, token_tile = _tile_sizes(channels // heads, 1024)
-    share, programs = split_tokens(tokens, token_tile, heads)
+    share, programs = split_tokens(tokens, arguments['T'], heads)
     sums = partial_sums(programs, 3 * channels, like=z)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
+            **arguments,
             y_grad=y_grad.contiguous(),
-            **_head_arguments(h),
-            a=a.contiguous(),
-            z=rows,
-            z_stride=rows.stride(0),
-            weight=weight,
-            bias=bias,
-            skip=skip,
             y=y,
             h_grad=h_grad,
             c_grad=c_grad,
@@ -269,28 +243,33 @@ def after_cell_backward(
             z_grad_stride=z_grad.stride(0),
             sums=sums,
             sums_stride=sums.stride(0),
-            tokens=tokens,
-            length=length,
             tokens_per_program=share,
-            eps=eps,
-            E=channels,
-            NH=heads,
-            T=token_tile,
-            C=tile,
         )
     return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(3, channels)
 
 
-def _head_arguments(h: Tensor) -> Dict[str, Any]:
-    """Kernel arguments for h (B, NH, N, DH)."""
-    h = unit_stride(h)
+def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> Dict[str, Any]:
+    """Arguments of both kernels, with tiles of about ``tile_size`` values."""
+    h, rows = unit_stride(h), token_rows(z)
+    heads, channels = h.shape[1], z.shape[-1]
     batch_stride, head_stride, position_stride, _ = h.stride()
+    channel_tile = triton.next_power_of_2(channels // heads)
     return dict(
-        h=h, batch_stride=batch_stride, head_stride=head_stride, position_stride=position_stride
+        h=h,
+        batch_stride=batch_stride,
+        head_stride=head_stride,
+        position_stride=position_stride,
+        a=a.contiguous(),
+        z=rows,
+        z_stride=rows.stride(0),
+        weight=contiguous(weight),
+        bias=contiguous(bias),
+        skip=contiguous(skip),
+        tokens=len(rows),
+        length=h.shape[2],
+        eps=eps,
+        E=channels,
+        NH=heads,
+        T=max(1, min(64, tile_size // channel_tile)),
+        C=channel_tile,
     )
-
-
-def _tile_sizes(head_width: int, size: int) -> Tuple[int, int]:
-    """Channels and tokens of a tile of about ``size`` values."""
-    channels = triton.next_power_of_2(head_width)
-    return channels, max(1, min(64, size // channels))
