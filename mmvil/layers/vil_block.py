@@ -326,10 +326,10 @@ FUSED_SUBMODULES = dict(
     out_norm=nn.GroupNorm,
     proj_down=nn.Linear,
 )
-"""Submodules of a block that the fused layer replaces, with their exact types."""
+"""The submodules of a block that the fused layer stands for, with their exact types."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter, type(None)}
-"""Types of weights that the fused layer takes; subclasses redefine operations."""
+"""Types of weights that the fused layer computes with; subclasses define operations anew."""
 
 
 def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:
