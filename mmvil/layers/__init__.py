@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Building blocks as plain ``nn.Module``; nothing here is registered."""
+"""Building blocks as plain ``nn.Module``, not registered."""
 
 from .drop_path import DropPath
 from .embed import PatchEmbed, resize_pos_embed

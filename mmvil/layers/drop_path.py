@@ -42,12 +42,10 @@ class DropPath(nn.Module):
         keep_prob = 1 - self.drop_prob
         if is_compiling():  # static shapes for the compiler
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
-        # Drawn on the CPU: the number of kept samples is needed there, and asking a GPU for it
-        # would wait for the GPU.
+        # Drawn on the CPU, which needs the number of kept samples and should not wait for a GPU.
         kept = torch.rand(x.shape[0]).lt(keep_prob).nonzero().squeeze(1)
         if len(kept) == 0:
-            # The branch's parameters need a gradient all the same: data parallel training waits
-            # for it.
+            # Data parallel training waits for gradients of the branch's parameters.
             return x + branch(x) * 0
         if len(kept) == x.shape[0]:
             return x.add(branch(x), alpha=1 / keep_prob)

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""From images to tokens with a place."""
+"""Patch and position embedding."""
 
 from typing import Tuple
 
@@ -11,13 +11,13 @@ from ..ops.compat import is_exporting, is_tracing, static_shape
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project them.
+    """Patch embedding: cut an image into patches and project them.
 
     Args:
         in_channels (int): Channels of the image.
         embed_dims (int): D.
         patch_size (int): Side of a patch in pixels.
-        stride (int): Pixels between patches; smaller than the patch size they overlap.
+        stride (int): Pixels between patches; below the patch size they overlap.
     """
 
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int) -> None:
@@ -33,7 +33,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         """Embed an image.
 
-        Where the patches do not tile the image, zeros are added on the right and at the bottom.
+        Images that patches do not tile are padded with zeros on the right and at the bottom.
 
         Args:
             x (Tensor): Shape (B, C, H, W).
@@ -42,8 +42,8 @@ class PatchEmbed(nn.Module):
             tuple[Tensor, tuple[int, int]]: Tokens in row-major order (B, N, D), and the token grid.
 
         Raises:
-            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
-                patch.
+            ValueError: If x is not a batch of images with ``in_channels`` channels, at least one
+                patch large.
         """
         shape, channels = static_shape(x), self.projection.in_channels
         patch_size, stride = self.projection.kernel_size[0], self.projection.stride[0]
@@ -61,8 +61,7 @@ class PatchEmbed(nn.Module):
         if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
-        # In memory, too: what the blocks add to the tokens takes on their layout, and every norm
-        # would have to transpose it.
+        # Contiguous: the blocks' outputs take on this layout, which every norm would transpose.
         return x.flatten(2).transpose(1, 2).contiguous(), static_shape(x)[2:]
 
 
@@ -71,7 +70,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
 
     Args:
         pos_embed (Tensor): Shape (1, gh, gw, D).
-        grid (tuple[int, int]): Wanted rows and columns.
+        grid (tuple[int, int]): Target rows and columns.
 
     Returns:
         Tensor: Shape (1, rows, columns, D).
@@ -92,10 +91,10 @@ def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
 
 @torch.jit.script_if_tracing
 def only_this_size(x: Tensor, height: int, width: int) -> Tensor:
-    """Return images (B, C, H, W) unchanged; a trace of this function refuses other sizes.
+    """Return images (B, C, H, W) unchanged; raise for other sizes, even in a trace.
 
-    torch.jit.trace records the paddings and grids of one image size, and none of Python's checks.
-    This check stays in the trace as a script.
+    torch.jit.trace records the paddings and grids of one image size, but no checks in Python. This
+    one stays in the trace as a script.
     """
     if x.shape[2] != height or x.shape[3] != width:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""From plain feature maps, all of one stride, to a pyramid."""
+"""Feature pyramid from plain feature maps of one stride."""
 
 import math
 from typing import Callable, List, Optional, Sequence
@@ -11,8 +11,8 @@ class FeaturePyramid(nn.Module):
     """Rescale each map of a plain backbone to a stride of its own (the necks of the ADE20K recipe,
     as in BEiT).
 
-    A map goes up by one transposed convolution for every doubling, with norm and GELU between two
-    of them, and down by max pooling. Odd sizes are rounded up, as convolutional backbones do.
+    A map is upsampled by one transposed convolution per doubling, with norm and GELU between two of
+    them, and downsampled by max pooling. Odd sizes are rounded up, as in convolutional backbones.
 
     Args:
         channels (int): D, width of all incoming maps.
@@ -20,7 +20,8 @@ class FeaturePyramid(nn.Module):
             two: 4, 2, 1, 0.5.
         out_channels (Sequence[int | None], optional): Width of each outgoing map, by a 1x1
             convolution; None leaves a map as it is. Default: D, without one.
-        norm_layer (Callable): Makes the norm of a number of channels. Default: ``nn.BatchNorm2d``.
+        norm_layer (Callable): Builds the norm for a number of channels. Default:
+            ``nn.BatchNorm2d``.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The ViL block: x + layer(norm(x)), read in one direction."""
+"""The ViL block: x + layer(norm(x)) in one reading direction."""
 
 import logging
 import math
@@ -21,9 +21,11 @@ from ..ops.compat import (
     is_transforming,
     without_autocast,
 )
+from ..ops.layout import by_head
 from ..ops.mlstm import BACKENDS, choose_form
-from ..ops.projections import by_head, dense_blocks, headwise_linear, token_conv
-from ..ops.vil_layer import LayerSettings, LayerWeights, lean_layer
+from ..ops.projections import dense_blocks, headwise_linear, token_conv
+from ..ops.vil_layer import vil_layer
+from ..ops.vil_layer_common import LayerSettings, LayerWeights
 from .drop_path import DropPath
 
 
@@ -39,9 +41,9 @@ class ViLBlock(nn.Module):
         drop_path_rate (float): Default: 0.
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         chunk_size (int, optional): See :func:`mmvil.ops.mlstm`.
-        lean (bool): Keep about 7 D values per token for backward and compute the rest again,
-            instead of everything. Equal results. False is for second derivatives up to the cell, or
-            where memory is plentiful. Default: True.
+        lean (bool): Keep about 7 D values per token for backward and recompute the rest, with equal
+            results. False is for second derivatives up to the cell, or where memory is plentiful.
+            Default: True.
     """
 
     def __init__(
@@ -59,8 +61,7 @@ class ViLBlock(nn.Module):
         if embed_dims % (2 * num_heads):
             raise ValueError(
                 f'embed_dims must be a multiple of 2 * num_heads = {2 * num_heads}, so that heads '
-                'consist of '
-                f'blocks of 4 channels, but is {embed_dims}.'
+                f'consist of blocks of 4 channels, but is {embed_dims}.'
             )
         if backend not in BACKENDS:
             raise ValueError(f'Unknown mLSTM backend {backend!r}; choose from {BACKENDS}.')
@@ -87,8 +88,7 @@ class ViLBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize as the released models were (section 1 of the model's published
-        configuration).
+        """Initialize as the released models (section 1 of the model's published configuration).
 
         The down-projection's deviation is Wang's 2 / (L sqrt(D)) with L = 1.
         """
@@ -104,11 +104,11 @@ class ViLBlock(nn.Module):
         nn.init.zeros_(self.igate.weight)
         nn.init.zeros_(self.fgate.weight)
         nn.init.normal_(self.igate.bias, std=0.1)
-        with torch.no_grad():  # heads that forget at different speeds
+        with torch.no_grad():  # heads forget at different speeds
             self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads))
 
     def forward(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """Read the tokens once.
+        """Apply the block to tokens.
 
         Args:
             x (Tensor): Tokens in row-major order, shape (B, N, D).
@@ -122,14 +122,23 @@ class ViLBlock(nn.Module):
             return self.drop_path(x, lambda tokens: self._layer(tokens, grid))
         return self.drop_path(x, lambda tokens: self._fused_layer(tokens, grid, weights))
 
-    def _layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
-        """The layer as the paper has it: every submodule is called, autograd keeps what it
-        needs.
+    def gates(self, x: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        """Compute the gate pre-activations.
+
+        Args:
+            x (Tensor): The block's input, shape (B, N, D).
+            grid (tuple[int, int]): Rows and columns of the token grid.
+
+        Returns:
+            tuple[Tensor, Tensor]: igate and fgate, shape (B, NH, N).
         """
+        *_, igate, fgate = self._cell_inputs(self.proj_up(self.norm(x)).chunk(2, dim=-1)[0], grid)
+        return igate, fgate
+
+    def _layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
+        """The layer of the paper: calls every submodule, and autograd keeps what it needs."""
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
-        c = F.silu(self.conv(x_m, grid, self.reverse))
-        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)  # (B, NH, N, DH)
-        igate, fgate = self._gates(q, k, v)
+        c, q, k, v, igate, fgate = self._cell_inputs(x_m, grid)
         h = mlstm(
             q,
             k,
@@ -144,17 +153,21 @@ class ViLBlock(nn.Module):
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
 
-    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
-        """Gate pre-activations (B, NH, N), never computed in half precision."""
+    def _cell_inputs(self, x_m: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, ...]:
+        """Convolved tokens (B, N, E); q, k, v (B, NH, N, DH); gates (B, NH, N), never computed in
+        half precision.
+        """
+        c = F.silu(self.conv(x_m, grid, self.reverse))
+        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)
         with without_autocast(q):
             qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
             qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # (B, N, 3E)
             gates = (_call_promoted(gate, qkv) for gate in (self.igate, self.fgate))
             igate, fgate = (gate.transpose(1, 2) for gate in gates)
-        return igate, fgate
+        return c, q, k, v, igate, fgate
 
     def _fused_layer(self, x: Tensor, grid: Tuple[int, int], weights: LayerWeights) -> Tensor:
-        """The same as one function of the submodules' weights, with a small backward state."""
+        """The layer as one function of the submodules' weights that keeps little for backward."""
         dtype = autocast_dtype(x)
         settings = LayerSettings(
             grid=grid,
@@ -172,13 +185,13 @@ class ViLBlock(nn.Module):
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
         )
-        return lean_layer(x, weights, settings)
+        return vil_layer(x, weights, settings)
 
     def _fusible_weights(self) -> Optional[LayerWeights]:
-        """The weights of all submodules, or None where the submodules have to be called.
+        """Weights of all submodules, or None if the submodules have to be called.
 
-        The fused layer stands for its submodules only while they are what the constructor made
-        them. Whoever replaces, hooks, parametrizes, quantizes or traces one needs it called.
+        The fused layer replaces its submodules only while they are what the constructor made them:
+        one that is replaced, hooked, parametrized, quantized or traced has to be called.
         """
         if not self.lean or self.backend == 'reference':
             return None
@@ -221,7 +234,7 @@ class ViLBlock(nn.Module):
         return None
 
     def _why_not_fused(self) -> Optional[str]:
-        """The first submodule that is not, or not only, what the constructor made it."""
+        """The first submodule that is not what the constructor made it, and why."""
         for name, kind in FUSED_SUBMODULES.items():
             module = self._modules[name]
             if type(module) is not kind:
@@ -239,7 +252,7 @@ class ViLBlock(nn.Module):
 
 
 class HeadwiseLinear(nn.Module):
-    """Linear map with a block-diagonal weight, handed out by head.
+    """Linear map with a block-diagonal weight, returned by head.
 
     Args:
         channels (int): E, input and output width.
@@ -258,7 +271,7 @@ class HeadwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, E) to (B, NH, N, E / NH)."""
-        if is_tracing():  # small blocks as such: who counts a trace counts no zeros between them
+        if is_tracing():  # without joining blocks, so that FLOP counters count no zeros
             size = self.weight.shape[-1]
             y = torch.einsum('bngi,goi->bngo', x.unflatten(2, (-1, size)), self.weight).flatten(2)
             return by_head(y if self.bias is None else y + self.bias, self.num_heads)
@@ -288,13 +301,13 @@ class TokenConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize as the convolutions of torch do."""
+        """Initialize like torch's convolutions."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, grid: Tuple[int, int], reverse: bool) -> Tensor:
-        """Convolve (B, N, E); tokens stay in row-major order whatever the direction."""
+        """Convolve (B, N, E) in row-major order, whatever the direction."""
         return token_conv(x, self.weight, self.bias, grid, reverse)
 
     def extra_repr(self) -> str:
@@ -335,7 +348,7 @@ def _log_once(message: str) -> None:
 
 
 def without_bias(norm: nn.Module, remove: bool = True) -> nn.Module:
-    """Take the bias out of a norm (the arguments of torch's own norms differ between versions)."""
+    """Remove the bias of a norm (arguments of torch's own norms differ between versions)."""
     if remove:
         norm.register_parameter('bias', None)
     return norm

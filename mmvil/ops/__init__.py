@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Tensors in, tensors out: the mLSTM operator and its oracle. No parameters, no registries."""
+"""Functions of tensors, without parameters or registries: the mLSTM operator and its oracle."""
 
 from .mlstm import BACKENDS, mlstm
 from .reference import mlstm_reference

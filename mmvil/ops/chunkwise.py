@@ -13,10 +13,11 @@ states pass from one to the next. With one chunk this is the parallel form. Noth
 the reverse direction: states go from the last chunk to the first, and inside chunks the other
 triangle is used.
 
-Sequences, one for each sample and head, are taken in portions that stay in a processor's cache, and
-read and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH * DH).
+Sequences, one for each sample and head, are processed in tiles of a few sequences that stay in a
+CPU's cache, and read and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH *
+DH).
 
-Shapes: a portion of G sequences, cut into n chunks of L tokens, makes (G * n, L, DH).
+Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (G * n, L, DH).
 """
 
 import math
@@ -27,19 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import GateStatistics, gate_gradients, gate_statistics
+from .layout import like_tokens
 from .parallel import decay_weights, parallel_backward, parallel_forward
 from .reference import EPS
 
-PORTION_BYTES = 2**20
-"""Queries of a portion on a CPU; with all that is made of them they fill a common L2 cache."""
+SEQUENCE_TILE_BYTES = 2**20
+"""Queries of a tile of sequences on a CPU; with all that is made of them they fill a common L2
+cache."""
 
 DENSE_TRANSFER = 32
 """Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
-    """Tokens per chunk: at most ``chunk_size``, and such that they tile the sequence if that takes
-    less than twice the chunks.
+    """Tokens per chunk: at most ``chunk_size``, and a divisor of the length if that takes less than
+    twice the chunks.
     """
     fewest = math.ceil(length / chunk_size)
     for count in range(fewest, 2 * fewest):
@@ -57,18 +60,18 @@ class ChunkGates(NamedTuple):
     running_max: Tensor  # (G, n, L) M_t
     to_state: Tensor  # (G, n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
     from_state: Tensor  # (G, n, L, 1) exp(M_before - M_t): what token t sees of the incoming state
-    # (G, n, n): what of chunk j's part is left in the state that chunk c finds. Beyond
-    # DENSE_TRANSFER chunks (G, n, 1): what of the state that chunk c finds is left at its end.
+    # (G, n, n): what of chunk j's part is left in the incoming state of chunk c. Beyond
+    # DENSE_TRANSFER chunks (G, n, 1): what of the incoming state of chunk c is left at its end.
     transfer: Tensor
 
-    def portions(self, size: int) -> List['ChunkGates']:
+    def sequence_tiles(self, size: int) -> List['ChunkGates']:
         return [ChunkGates(*parts) for parts in zip(*(x.split(size) for x in self))]
 
 
 def chunk_gates(
     stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype
 ) -> ChunkGates:
-    """From statistics of shape (G, N) to chunks of ``length`` tokens."""
+    """Cut statistics of shape (G, N) into chunks of ``length`` tokens."""
     source, running_max = stats.source, stats.running_max
     padding = -source.shape[1] % length  # stands after the last token and weighs nothing
     if padding:
@@ -92,13 +95,13 @@ def chunk_gates(
     )
 
 
-def _found(added: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
-    """From what every chunk adds to the state to the state that it finds.
+def _incoming_states(added: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
+    """Incoming state of every chunk, from what each chunk adds to the state.
 
     Args:
         added (Tensor): Shape (G * n, ...).
-        transfer (Tensor): Of :class:`ChunkGates`.
-        reverse (bool): Chunks are read from last to first.
+        transfer (Tensor): See :class:`ChunkGates`.
+        reverse (bool): Whether chunks are read from last to first.
 
     Returns:
         Tensor: Shape (G * n, ...).
@@ -110,13 +113,11 @@ def _found(added: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
     return _scan(flat, transfer, reverse).view(added.shape)
 
 
-def _found_backward(found_grad: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
-    """Gradient of ``added`` in :func:`_found`."""
-    sequences, chunks, width = transfer.shape
-    flat = found_grad.view(sequences, chunks, -1)
-    if width == chunks:
-        return torch.bmm(transfer.transpose(1, 2), flat).view(found_grad.shape)
-    return _scan(flat, transfer, not reverse).view(found_grad.shape)
+def _incoming_states_backward(states_grad: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
+    """Gradient of ``added`` in :func:`_incoming_states`: the transposed map."""
+    if transfer.shape[1] == transfer.shape[2]:
+        transfer = transfer.transpose(1, 2)
+    return _incoming_states(states_grad, transfer, not reverse)
 
 
 def _scan(added: Tensor, decay: Tensor, reverse: bool) -> Tensor:
@@ -124,27 +125,27 @@ def _scan(added: Tensor, decay: Tensor, reverse: bool) -> Tensor:
     1).
     """
     order = range(added.shape[1])[::-1] if reverse else range(added.shape[1])
-    found = torch.empty_like(added)
-    found[:, order[0]] = 0
-    added, decay, states = added.unbind(1), decay.unbind(1), found.unbind(1)
+    incoming = torch.empty_like(added)
+    incoming[:, order[0]] = 0
+    added, decay, states = added.unbind(1), decay.unbind(1), incoming.unbind(1)
     for last, this in zip(order, order[1:]):
         torch.addcmul(added[last], states[last], decay[last], out=states[this])
-    return found
+    return incoming
 
 
-def _portion_size(q: Tensor) -> int:
-    """Sequences to compute at once: on a CPU some heads of one sample, whose tensors stay in its
-    cache; elsewhere all there are.
+def _sequence_tile_size(q: Tensor) -> int:
+    """Sequences in a tile: on a CPU some heads of one sample, whose tensors stay in its cache;
+    elsewhere all there are.
     """
     batch, heads, tokens, head_width = q.shape
     if q.device.type != 'cpu':
         return batch * heads
-    fitting = max(1, PORTION_BYTES // (tokens * head_width * q.element_size()))
+    fitting = max(1, SEQUENCE_TILE_BYTES // (tokens * head_width * q.element_size()))
     return max(size for size in range(1, heads + 1) if heads % size == 0 and size <= fitting)
 
 
-def _portions(x: Tensor, size: int) -> Sequence[Tensor]:
-    """Views of (B, NH, ...): (size, ...) by sample and some of its heads, or all in one."""
+def _sequence_tiles(x: Tensor, size: int) -> Sequence[Tensor]:
+    """Views (size, ...) of (B, NH, ...), each of one sample and some heads, or all in one."""
     if size > x.shape[1]:
         return [x]
     samples = x.unbind(0)
@@ -154,7 +155,7 @@ def _portions(x: Tensor, size: int) -> Sequence[Tensor]:
 
 
 def _to_chunks(x: Tensor, length: int) -> Tensor:
-    """(..., N, DH) to (G * n, L, DH), padded with zeros if need be."""
+    """Cut (..., N, DH) into (G * n, L, DH), padded with zeros if need be."""
     padding = -x.shape[-2] % length
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
@@ -162,15 +163,9 @@ def _to_chunks(x: Tensor, length: int) -> Tensor:
 
 
 def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
-    """(G * n, L, DH) to (..., N, DH), without the padding."""
+    """Join (G * n, L, DH) to (..., N, DH), without the padding."""
     x = x.reshape(*shape[:-2], -1, shape[-1])
     return x[..., : shape[-2], :]
-
-
-def _like_tokens(x: Tensor) -> Tensor:
-    """New tensor (B, NH, N, DH), in memory (B, N, NH, DH)."""
-    batch, heads, tokens, head_width = x.shape
-    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
 def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
@@ -181,7 +176,7 @@ def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
 def chunkwise_forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, chunk_size: int
 ) -> Tuple[Tensor, Tensor]:
-    """mLSTM over sequences, O(N * (chunk_size + DH)) per head and channel.
+    """Compute the mLSTM in O(N * (chunk_size + DH)) per head and channel.
 
     Args:
         q, k, v (Tensor): Shape (B, NH, N, DH), any strides; float32 or float64.
@@ -197,23 +192,23 @@ def chunkwise_forward(
     stats = gate_statistics(igate.flatten(0, 1), fgate.flatten(0, 1), reverse)
     length = chunk_length(q.shape[2], chunk_size)
     gates = chunk_gates(stats, length, reverse, q.dtype)
-    size = _portion_size(q)
+    size = _sequence_tile_size(q)
 
-    h = _like_tokens(q)
+    h = like_tokens(q)
     normalizer = torch.empty_like(stats.source, dtype=q.dtype)  # (B * NH, N)
     for q_, k_, v_, h_, normalizer_, floor, part in zip(
-        *(_portions(x, size) for x in (q, k, v, h)),
+        *(_sequence_tiles(x, size) for x in (q, k, v, h)),
         normalizer.split(size),
         _floor(stats, q.dtype).split(size),
-        gates.portions(size),
+        gates.sequence_tiles(size),
     ):
         q_, k_, v_ = (_to_chunks(x, length) for x in (q_, k_, v_))
         numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse, q.dtype), scale)
         if length < q.shape[2]:
             memory, state_normalizer = _states(k_, v_, part, reverse)
-            reading = q_ * _by_token(part.from_state * scale)
-            numerator.baddbmm_(reading, memory)
-            sums += torch.bmm(reading, state_normalizer.transpose(1, 2)).squeeze(-1)
+            state_q = q_ * (part.from_state * scale).flatten(0, 1)
+            numerator.baddbmm_(state_q, memory)
+            sums += torch.bmm(state_q, state_normalizer.transpose(1, 2)).squeeze(-1)
         normalizer_.copy_(_from_chunks(sums.unsqueeze(-1), (*normalizer_.shape, 1)).squeeze(-1))
         denominator = torch.maximum(normalizer_.abs(), floor).add_(EPS)
         torch.div(_from_chunks(numerator, h_.shape), denominator.view(*h_.shape[:-1], 1), out=h_)
@@ -226,18 +221,13 @@ def _weights(gates: ChunkGates, reverse: bool, dtype: torch.dtype) -> Tensor:
     return decay_weights(source, running_max, reverse, dtype)
 
 
-def _by_token(gate: Tensor) -> Tensor:
-    """(G, n, L, 1) to (G * n, L, 1)."""
-    return gate.flatten(0, 1)
-
-
 def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
-    """Memory (G * n, DH, DH) and normalizer (G * n, 1, DH) that each chunk finds."""
-    written = k * _by_token(gates.to_state)
-    memory = torch.bmm(written.transpose(1, 2), v)
+    """Incoming memory (G * n, DH, DH) and normalizer (G * n, 1, DH) of each chunk."""
+    state_k = k * gates.to_state.flatten(0, 1)
+    memory = torch.bmm(state_k.transpose(1, 2), v)
     return (
-        _found(memory, gates.transfer, reverse),
-        _found(written.sum(1, keepdim=True), gates.transfer, reverse),
+        _incoming_states(memory, gates.transfer, reverse),
+        _incoming_states(state_k.sum(1, keepdim=True), gates.transfer, reverse),
     )
 
 
@@ -275,7 +265,7 @@ def chunkwise_backward(
     stats = gate_statistics(igate.flatten(0, 1), fgate, reverse)
     length = chunk_length(q.shape[2], chunk_size)
     gates = chunk_gates(stats, length, reverse, q.dtype)
-    size = _portion_size(q)
+    size = _sequence_tile_size(q)
 
     projection = (h_grad * h).sum(-1).flatten(0, 1)  # (B * NH, N)
     normalizer, floor = normalizer.flatten(0, 1), _floor(stats, q.dtype)
@@ -284,12 +274,12 @@ def chunkwise_backward(
     projection_part = projection * inverse
     normalizer_grad = torch.where(by_normalizer, projection_part * -normalizer.sign(), 0)
 
-    grads = [_like_tokens(q) for _ in range(3)]
+    grads = [like_tokens(q) for _ in range(3)]
     source_grad = torch.empty_like(normalizer)
     for q_, k_, v_, h_grad_, q_grad_, k_grad_, v_grad_, source_grad_, inverse_, n_grad, part in zip(
-        *(_portions(x, size) for x in (q, k, v, h_grad, *grads)),
+        *(_sequence_tiles(x, size) for x in (q, k, v, h_grad, *grads)),
         *(x.split(size) for x in (source_grad, inverse, normalizer_grad)),
-        gates.portions(size),
+        gates.sequence_tiles(size),
     ):
         q_, k_, v_, numerator_grad = (
             _to_chunks(x, length)
@@ -302,22 +292,25 @@ def chunkwise_backward(
         if length < q.shape[2]:
             # Through the state that a chunk reads ...
             memory, state_normalizer = _states(k_, v_, part, reverse)
-            reading_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
-            reading_grad.addcmul_(n_grad, state_normalizer)
-            from_state, to_state = _by_token(part.from_state * scale), _by_token(part.to_state)
-            q_grad.addcmul_(reading_grad, from_state)
-            # ... whose gradients run from chunk to chunk in the opposite direction ...
-            reading = torch.mul(q_, from_state, out=reading_grad)
-            memory_grad = _found_backward(
-                torch.bmm(reading.transpose(1, 2), numerator_grad), part.transfer, reverse
+            state_q_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
+            state_q_grad.addcmul_(n_grad, state_normalizer)
+            from_state, to_state = (
+                (part.from_state * scale).flatten(0, 1),
+                part.to_state.flatten(0, 1),
             )
-            state_normalizer_grad = _found_backward(
-                torch.bmm(n_grad.transpose(1, 2), reading), part.transfer, reverse
+            q_grad.addcmul_(state_q_grad, from_state)
+            # ... whose gradients run from chunk to chunk in the opposite direction ...
+            state_q = torch.mul(q_, from_state, out=state_q_grad)
+            memory_grad = _incoming_states_backward(
+                torch.bmm(state_q.transpose(1, 2), numerator_grad), part.transfer, reverse
+            )
+            state_normalizer_grad = _incoming_states_backward(
+                torch.bmm(n_grad.transpose(1, 2), state_q), part.transfer, reverse
             )
             # ... and through the state that it writes.
-            written_grad = torch.baddbmm(state_normalizer_grad, v_, memory_grad.transpose(1, 2))
-            k_grad.addcmul_(written_grad, to_state)
-            v_grad.baddbmm_(torch.mul(k_, to_state, out=written_grad), memory_grad)
+            state_k_grad = torch.baddbmm(state_normalizer_grad, v_, memory_grad.transpose(1, 2))
+            k_grad.addcmul_(state_k_grad, to_state)
+            v_grad.baddbmm_(torch.mul(k_, to_state, out=state_k_grad), memory_grad)
         products = (k_ * k_grad).sum(-1, keepdim=True)
         source_grad_.copy_(_from_chunks(products, (*source_grad_.shape, 1)).squeeze(-1))
         for target, grad in ((q_grad_, q_grad), (k_grad_, k_grad), (v_grad_, v_grad)):

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Tracers, transforms, precision and autocast, by their names from torch 2.1 to the newest."""
+"""Tracers, transforms, precision and autocast, for torch 2.1 and later."""
 
 import warnings
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ def is_compiling() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing: one graph for all image sizes."""
+    """Whether torch.export is tracing one graph for all image sizes."""
     return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()  # torch >= 2.7
 
 
@@ -32,7 +32,7 @@ def is_transforming() -> bool:
 
 
 def has_global_module_hooks() -> bool:
-    """Whether somebody watches the calls of all modules, such as torch's FLOP counter."""
+    """Whether hooks on all modules are registered, as by torch's FLOP counter."""
     module = torch.nn.modules.module
     return bool(
         module._global_forward_hooks
@@ -43,7 +43,7 @@ def has_global_module_hooks() -> bool:
 
 
 def static_shape(x: Tensor) -> Tuple[int, ...]:
-    """Sizes as numbers, also where torch.jit.trace would record them as operations."""
+    """Sizes of x as numbers, even where torch.jit.trace would record them as operations."""
     if not is_tracing():
         return tuple(x.shape)
     with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def static_shape(x: Tensor) -> Tuple[int, ...]:
 
 
 def tf32_is_allowed() -> bool:
-    """Whether the user lets CUDA round the operands of float32 matrix products to TF32."""
+    """Whether CUDA may round the operands of float32 matrix products to TF32."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, 'fp32_precision'):  # torch >= 2.9, where reading the old name may raise
         return matmul.fp32_precision == 'tf32'
@@ -60,7 +60,7 @@ def tf32_is_allowed() -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if it is on, would compute matrix products of x."""
+    """The dtype in which matrix products of x are computed, autocast included."""
     if x.dtype == torch.float64 or x.device.type == 'meta':
         return x.dtype
     device = x.device.type
@@ -72,6 +72,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor):
-    """A context in which the dtypes are those that the code says."""
+    """Context without autocast on the device of x, for code with explicit dtypes."""
     device = x.device.type
     return nullcontext() if device == 'meta' else torch.autocast(device, enabled=False)

@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What the mLSTM costs, for ``torch.utils.flop_counter``, which cannot look into custom operators.
+"""FLOP formulas for ``torch.utils.flop_counter``, which cannot look into custom operators.
 
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         model(image)
     counter.get_total_flops() / 2  # multiply-adds
 
-As everywhere in that counter, matrix products and convolutions count, pointwise work does not, and
-a multiplication with its addition counts as two.
+As in all of that counter, only matrix products and convolutions count, and a multiplication with
+its addition counts as two.
 """
 
 from math import ceil, prod
@@ -20,15 +20,14 @@ from .chunkwise import DENSE_TRANSFER, chunk_length
 def mlstm_flops(
     shape: Sequence[int], chunk_size: int, backward: bool = False, visible_only: bool = False
 ) -> int:
-    """FLOPs of the mLSTM operator.
+    """Count the FLOPs of the mLSTM operator.
 
     Args:
-        shape (Sequence[int]): Of the queries, (B, NH, N, DH).
+        shape (Sequence[int]): Shape of the queries, (B, NH, N, DH).
         chunk_size (int): As given to the operator; from N on this is the parallel form.
-        backward (bool): Of the backward pass instead of the forward pass. Default: False.
-        visible_only (bool): Count only pairs of tokens of which one has read the other, and no
-            padding. The PyTorch forms compute whole squares, of tokens and of chunks. Default:
-            False.
+        backward (bool): Count the backward pass instead of the forward pass. Default: False.
+        visible_only (bool): Count only unmasked pairs of tokens and no padding. The PyTorch forms
+            compute whole squares, of tokens and of chunks. Default: False.
 
     Returns:
         int: Twice the number of multiply-adds.
@@ -53,14 +52,14 @@ def mlstm_flops(
 
 
 def flop_formulas(visible_only: bool = False) -> Dict[Any, Callable[..., int]]:
-    """The ``custom_mapping`` with which ``FlopCounterMode`` counts ViL right.
+    """Formulas to pass to ``FlopCounterMode`` as ``custom_mapping``.
 
     Args:
         visible_only (bool): See :func:`mlstm_flops`. Default: False.
 
     Returns:
-        dict: Formula by operator: both mLSTM operators, and the backward pass of convolutions,
-        which torch's own formula takes for dense ones where they are depthwise.
+        dict: Formulas of both mLSTM operators, and of the backward pass of convolutions, where
+        torch's own formula counts depthwise ones as dense.
     """
 
     def forward(q, k, v, igate, fgate, reverse, chunk_size, triton=False, **_):
@@ -81,6 +80,6 @@ def flop_formulas(visible_only: bool = False) -> Dict[Any, Callable[..., int]]:
 def _convolution_backward_flops(
     y_grad, x, weight, _bias, _stride, _padding, _dilation, transposed, _out, _groups, mask, **_
 ):
-    """Each of the gradients of input and weight costs what the forward pass does."""
+    """The gradients of input and weight each cost as much as the forward pass."""
     positions = prod((x if transposed else y_grad)[2:])
     return 2 * (mask[0] + mask[1]) * x[0] * positions * prod(weight)

@@ -49,7 +49,7 @@ def gate_statistics(igate: Tensor, fgate: Tensor, reverse: bool = False) -> Gate
         reverse (bool): Read from last to first. Default: False.
 
     Returns:
-        GateStatistics: in float64 (float32 on devices without it), each of shape (..., N).
+        GateStatistics: Scalars in float64 (float32 on devices without it), each of shape (..., N).
     """
     dtype = torch.float32 if igate.device.type == 'mps' else torch.float64
     cumulative = cumsum(F.logsigmoid(fgate.to(dtype)), reverse)
@@ -79,7 +79,7 @@ def gate_gradients(
         row_grad (Tensor): :math:`\sum_j \partial a_{tj}`, the stabilizer's part included, shape
             (..., N).
         fgate (Tensor): Forget gate pre-activations, shape (..., N).
-        stats (GateStatistics): Of the same gates.
+        stats (GateStatistics): Statistics of the same gates.
         reverse (bool): The reading direction of the forward pass.
 
     Returns:

@@ -1,8 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The mLSTM operator: one function for all forms, with its own backward, one node for compilers and
-exporters.
+"""The mLSTM operator: one function for all forms, with its own backward pass.
 
-What is decided here and nowhere else: the checks, the arithmetic's dtype, and which form runs.
+The checks, the dtype of the arithmetic and the form that runs are decided here and nowhere else.
 """
 
 from typing import NamedTuple, Optional
@@ -19,6 +18,7 @@ from .compat import (
     static_shape,
     without_autocast,
 )
+from .layout import like_tokens
 from .mlstm_export import mlstm_traceable
 from .reference import mlstm_reference
 from .triton import default_chunk_size as default_triton_chunk_size
@@ -27,21 +27,21 @@ from .triton import usable as triton_usable
 
 BACKENDS = ('auto', 'parallel', 'chunkwise', 'triton', 'reference')
 """``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear, ``'triton'`` has
-kernels for both on GPUs; ``'auto'`` takes what is fastest; ``'reference'`` is the paper's loop over
+kernels for both on GPUs; ``'auto'`` chooses the fastest; ``'reference'`` is the paper's loop over
 time, for tests."""
 
 
 class Form(NamedTuple):
-    """How the operator computes: its last arguments."""
+    """The form of the operator: its last arguments."""
 
     chunk_size: int
     """Tokens in a chunk; from N on this is the parallel form."""
     triton: bool = False
-    """Whether the Triton kernels compute, or PyTorch."""
+    """Whether the Triton kernels compute instead of PyTorch."""
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
-    """Tokens in a chunk, by what is fastest.
+    """Number of tokens in a chunk that is fastest.
 
     Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks,
     proportional to their length, is balanced against that on the (DH, DH) states between them.
@@ -60,8 +60,8 @@ def mlstm(
     backend: str = 'auto',
     chunk_size: Optional[int] = None,
 ) -> Tensor:
-    r"""mLSTM cell (xLSTM, arXiv 2405.04517, section 2.3) over a sequence, in one of its equivalent
-    forms.
+    r"""Apply the mLSTM cell (xLSTM, arXiv 2405.04517, section 2.3) to a sequence, in one of its
+    equivalent forms.
 
     With :math:`F_t = \sum_{s\le t}\log\sigma(\tilde f_s)`, :math:`a_{tj} = F_t - F_j + \tilde i_j`
     and :math:`m_t = \max_{j \le t} a_{tj}`:
@@ -75,11 +75,10 @@ def mlstm(
     inputs. First derivatives only.
 
     Args:
-        q (Tensor): Queries, shape (B, NH, N, DH), any strides. q, k and v share dtype and device.
-        k (Tensor): Keys, shape (B, NH, N, DH).
-        v (Tensor): Values, shape (B, NH, N, DH).
-        igate (Tensor): Input gate pre-activations, shape (B, NH, N), any floating dtype.
-        fgate (Tensor): Forget gate pre-activations, shape (B, NH, N), any floating dtype.
+        q, k, v (Tensor): Queries, keys and values of one dtype and device, shape (B, NH, N, DH),
+            any strides.
+        igate, fgate (Tensor): Pre-activations of input and forget gates, shape (B, NH, N), any
+            floating dtype.
         reverse (bool): Read the tokens from last to first; nothing is flipped in memory. Default:
             False.
         backend (str): One of :data:`BACKENDS`. Default: 'auto'.
@@ -125,10 +124,10 @@ def choose_form(
     backend: str,
     chunk_size: Optional[int] = None,
 ) -> Form:
-    """What makes the operator the wanted backend.
+    """Resolve a backend name to the form of the operator.
 
     Args:
-        device, dtype: Of the features.
+        device, dtype: Device and dtype of the features.
         length (int): N.
         head_width (int): DH.
         backend (str): One of :data:`BACKENDS`, but not 'reference'.
@@ -154,15 +153,7 @@ def choose_form(
     return Form(chunk_size, triton)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate: Tensor,
-    fgate: Tensor,
-    backend: str,
-    chunk_size: Optional[int],
-) -> None:
+def _check(q, k, v, igate, fgate, backend, chunk_size) -> None:
     shape, *others = map(static_shape, (q, k, v))
     if len(shape) != 4 or any(other != shape for other in others):
         raise ValueError(
@@ -190,7 +181,7 @@ def _check(
 
 
 def refuse_second_derivatives() -> None:
-    """Raise that a backward pass is to be differentiated again, which would silently give zero."""
+    """Raise instead of returning zero as the derivative of a backward pass."""
     raise NotImplementedError(
         "The mLSTM's backward pass cannot be differentiated (create_graph=True). For second "
         "derivatives use backend='reference', which is slow."
@@ -215,9 +206,7 @@ _library.define(
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision keeps neither the range nor the digits of the sums over tokens: they are taken
-    in float32.
-    """
+    """Dtype of sums over tokens, for which half precision has neither the range nor the digits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -248,29 +237,21 @@ def _mlstm_backward(
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 
-def _like_tokens(x):
-    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
-    batch, heads, tokens, head_width = x.shape
-    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
-
-
 def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size, triton=False):
-    return _like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
+    return like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
 
 
 def _mlstm_backward_fake(
     h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False
 ):
     return (
-        *(_like_tokens(x) for x in (q, k, v)),
+        *(like_tokens(x) for x in (q, k, v)),
         *(x.new_empty(x.shape) for x in (igate, fgate)),
     )
 
 
 class _MLSTM(torch.autograd.Function):
-    """Ties the two operators together; what it keeps are the inputs, the output and one scalar per
-    token and head.
-    """
+    """Both operators as one differentiable function, which keeps inputs, output and normalizer."""
 
     @staticmethod
     def forward(q, k, v, igate, fgate, reverse, *form):
@@ -304,7 +285,7 @@ class _MLSTM(torch.autograd.Function):
 
 
 class _MLSTMBackward(torch.autograd.Function):
-    """The backward pass where its result may be differentiated again, which it refuses."""
+    """The backward pass as a function that refuses to be differentiated."""
 
     @staticmethod
     def forward(*args):
@@ -328,7 +309,7 @@ class _MLSTMBackward(torch.autograd.Function):
 
 
 def _fold_into_batch(function, size: int, in_dims, args):
-    """Apply a function to vmapped tensors (B, NH, ...) as to a batch of ``size`` * B."""
+    """Apply a function to vmapped tensors (B, NH, ...) as one batch of ``size`` * B."""
 
     def fold(x: Tensor, dim: Optional[int]) -> Tensor:
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

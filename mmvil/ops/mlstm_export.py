@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The mLSTM in a few plain operations, for exporters: no loop, nothing in place.
+r"""The mLSTM in a few plain operations for exporters: no loop, nothing in place.
 
 The chunkwise form passes states from chunk to chunk in a loop, whose length a graph with dynamic
 shapes does not know. But what reaches a chunk is again a weighted sum over the chunks before it, so
@@ -9,7 +9,7 @@ chunk c,
 
 .. math:: C_c = \sum_{b < c} e^{T_b - M^-_c} \sum_{j \in b} e^{g_j - T_b} k_j v_j^\top
 
-is the memory that the chunk finds, and token t sees it with the weight :math:`e^{M^-_c - M_t}`.
+is the incoming memory of the chunk, and token t sees it with the weight :math:`e^{M^-_c - M_t}`.
 This costs :math:`n^2` products of a weight with a (DH, DH) memory, little as long as n is well
 below the chunk length. Running maxima are those of masked matrices, as ONNX has no cumulative one.
 """
@@ -38,14 +38,14 @@ def mlstm_traceable(
     chunk_size: int,
     gate_dtype: torch.dtype = torch.float64,
 ) -> Tuple[Tensor, Tensor]:
-    """The operator ``torch.ops.mmvil.mlstm``, for any number of tokens in one graph.
+    """Compute ``torch.ops.mmvil.mlstm`` for any number of tokens in one graph.
 
     Args:
         q, k, v (Tensor): Shape (B, NH, N, DH); half precision is computed in float32.
         igate, fgate (Tensor): Gate pre-activations, shape (B, NH, N).
         reverse (bool): Read from last to first.
         chunk_size (int): Tokens in a chunk.
-        gate_dtype (torch.dtype): Of the gates' cumulative sums and maxima. Default: float64.
+        gate_dtype (torch.dtype): Dtype of the gates' cumulative sums and maxima. Default: float64.
 
     Returns:
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N).

@@ -18,15 +18,15 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: tor
     Args:
         source (Tensor): g of every token, shape (G, L), see :mod:`mmvil.ops.gates`.
         running_max (Tensor): M of every token, shape (G, L).
-        reverse (bool): Tokens are read from last to first.
-        dtype (torch.dtype): Of the weights.
+        reverse (bool): Whether tokens are read from last to first.
+        dtype (torch.dtype): Dtype of the weights.
 
     Returns:
         Tensor: Shape (G, L, L), rows t, columns j, all values in [0, 1].
     """
     weights = source.new_empty(*source.shape, source.shape[-1], dtype=dtype)
     # Rounded after the subtraction: a logarithm of 1000, as after some hundred tokens, has an error
-    # of 1e-4 in float32, and so would the weight.
+    # of 1e-4 in float32, and so would the weight have.
     torch.sub(source.unsqueeze(-2), running_max.unsqueeze(-1), out=weights)
     # exp may overflow on the far side of the diagonal; tril_ and triu_ write zeros there, they do
     # not multiply.
@@ -49,11 +49,11 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def parallel_forward(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
 ) -> Tuple[Tensor, Tensor]:
-    """Sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
+    """Compute the sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
         q, k, v (Tensor): Shape (G, L, DH).
-        weights (Tensor): Of :func:`decay_weights`, shape (G, L, L).
+        weights (Tensor): Result of :func:`decay_weights`, shape (G, L, L).
         scale (float): Factor of the scores, 1 / sqrt(DH).
 
     Returns:
@@ -85,9 +85,7 @@ def parallel_backward(
     """
     scores = scaled_scores(q, k, weights, scale)
     v_grad = torch.bmm(scores.transpose(1, 2), numerator_grad)
-    scores_grad = scores.copy_(
-        normalizer_grad.expand_as(scores)
-    )  # the scores themselves are not needed any more
+    scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # in their memory
     scores_grad = scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
     return (
         _scaled_product(scores_grad, k, scale),

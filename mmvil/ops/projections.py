@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Block-diagonal projections and token convolutions of the ViL layer: differentiable functions and
-their explicit gradients.
+"""Block-diagonal projections and token convolutions of the ViL layer: functions and their
+explicit gradients.
 """
 
 from typing import NamedTuple, Optional, Sequence, Tuple
@@ -17,8 +17,7 @@ much, and multiplying the zeros costs less than many tiny products."""
 
 
 def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
-    """Join diagonal blocks, so that a block-diagonal product becomes a batch of decent matrix
-    products.
+    """Join diagonal blocks, so that a block-diagonal product becomes a batch of larger products.
 
     Args:
         weight (Tensor): Shape (blocks, out, in), with out = in = block size. Several weights may
@@ -29,31 +28,27 @@ def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
         Tensor: Shape (groups, width, width), rows are inputs and columns outputs, zero outside the
             blocks.
     """
-    blocks, size, _ = weight.shape
-    joined = _joined_blocks(size, head_width)
-    grouped = weight.view(blocks // joined, joined, size, size).permute(
-        0, 3, 2, 1
-    )  # (groups, in, out, joined)
-    return (
-        torch.diag_embed(grouped).permute(0, 3, 1, 4, 2).reshape(-1, joined * size, joined * size)
-    )
+    size = weight.shape[1]
+    width = dense_block_width(size, head_width)
+    grouped = weight.view(-1, width // size, size, size).permute(0, 3, 2, 1)
+    # (groups, in, out, joined) to (groups, joined, in, joined, out)
+    return torch.diag_embed(grouped).permute(0, 3, 1, 4, 2).reshape(-1, width, width)
 
 
 def diagonal_blocks(dense: Tensor, size: int) -> Tensor:
     """The transpose of :func:`dense_blocks`: (groups, width, width) to (blocks, size, size)."""
     groups, width, _ = dense.shape
     joined = width // size
-    blocks = dense.view(groups, joined, size, joined, size).diagonal(
-        dim1=1, dim2=3
-    )  # (groups, in, out, joined)
-    return blocks.permute(0, 3, 2, 1).reshape(-1, size, size)
+    blocks = dense.view(groups, joined, size, joined, size).diagonal(dim1=1, dim2=3)
+    return blocks.permute(0, 3, 2, 1).reshape(-1, size, size)  # from (groups, in, out, joined)
 
 
-def _joined_blocks(size: int, head_width: int) -> int:
-    joined = 1
-    while head_width % (2 * joined * size) == 0 and 2 * joined * size <= DENSE_BLOCK:
-        joined *= 2
-    return joined
+def dense_block_width(size: int, head_width: int) -> int:
+    """Width of the blocks that :func:`dense_blocks` makes of blocks of a size."""
+    width = size
+    while head_width % (2 * width) == 0 and 2 * width <= DENSE_BLOCK:
+        width *= 2
+    return width
 
 
 def _groups(x: Tensor, width: int) -> Tensor:
@@ -74,7 +69,7 @@ def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor]) -> Tensor:
         Tensor: Shape (B, N, E).
     """
     width = dense.shape[1]
-    # Where results written elsewhere do not suit:
+    # Autograd, compilers and transforms take no ``out``.
     if torch.is_grad_enabled() or is_compiling() or is_transforming():
         y = torch.bmm(_groups(x, width), dense).transpose(0, 1).reshape(x.shape)
         return y if bias is None else y + bias
@@ -109,23 +104,16 @@ def headwise_linear_backward(
     return dense_grad, y_grad.sum((0, 1)) if with_bias else None
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """View tokens (B, N, E) as (B, NH, N, DH)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
 class GateWeights(NamedTuple):
-    """Both gates as linear maps of the tokens before the projections to q, k and v; the input
-    gates' NH rows come first.
-    """
+    """Both gates as linear maps of the tokens before the projections; input gates come first."""
 
-    c: Tensor  # (2 NH, E), for what q and k are made of
-    x: Tensor  # (2 NH, E), for what v is made of
+    c: Tensor  # (2 NH, E), of the convolved tokens, which make q and k
+    x: Tensor  # (2 NH, E), of the tokens before the convolution, which make v
     bias: Tensor  # (2 NH, )
 
 
 def _by_block(gates: Tensor, size: int) -> Tensor:
-    """(2 NH, 3E) to (3, blocks, 2 NH, size), the first axis for q, k and v."""
+    """View (2 NH, 3E) as (3, blocks, 2 NH, size), the first axis for q, k and v."""
     return gates.view(gates.shape[0], 3, -1, size).permute(1, 2, 0, 3)
 
 
@@ -144,7 +132,7 @@ def fold_gates(
         biases (Tensor, optional): Their biases, shape (3, E).
 
     Returns:
-        GateWeights: Of :func:`gate_preactivations`.
+        GateWeights: Weights for :func:`gate_preactivations`.
     """
     folded = torch.matmul(_by_block(gates, weights.shape[-1]), weights)
     q, k, v = folded.transpose(1, 2).flatten(2).unbind()
@@ -177,12 +165,12 @@ def fold_gates_backward(
 
 
 def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Tensor, Tensor]:
-    """One scalar per gate, head and token, without q, k, v and their concatenation.
+    """Compute both gates without q, k, v and their concatenation.
 
     Args:
         c (Tensor): Convolved tokens, shape (B, N, E); computed in the dtype of the weights.
         x (Tensor): Tokens before the convolution, shape (B, N, E).
-        weights (GateWeights): Of :func:`fold_gates`.
+        weights (GateWeights): Result of :func:`fold_gates`.
 
     Returns:
         tuple[Tensor, Tensor]: igate and fgate, shape (B, NH, N).
@@ -216,9 +204,9 @@ def gate_preactivations_backward(
 
 
 def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):
-    """View tokens (B, N, E) as a channels-last map, with the kernel and padding to match.
+    """View tokens (B, N, E) as a channels-last map, with kernel and padding to match.
 
-    Three by three kernels see the grid, kernels (E, 1, K) a single column of N tokens, padded for
+    Kernels (E, 1, KH, KW) see the grid, kernels (E, 1, K) a single column of N tokens, padded for
     both directions.
     """
     if weight.dim() == 4:
@@ -232,10 +220,9 @@ def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):
 def token_conv(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Sequence[int], reverse: bool
 ) -> Tensor:
-    """Depthwise convolution over tokens, in the layout that they have (channels last).
+    """Depthwise convolution over tokens, in their own layout (channels last).
 
-    For a reader that goes from last to first the kernel is rotated by 180 degrees; the tokens stay
-    where they are.
+    In the reverse direction the kernel is rotated by 180 degrees; the tokens stay where they are.
 
     Args:
         x (Tensor): Tokens in row-major order, shape (B, N, E).
@@ -261,13 +248,10 @@ def token_conv(
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     if is_exporting():
         return y.reshape(x.shape)
-    # The causal kernel, padded on both sides, gives K - 1 outputs too many, on the side it is read
-    # towards.
-    return _read_part(y, x.shape[1], reverse) if causal else y
-
-
-def _read_part(y: Tensor, length: int, reverse: bool) -> Tensor:
-    return y[:, -length:] if reverse else y[:, :length]
+    if not causal:
+        return y
+    # Padded on both sides, it gives K - 1 outputs too many, behind the last token in reading order.
+    return y[:, -x.shape[1] :] if reverse else y[:, : x.shape[1]]
 
 
 def token_conv_backward(

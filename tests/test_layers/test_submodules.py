@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Submodules that somebody wraps, replaces, hooks or parametrizes: the block calls them."""
+"""Submodules that are wrapped, replaced, hooked or parametrized: the block calls them."""
 
 import copy
 import io

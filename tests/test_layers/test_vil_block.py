@@ -1,4 +1,4 @@
-"""The ViL block: the lean layer against the plain one, in every circumstance."""
+"""The ViL block: the fused layer against its submodules."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def run(block, x, lean):
 
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('reverse', [False, True])
-def test_lean_layer_equals_autograd(version, reverse):
+def test_fused_layer_equals_autograd(version, reverse):
     block = make_block(version, reverse=reverse)
     x = torch.randn(3, 35, 16, dtype=torch.float64)
     expected, actual = run(block, x, lean=False), run(block, x, lean=True)
@@ -38,7 +38,7 @@ def test_lean_layer_equals_autograd(version, reverse):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_lean_layer_under_autocast_is_close_to_float32(dtype, tolerance):
+def test_fused_layer_under_autocast_is_close_to_float32(dtype, tolerance):
     block = make_block(dtype=torch.float32)
     x = torch.randn(2, 35, 16)
     expected = run(block, x, lean=True)
@@ -54,7 +54,7 @@ def test_lean_layer_under_autocast_is_close_to_float32(dtype, tolerance):
             ), name
 
 
-def test_lean_layer_keeps_seven_widths_per_token():
+def test_fused_layer_keeps_seven_widths_per_token():
     block, tokens, width = make_block(dtype=torch.float32), 35, 16
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept = {}
@@ -72,11 +72,21 @@ def test_lean_layer_keeps_seven_widths_per_token():
     )
 
 
-def test_lean_layer_refuses_second_derivatives():
+def test_fused_layer_refuses_second_derivatives():
     block = make_block()
     x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         torch.autograd.grad(block(x, GRID).sum(), x, create_graph=True)
+
+
+def test_gates_are_those_of_the_layer():
+    block, seen = make_block(lean=False), []
+    for gate in (block.igate, block.fgate):
+        gate.register_forward_hook(lambda _, args, y: seen.append(y.transpose(1, 2)))
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    block(x, GRID)
+    for gate, expected in zip(block.gates(x, GRID), list(seen)):
+        assert gate.shape == (2, 4, 35) and torch.equal(gate, expected)
 
 
 def test_frozen_parameters_get_no_gradient():

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What differs between versions of torch."""
+"""TF32 settings of different versions of torch."""
 
 import subprocess
 import sys

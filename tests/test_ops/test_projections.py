@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmvil.ops.layout import by_head
 from mmvil.ops.projections import (
     GateWeights,
-    by_head,
     dense_blocks,
     diagonal_blocks,
     fold_gates,

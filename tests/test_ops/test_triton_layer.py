@@ -1,4 +1,4 @@
-"""The kernels before and after the cell against PyTorch in float64, and what they need of a GPU.
+"""The kernels before and after the cell against PyTorch in float64, and their use of a GPU.
 
 On a GPU the comparisons run there. Without one, `test_kernels_pass_in_the_interpreter` runs them
 in a process in which Triton interprets its kernels.

@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Who gets the kernels: their self-test with faulty kernels, and all that can go wrong around it.
+"""The self-test of the kernels with faulty kernels, and the failures around it.
 
-No GPU is needed. Faults of compilers are played by changed results, and by programs that crash,
-hang, or lie in the place of the self-test.
+No GPU is needed. Faults of compilers are simulated by changed results, and by programs that crash,
+hang, or lie in place of the self-test.
 """
 
 import json
@@ -17,26 +17,27 @@ import pytest
 import torch
 
 from mmvil.ops.mlstm import choose_form
-from mmvil.ops.triton import _triton_problem, interpreted
+from mmvil.ops.triton import interpreted, triton_problem
 from tests.conftest import ROOT
 
 if sys.platform == 'win32':
     pytest.skip('Triton is for Unix', allow_module_level=True)
 
 from mmvil.ops.triton import self_test, verdict  # noqa: E402
-from mmvil.ops.triton.self_test import FAILED, IMPOSSIBLE, Case, check  # noqa: E402
+from mmvil.ops.triton.self_test import Case, check  # noqa: E402
+from mmvil.ops.triton.verdict import FAILED, IMPOSSIBLE  # noqa: E402
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
 SUBJECT = verdict.Subject('Fake', 'bfloat16', 96, False, '3.9', '12.9', 'TRITON_PTXAS_PATH', 'x')
-needs_triton = pytest.mark.skipif(bool(_triton_problem()), reason=str(_triton_problem()))
+needs_triton = pytest.mark.skipif(bool(triton_problem()), reason=str(triton_problem()))
 
 
-# -- What the test finds ---------------------------------------------------------------------------
+# -- Findings of the test --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def faulty_kernels(monkeypatch):
-    """PyTorch instead of the kernels, and what a compiler may do to the results."""
+    """PyTorch instead of the kernels, with faults of a compiler in the results."""
 
     def install(fault, part='layer'):
         original = getattr(self_test, f'_run_{part}')
@@ -111,18 +112,18 @@ def test_self_test_passes_the_kernels_in_the_interpreter():
     )
 
 
-# -- What becomes of it ----------------------------------------------------------------------------
+# -- Cached verdicts -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with a GPU, on which a program plays the self-test."""
+    """A machine with a GPU, on which a program replaces the self-test."""
 
     class Machine:
         cache = tmp_path / 'torch' / 'mmvil'
 
         def play(self, program):
-            """Let a program run instead, and note that it did."""
+            """Run a program instead, and record that it ran."""
             noting = f'open({str(tmp_path / "runs")!r}, "a").write("x")\n'
             command = [sys.executable, '-S', '-c', noting + program]
             monkeypatch.setattr(verdict, '_command', lambda *_: command)
@@ -143,8 +144,8 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT)
-    monkeypatch.setattr('mmvil.ops.triton._triton_problem', lambda: None)
-    monkeypatch.setattr('mmvil.ops.triton._device_problem', lambda kind, index: None)
+    monkeypatch.setattr('mmvil.ops.triton.triton_problem', lambda: None)
+    monkeypatch.setattr('mmvil.ops.triton.device_problem', lambda kind, index: None)
     yield Machine()
     verdict._failure.cache_clear()
 
@@ -310,7 +311,7 @@ def test_subject_names_the_assembler_that_triton_takes(monkeypatch):
         assert verdict._ptxas(80)[0] == newer[0]
 
 
-# -- Who asks --------------------------------------------------------------------------------------
+# -- Choice of the form ----------------------------------------------------------------------------
 
 
 def form(backend='auto', dtype=torch.bfloat16):

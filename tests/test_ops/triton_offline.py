@@ -1,17 +1,13 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Compile Triton kernels for GPUs that are not there, and read what they need.
+"""Compile Triton kernels for absent GPUs, and read the resources that they need.
 
-Two ways in. With host code that launches kernels, let it run on small CPU tensors and compile what
-it would have launched, exactly as it would have been specialized:
+Host code that launches kernels runs on small CPU tensors, and its launches are compiled exactly as
+they would have been specialized:
 
     for launch in record_launches(lambda: mlstm_forward(q, k, v, igate, fgate, False)):
         print(launch.name, compile_launch(launch, 'sm_90'))
 
-With a kernel alone, name its arguments' types:
-
-    compile_offline(kernel, dict(x='*bf16', length='i32'), dict(BLOCK=64), 'sm_90', num_warps=4)
-
-Neither works under TRITON_INTERPRET=1, where kernels are Python functions.
+This does not work under TRITON_INTERPRET=1, where kernels are Python functions.
 """
 
 import re
@@ -52,7 +48,7 @@ class Launch(NamedTuple):
 
 
 def record_launches(function: Callable[[], Any]) -> List[Launch]:
-    """Call a function with all kernel launches replaced by notes; tensors may be on any device."""
+    """Call a function and record its kernel launches instead of running them, on any device."""
     launches = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
@@ -64,14 +60,15 @@ def record_launches(function: Callable[[], Any]) -> List[Launch]:
 
 
 def compile_launch(launch: Launch, arch: str) -> Dict[str, int]:
-    """Compile what a launch would run, with the same specialization of its arguments.
+    """Compile the kernel of a launch, with the same specialization of its arguments.
 
     Args:
-        launch (Launch): Of :func:`record_launches`.
+        launch (Launch): Result of :func:`record_launches`.
         arch (str): A key of :data:`SHARED_LIMIT`.
 
     Returns:
-        dict: As for :func:`compile_offline`.
+        dict: ``registers`` (per thread), ``spills`` (bytes of local memory per thread),
+        ``shared_bytes`` (per block).
     """
     kernel, target = launch.kernel, _target(arch)
     backend = make_backend(target)
@@ -83,45 +80,6 @@ def compile_launch(launch: Launch, arch: str) -> Dict[str, int]:
     )
     source = ASTSource(kernel, signature, constexprs, attrs)
     return _resources(triton.compile(source, target=target, options=options.__dict__), target)
-
-
-def compile_offline(
-    kernel: JITFunction,
-    signature: Dict[str, str],
-    constexprs: Dict[str, Any],
-    arch: str,
-    num_warps: int = 4,
-    num_stages: int = 2,
-) -> Dict[str, int]:
-    """Compile a kernel for a GPU.
-
-    Args:
-        kernel (JITFunction): Function decorated with ``triton.jit``.
-        signature (dict): Types of the arguments that are no constants, ``'*bf16'``, ``'fp32'``,
-            ``'i32'``; ``'i32:16'`` promises a multiple of 16 (pointers are always aligned so).
-        constexprs (dict): Values of the other arguments.
-        arch (str): A key of :data:`SHARED_LIMIT`.
-        num_warps (int): Default: 4.
-        num_stages (int): Default: 2.
-
-    Returns:
-        dict: ``registers`` (per thread), ``spills`` (bytes of local memory per thread),
-        ``shared_bytes`` (per block).
-    """
-    target = _target(arch)
-    divisible = [['tt.divisibility', 16]]
-    attrs = {
-        (kernel.arg_names.index(name),): divisible
-        for name, kind in signature.items()
-        if kind.startswith('*') or kind.endswith(':16')
-    }
-    kinds = {
-        name: signature[name].partition(':')[0] if name in signature else 'constexpr'
-        for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, kinds, constexprs, attrs)
-    options = dict(num_warps=num_warps, num_stages=num_stages)
-    return _resources(triton.compile(source, target=target, options=options), target)
 
 
 def _target(arch: str) -> GPUTarget:

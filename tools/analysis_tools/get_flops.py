@@ -10,7 +10,6 @@ Nothing is computed: the model runs on shapes alone, so any size takes seconds a
 import argparse
 import json
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,20 +20,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
-from mmvil.ops import projections
+from mmvil.layers import HeadwiseLinear
 from mmvil.ops.flops import flop_formulas
+from mmvil.ops.projections import dense_block_width
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
 convolutions only.
-  needed    what the model's equations ask for; counted so, ViL-T/S/B at 224 x 224 have the
+  needed    by the model's equations; counted so, ViL-T/S/B at 224 x 224 have the
             published 1.5/5.1/18.6 G
-  executed  what PyTorch multiplies: zeros between small diagonal blocks, and pairs of tokens
-            of which neither has read the other, are computed along"""
+  executed  by PyTorch, which also multiplies zeros between small diagonal blocks and masked
+            pairs of tokens"""
 
 
 def build_model(cfg):
-    """The model of a config, with shapes but without weights."""
+    """Build the model of a config, with shapes but without weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         with warnings.catch_warnings():
@@ -54,53 +54,66 @@ def count_multiply_adds(model, shape, needed=False):
     """Multiply-adds of one forward pass by part, and in all.
 
     Args:
-        model (nn.Module): A model of OpenMMLab on the meta device. What its inference leaves out,
-            such as auxiliary heads, counts 0.
-        shape (tuple[int, ...]): Of the input, (B, C, H, W).
-        needed (bool): Count what the equations ask for instead of what is executed. Default: False.
+        model (nn.Module): A model of OpenMMLab on the meta device. Parts that inference skips, such
+            as auxiliary heads, count 0.
+        shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
+        needed (bool): Count what the equations need instead of what is executed. Default: False.
 
     Returns:
         dict[str, int]: By name of the part; 'total' comes last.
     """
-    counts = {name: 0 for name, _ in _parts(model)}
+    parts = _parts(model)
+    counts = {name: 0 for name, _ in parts}
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas(visible_only=needed))
+    zeros = 0
+
+    def total():
+        return counter.get_total_flops() // 2 - zeros
 
     def counted(name, forward):
         def call(*args, **kwargs):
-            before = counter.get_total_flops()
+            before = total()
             result = forward(*args, **kwargs)
-            counts[name] += (counter.get_total_flops() - before) // 2
+            counts[name] += total() - before
             return result
 
         return call
 
-    parts = list(_parts(model))
+    def leave_out_zeros(projection, args, _):
+        nonlocal zeros
+        zeros += _products_with_zeros(projection, args[0])
+
+    hooks = [
+        module.register_forward_hook(leave_out_zeros)
+        for module in model.modules()
+        if needed and isinstance(module, HeadwiseLinear)
+    ]
     for name, part in parts:  # not hooks: segmentors call decode_head.forward
         part.forward = counted(name, part.forward)
     try:
-        with torch.no_grad(), _small_blocks(needed), counter:
+        with torch.no_grad(), counter:
             model(torch.empty(shape, device='meta'), mode='tensor')
     finally:
         for _, part in parts:
             del part.forward
-    return {**counts, 'total': counter.get_total_flops() // 2}
+        for hook in hooks:
+            hook.remove()
+    return {**counts, 'total': total()}
+
+
+def _products_with_zeros(projection, x):
+    """Multiply-adds of a block-diagonal projection that are executed without being needed: its
+    blocks are joined into wider ones, with zeros between them.
+    """
+    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
+    size = projection.weight.shape[-1]
+    executed = dense_block_width(size, channels // projection.num_heads)
+    return tokens * channels * (executed - size)
 
 
 def _parts(model):
     """Names and modules of the model's parts that have parameters."""
     return [(name, part) for name, part in model.named_children() if list(part.parameters())]
-
-
-@contextmanager
-def _small_blocks(small):
-    """Leave the diagonal blocks of the projections to q, k and v as small as they are."""
-    width = projections.DENSE_BLOCK
-    if small:
-        projections.DENSE_BLOCK = 1
-    try:
-        yield
-    finally:
-        projections.DENSE_BLOCK = width
 
 
 def make_parser():

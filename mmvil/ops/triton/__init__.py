@@ -13,21 +13,21 @@ from typing import Callable, Optional
 import torch
 
 MIN_TRITON = (3, 5)
-"""The oldest that the kernels were interpreted and compiled with; it came with torch 2.9."""
+"""Oldest version that interpreted and compiled the kernels; it came with torch 2.9."""
 MIN_CAPABILITY = (8, 0)
-"""Ampere: the first with bfloat16 and asynchronous copies."""
+"""Ampere, the first with bfloat16 and asynchronous copies."""
 MAX_HEAD_WIDTH = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @torch.compiler.assume_constant_result
 def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
-    """Why the kernels cannot run, or None if they can.
+    """Reason why the kernels cannot run, or None if they can.
 
     Args:
-        device (torch.device): Where the features are. The CPU will do where Triton interprets its
+        device (torch.device): Device of the features; the CPU will do where Triton interprets its
             kernels (``TRITON_INTERPRET=1``).
-        dtype (torch.dtype): Of the features.
+        dtype (torch.dtype): Dtype of the features.
         head_width (int): DH.
     """
     if dtype not in DTYPES:
@@ -36,13 +36,14 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Op
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
     if not _switched_on('MMVIL_TRITON', '1'):
         return 'MMVIL_TRITON switches the kernels off'
-    return _triton_problem() or _device_problem(device.type, device.index)
+    return triton_problem() or device_problem(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
 def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the kernels can run on a GPU and passed their test there, which is done now if it has
-    not been. A GPU that has to do without is named once in the log.
+    """Whether the kernels can run and passed their self-test, which runs now if it has not before.
+
+    The reason is logged once if not.
     """
     problem = unavailable(device, dtype, head_width)
     if not problem and not interpreted():
@@ -60,7 +61,8 @@ def _log_once(message: str) -> None:
 
 
 @lru_cache
-def _triton_problem() -> Optional[str]:
+def triton_problem() -> Optional[str]:
+    """Reason why this installation of Triton cannot compile the kernels, or None if it can."""
     needed = '.'.join(map(str, MIN_TRITON))
     try:
         installed = version('triton')
@@ -72,7 +74,8 @@ def _triton_problem() -> Optional[str]:
 
 
 @lru_cache
-def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
+def device_problem(kind: str, index: Optional[int]) -> Optional[str]:
+    """Reason why a device cannot run the kernels, or None if it can."""
     if interpreted():
         return None
     if torch.version.hip:
@@ -87,18 +90,18 @@ def _device_problem(kind: str, index: Optional[int]) -> Optional[str]:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels as Python code, as it decides once, when it is imported."""
+    """Whether Triton runs kernels as Python code, which it decides when it is imported."""
     return _switched_on('TRITON_INTERPRET', '0')
 
 
 def _switched_on(variable: str, default: str) -> bool:
-    """Read the environment as Triton does."""
+    """Read an environment variable as Triton does."""
     return os.environ.get(variable, default).lower() in ('1', 'true', 'on', 'yes', 'y')
 
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have."""
+    """Bytes of shared memory that one block may use."""
     if device.type != 'cuda':
         return 227 * 1024
     limits = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -106,7 +109,10 @@ def shared_memory(device: torch.device) -> int:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Let a function launch its kernels where its first tensor is; Triton takes the current GPU."""
+    """Make a function launch its kernels on the device of its first tensor.
+
+    Triton takes the current GPU.
+    """
 
     @wraps(function)
     def launch(first: torch.Tensor, *args, **kwargs):
@@ -117,6 +123,6 @@ def on_its_device(function: Callable) -> Callable:
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
-    """Tokens in a chunk: all, as long as that costs fewer products than states would."""
+    """Number of tokens in a chunk: all, as long as that takes fewer products than states do."""
     chunk = 128 if head_width <= 128 else 256
     return length if length <= chunk + 2 * head_width else chunk

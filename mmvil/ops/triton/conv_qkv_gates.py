@@ -1,30 +1,30 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""What the ViL layer computes between its up-projection and the mLSTM cell, forward and backward.
+r"""Convolution, projections to q, k and v, and gates of the ViL layer as fused kernels.
 
 .. math::
     a = \mathrm{conv}(x), \quad c = \mathrm{SiLU}(a), \quad q = W_q c, \quad k = W_k c, \quad
     v = W_v x, \quad (\tilde i, \tilde f) = W_g [q, k, v] + b_g
 
-All of it is bound by memory traffic, so features make as few trips as can be. In units of one
+All of it is bound by memory traffic, so features make as few trips as possible. In units of one
 (B, N, E) tensor:
 
 - Forward, 2 launches: one kernel reads x and writes a, q, k, v (5 units), and a small sum adds the
   heads' parts of the gates.
-- Backward, 6 launches and 5 + 8 + 4 units: the forward kernel again without gates; what came
-  through q and k reads the gradients of q, k and c, and a, and writes that of a; what came through
-  v reads its gradient and x, and writes that of x; the convolution's part reads the gradient of a,
-  x and its gradient, and writes the latter; two small sums add up the gradients of weights.
+- Backward, 6 launches and 5 + 8 + 4 units: the forward kernel again without gates; the part of q
+  and k reads the gradients of q, k and c, and a, and writes the gradient of a; the part of v reads
+  its gradient and x, and writes the gradient of x; the part of the convolution reads the gradient
+  of a, x and its gradient, and writes the latter; two small sums add up the gradients of weights.
 
 Reading a where c is needed, instead of computing it from x again, costs one unit in the forward
-pass and spares a stencil in each kernel that comes after.
+pass and spares a stencil in each later kernel.
 
 How this maps to the hardware:
 
 - Tokens of all images form one axis, B * N long, so no tile is padded but the last. The position in
-  its image says which neighbours a token has.
+  its image tells which neighbours a token has.
 - The 4 x 4 blocks are products of a (tokens, 32) tile and a (32, 32) block-diagonal matrix on the
-  tensor cores: 7 of 8 products are with zeros, and still cheaper than anything else.
-- Gates want float32 weights. On tensor cores that is the sum of two numbers of half precision,
+  tensor cores: 7 of 8 products are with zeros, which is still the cheapest way.
+- Gates need float32 weights. On tensor cores that is the sum of two numbers of half precision,
   which fill the columns that a tile has in any case.
 - Sums over tokens (gradients of weights) are matrix products, too. They stay in registers over many
   tiles; each program writes one partial sum, and these are added in a fixed order. There are no
@@ -38,11 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compat import tf32_is_allowed
+from ..layout import by_head, contiguous, token_rows, token_rows_to_write
 from . import on_its_device
-from .layout import contiguous, token_rows, token_rows_to_write
 from .reduction import partial_sums, split_tokens
-from .tiles import dot
+from .tiles import dot, dot_precision, load_row
 
 
 class BeforeCellWeights(NamedTuple):
@@ -67,11 +66,6 @@ class BeforeCellWeights(NamedTuple):
 
 
 @triton.jit
-def _silu(x):
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
 def _neighbour(
     row,
     column,
@@ -83,7 +77,7 @@ def _neighbour(
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
 ):
-    """Offset in tokens to what a tap of the convolution kernel lies on, and whether it is there.
+    """Offset in tokens to the neighbour under a tap of the convolution kernel, and its presence.
 
     (ROW, COLUMN) is the tap on the token itself; SIGN -1 rotates the kernel by 180 degrees.
     """
@@ -96,7 +90,7 @@ def _neighbour(
 
 @triton.jit
 def _block_diagonal(weight, channel, present, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """Small blocks (E / WIDTH, WIDTH, WIDTH) as a dense matrix (in, out) of a tile's channels."""
+    """Load blocks (E / WIDTH, WIDTH, WIDTH) as a dense matrix (in, out) of a tile's channels."""
     block = channel // WIDTH
     inside = (block[:, None] == block[None, :]) & present[None, :]
     index = channel[None, :] * WIDTH + channel[:, None] % WIDTH
@@ -104,17 +98,8 @@ def _block_diagonal(weight, channel, present, WIDTH: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def _vector(pointer, index, present):
-    """A parameter with an entry per channel, as a row; zero where there is none."""
-    if pointer is None:
-        return tl.zeros(index.shape, tl.float32)[None, :]
-    else:
-        return tl.load(pointer + index, mask=present, other=0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def _both_gates(igate, fgate, gate, i_offset, f_offset, present, NH: tl.constexpr):
-    """From igate where gate < NH, from fgate where gate < 2 NH, else zero."""
+    """Load igate where gate < NH, fgate where gate < 2 NH, else zero."""
     i_part = tl.load(igate + i_offset, mask=present & (gate < NH), other=0)
     f_part = tl.load(fgate + f_offset, mask=present & (gate >= NH) & (gate < 2 * NH), other=0)
     return i_part.to(tl.float32) + f_part.to(tl.float32)
@@ -122,14 +107,14 @@ def _both_gates(igate, fgate, gate, i_offset, f_offset, present, NH: tl.constexp
 
 @triton.jit
 def _gate_weights(igate, fgate, gate, column, present, NH: tl.constexpr, E: tl.constexpr):
-    """Weights (NH, 3E) of both gates at some gates and columns, which broadcast to a tile."""
+    """Load weights (NH, 3E) of both gates at gates and columns that broadcast to a tile."""
     i_offset = gate * (3 * E) + column
     return _both_gates(igate, fgate, gate, i_offset, i_offset - NH * 3 * E, present, NH)
 
 
 @triton.jit
 def _high_or_low(x, low, dtype: tl.constexpr):
-    """What the dtype can hold of a float32 x, or, where low, what it can hold of the rest."""
+    """Round a float32 x to the dtype, or, where low, the rest of that rounding."""
     high = x.to(dtype).to(tl.float32)
     return tl.where(low, x - high, high).to(dtype)
 
@@ -173,8 +158,8 @@ def before_cell_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One tile of tokens and one head: from x to a, q, k, v (B * N, E) and the head's part of all
-    gates, gates_out[head] of shape (2, B, NH, N).
+    """Compute a, q, k, v (B * N, E) and the head's part of all gates, gates_out[head] of shape
+    (2, B, NH, N), for one tile of tokens and one head.
     """
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = a_out.dtype.element_ty
@@ -194,7 +179,7 @@ def before_cell_kernel(
         present = first + tl.arange(0, C) < DH
         inside = in_batch[:, None] & present[None, :]
 
-        a = tl.zeros((T, C), tl.float32) + _vector(conv_bias, channel, present)
+        a = tl.zeros((T, C), tl.float32) + load_row(conv_bias, channel, present)
         for tap in range(SIZE):
             step, there = _neighbour(
                 row, column, height, width, tap, SIGN, KERNEL_WIDTH, ROW, COLUMN
@@ -204,20 +189,20 @@ def before_cell_kernel(
                 mask=inside & there[:, None],
                 other=0,
             )
-            weight = _vector(conv_weight, channel * SIZE + tap, present)
+            weight = load_row(conv_weight, channel * SIZE + tap, present)
             a += x_tap.to(tl.float32) * weight
         out = offset * E + channel[None, :]
         a = a.to(dtype)
         tl.store(a_out + out, a, mask=inside)
-        c = _silu(a.to(tl.float32)).to(dtype)
+        c = (a.to(tl.float32) * tl.sigmoid(a.to(tl.float32))).to(dtype)
 
         x_m = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0).to(dtype)
         q_map = _block_diagonal(q_weight, channel, present, WIDTH, dtype)
         k_map = _block_diagonal(k_weight, channel, present, WIDTH, dtype)
         v_map = _block_diagonal(v_weight, channel, present, WIDTH, dtype)
-        q = dot(c, q_map, zero + _vector(q_bias, channel, present), PRECISION)
-        k = dot(c, k_map, zero + _vector(k_bias, channel, present), PRECISION)
-        v = dot(x_m, v_map, zero + _vector(v_bias, channel, present), PRECISION)
+        q = dot(c, q_map, zero + load_row(q_bias, channel, present), PRECISION)
+        k = dot(c, k_map, zero + load_row(k_bias, channel, present), PRECISION)
+        v = dot(x_m, v_map, zero + load_row(v_bias, channel, present), PRECISION)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         tl.store(q_out + out, q, mask=inside)
         tl.store(k_out + out, k, mask=inside)
@@ -285,11 +270,11 @@ def projections_backward_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Some tiles of tokens and one tile of a head's channels.
+    """Compute the gradients of a projection's source, and partial sums of those of its weights, for
+    some tiles of tokens and one tile of a head's channels.
 
     Either OPERAND is 0, source is a, y and y2 are q and k, or OPERAND is 2, source is x, y is v,
-    and there are no y2 and c. From the gradients of y, y2, gates and c to that of the source, and
-    to partial sums of those of the weights, in the order that :func:`split_gradients` knows.
+    and there are no y2 and c. Sums are in the order of :func:`split_gradients`.
     """
     DH: tl.constexpr = E // NH
     TILES: tl.constexpr = (DH + C - 1) // C
@@ -304,11 +289,12 @@ def projections_backward_kernel(
     row = gate[:, None]
     column = OPERAND * E + channel[None, :]
 
-    # Gates are linear in the source, or its SiLU, too: what comes through them needs no q, k and v.
+    # Gates are linear in the source, or its SiLU, too: their part needs no q, k and v.
     projection = _block_diagonal(weight, channel, present, WIDTH, dtype)
     gate_weight = _gate_weights(igate_weight, fgate_weight, row, column, present[None, :], NH, E)
     gates_by_source_grad = tl.zeros((2 * GATES, C), tl.float32)
-    gates_by_source = _times_transposed(gate_weight, projection, gates_by_source_grad, PRECISION)
+    by_projection = tl.trans(projection.to(tl.float32))
+    gates_by_source = dot(gate_weight, by_projection, gates_by_source_grad, PRECISION)
     weight_grad = tl.zeros((C, C), tl.float32)  # (in, out)
     bias_grad = tl.zeros((16, C), tl.float32)
     gate_bias_grad = tl.zeros((16, 2 * GATES), tl.float32)
@@ -318,11 +304,12 @@ def projections_backward_kernel(
         gate_weight = _gate_weights(
             igate_weight, fgate_weight, row, column2, present[None, :], NH, E
         )
-        gates_by_source = _times_transposed(gate_weight, projection2, gates_by_source, PRECISION)
+        by_projection = tl.trans(projection2.to(tl.float32))
+        gates_by_source = dot(gate_weight, by_projection, gates_by_source, PRECISION)
         weight2_grad = tl.zeros((C, C), tl.float32)
         bias2_grad = tl.zeros((16, C), tl.float32)
     gates_by_source = gates_by_source.to(GATE_DTYPE)
-    average = tl.full((16, T), 1 / 16, dtype)  # a sum over tokens, shared out to 16 rows
+    average = tl.full((16, T), 1 / 16, dtype)  # a sum over tokens, spread over 16 rows
 
     begin = program * tokens_per_program
     for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
@@ -346,14 +333,14 @@ def projections_backward_kernel(
             x = a * is_open
         x = x.to(dtype)
         by_channel = tl.trans(x)
-        by_head = batch.to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride
-        by_head = by_head[:, None] + head.to(tl.int64) * head_stride + in_head[None, :]
-        dy = tl.load(y_grad + by_head, mask=inside, other=0).to(dtype)
+        head_offset = batch.to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride
+        head_offset = head_offset[:, None] + head.to(tl.int64) * head_stride + in_head[None, :]
+        dy = tl.load(y_grad + head_offset, mask=inside, other=0).to(dtype)
         weight_grad = dot(by_channel, dy, weight_grad, PRECISION)
         bias_grad = dot(average, dy, bias_grad, PRECISION)
         dx = dot(dy, tl.trans(projection), tl.zeros((T, C), tl.float32), PRECISION)
         if OPERAND == 0:
-            dy = tl.load(y2_grad + by_head, mask=inside, other=0).to(dtype)
+            dy = tl.load(y2_grad + head_offset, mask=inside, other=0).to(dtype)
             weight2_grad = dot(by_channel, dy, weight2_grad, PRECISION)
             bias2_grad = dot(average, dy, bias2_grad, PRECISION)
             dx = dot(dy, tl.trans(projection2), dx, PRECISION)
@@ -417,12 +404,6 @@ def projections_backward_kernel(
 
 
 @triton.jit
-def _times_transposed(gate_weight, projection, total, PRECISION: tl.constexpr):
-    """total + gate_weight @ projection^T in float32."""
-    return dot(gate_weight, tl.trans(projection.to(tl.float32)), total, PRECISION)
-
-
-@triton.jit
 def _store_gradients(
     sums,
     operand: tl.constexpr,
@@ -443,7 +424,7 @@ def _store_gradients(
     PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Add what came through the gates, and store a program's sums for one of q, k and v.
+    """Add the part of the gates, and store a program's sums for one of q, k and v.
 
     Over all tokens, let G be the sum of gate gradients times sources, and s that of gate gradients.
     The gates' weight W_g has the gradient W G + b s, where W and b are those of the projection, and
@@ -465,7 +446,7 @@ def _store_gradients(
     tl.store(sums + (3 * WIDTH + operand) * E + channel, bias_grad, mask=present)
 
     projection = _block_diagonal(weight, channel, present, WIDTH, tl.float32)
-    shift = _vector(bias, channel, present)
+    shift = load_row(bias, channel, present)
     gate_weight_grad = dot(
         gates_by_source_grad, projection, gate_bias_grad[:, None] * shift, PRECISION
     )
@@ -503,8 +484,8 @@ def convolution_backward_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Some tiles of tokens and one of channels: add the convolution's part to the gradient of x, in
-    place; partial sums of the gradients of weight (E, taps) and bias (E, ).
+    """Add the convolution's part to the gradient of x in place, for some tiles of tokens and one of
+    channels, and store partial sums of the gradients of weight (E, taps) and bias (E, ).
     """
     program = tl.program_id(0)
     channel = tl.program_id(1) * C + tl.arange(0, C)
@@ -527,7 +508,7 @@ def convolution_backward_kernel(
         dx_at = x_grad + offset * x_grad_stride + channel[None, :]
         dx = tl.load(dx_at, mask=inside, other=0).to(tl.float32)
         for tap in tl.static_range(SIZE):
-            # The outputs that a token went into lie on the other side of it.
+            # The outputs that a token contributes to are on its other side.
             step, there = _neighbour(
                 row, column, height, width, tap, -SIGN, KERNEL_WIDTH, ROW, COLUMN
             )
@@ -536,7 +517,7 @@ def convolution_backward_kernel(
                 mask=inside & there[:, None],
                 other=0,
             ).to(tl.float32)
-            dx += da * _vector(conv_weight, channel * SIZE + tap, present)
+            dx += da * load_row(conv_weight, channel * SIZE + tap, present)
             weight_grad = tl.where(number == tap, weight_grad + (da * x_m)[None, :, :], weight_grad)
         tl.store(dx_at, dx.to(x_grad.dtype.element_ty), mask=inside)
 
@@ -560,17 +541,17 @@ def before_cell(
     reverse: bool,
     with_gates: bool = True,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Convolution, SiLU, projections to q, k and v, and gates.
+    """Compute convolution, SiLU, projections to q, k and v, and gates.
 
     Args:
-        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
-            channels lie side by side; float16, bfloat16 or float32. Results have its dtype, sums
+        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied
+            unless channels are side by side. Float16, bfloat16 or float32, as the results; sums
             are taken in float32.
         weights (BeforeCellWeights): Parameters, of any floating dtype.
         grid (tuple[int, int]): Rows and columns of the token grid, their product is N.
         heads (int): NH.
         reverse (bool): Reading direction, as for :func:`mmvil.ops.projections.token_conv`.
-        with_gates (bool): False in a backward pass, for which they were kept. Default: True.
+        with_gates (bool): Whether to compute gates, which are kept for backward. Default: True.
 
     Returns:
         tuple: a (B, N, E), the convolution's output; q, k and v, of shape (B, NH, N, DH) and with
@@ -596,20 +577,19 @@ def before_cell(
             gates_out=gates_by_head,
             tokens=len(rows),
             length=length,
-            **_convolution_grid(weights, grid, length),
-            **_convolution_kernel(weights, reverse),
+            **_convolution(weights, grid, length, reverse),
             E=channels,
             NH=heads,
             WIDTH=weights.q_weight.shape[-1],
             WITH_GATES=with_gates,
             GATES=_gate_columns(heads),
-            PRECISION=_precision(x.dtype),
+            PRECISION=dot_precision(x.dtype),
             T=token_tile,
             C=_channel_tile(channels // heads, x.dtype),
             num_warps=4,
             num_stages=1,
         )
-    q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    q, k, v = (by_head(y, heads) for y in (q, k, v))
     return a, q, k, v, gates_by_head.sum(0)
 
 
@@ -628,19 +608,19 @@ def before_cell_backward(
     reverse: bool,
     x_grad: Tensor,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradients of :func:`before_cell`.
+    """Compute the gradients of :func:`before_cell`.
 
     Args:
         q_grad, k_grad, v_grad (Tensor): Shape (B, NH, N, DH), any strides.
         igate_grad, fgate_grad (Tensor): Shape (B, NH, N).
-        c_grad (Tensor): Of c = SiLU(a), what does not come through q and k, shape (B, N, E).
-        a (Tensor): Of the forward pass, shape (B, N, E).
+        c_grad (Tensor): Gradient of c = SiLU(a) without the part of q and k, shape (B, N, E).
+        a (Tensor): The convolution's output, shape (B, N, E).
         x, weights, grid, reverse: As in the forward pass.
         x_grad (Tensor): The gradient of x is written here, shape (B, N, E), any token stride.
 
     Returns:
-        tuple[Tensor, Tensor]: The parameters' gradients, one after the other, those of the
-        convolution and the others: for :func:`split_gradients`.
+        tuple[Tensor, Tensor]: Flat gradients of the parameters of the convolution and of the
+        others, for :func:`split_gradients`.
 
     Raises:
         ValueError: If ``x_grad`` cannot be written as rows of channels.
@@ -711,7 +691,7 @@ def before_cell_backward(
                 GATES=_gate_columns(heads),
                 # The range of float32 counts more here than the last digits.
                 GATE_DTYPE=tl.float32 if x.dtype == torch.float32 else tl.bfloat16,
-                PRECISION=_precision(x.dtype),
+                PRECISION=dot_precision(x.dtype),
                 T=token_tile,
                 C=tile,
                 num_warps=warps,
@@ -735,8 +715,7 @@ def before_cell_backward(
             tokens=tokens,
             length=length,
             tokens_per_program=share,
-            **_convolution_grid(weights, grid, length),
-            **_convolution_kernel(weights, reverse),
+            **_convolution(weights, grid, length, reverse),
             E=channels,
             TAPS=triton.next_power_of_2(weights.conv_weight[0].numel()),
             T=token_tile,
@@ -748,7 +727,7 @@ def before_cell_backward(
 
 
 def gradient_sizes(weights: BeforeCellWeights) -> Tuple[int, int]:
-    """Numbers of values that :func:`before_cell_backward` returns, room for biases included."""
+    """Sizes of the results of :func:`before_cell_backward`, room for biases included."""
     w = weights
     channels = len(w.conv_weight)
     projections = 3 * w.q_weight.numel() + 3 * channels
@@ -760,9 +739,7 @@ def gradient_sizes(weights: BeforeCellWeights) -> Tuple[int, int]:
 def split_gradients(
     conv_grads: Tensor, other_grads: Tensor, weights: BeforeCellWeights
 ) -> BeforeCellWeights:
-    """The result of :func:`before_cell_backward` by parameter, in float32; None where there is no
-    bias.
-    """
+    """Split the results of :func:`before_cell_backward` by parameter; None for missing biases."""
     w = weights
     gates, columns = w.igate_weight.shape
     sizes = dict(
@@ -780,36 +757,27 @@ def split_gradients(
     )
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How operands in float32 are multiplied; beside features of half precision, tf32 will do."""
-    exact = dtype == torch.float32 and not tf32_is_allowed()
-    return 'tf32x3' if exact else 'tf32'
-
-
 def _channel_tile(head_width: int, dtype: torch.dtype) -> int:
-    """Channels in a tile of the kernels that multiply matrices; 16 is the least that these take."""
+    """Channels in a tile of the kernels that multiply matrices; these need at least 16."""
     return 32 if head_width > 16 and dtype != torch.float32 else 16
 
 
 def _gate_columns(heads: int) -> int:
-    """Columns for the 2 NH gates; twice as many are a matrix product's least."""
+    """Columns for the 2 NH gates; a matrix product needs at least twice as many."""
     return max(8, triton.next_power_of_2(2 * heads))
 
 
-def _convolution_grid(weights: BeforeCellWeights, grid: Sequence[int], length: int):
-    """Rows and columns that the convolution sees: a causal one sees a single row."""
-    height, width = grid if weights.conv_weight.dim() == 4 else (1, length)
-    return dict(height=height, width=width)
-
-
-def _convolution_kernel(weights: BeforeCellWeights, reverse: bool):
-    """Constants that describe the convolution's kernel."""
+def _convolution(weights: BeforeCellWeights, grid: Sequence[int], length: int, reverse: bool):
+    """Arguments for grid and kernel of the convolution; a causal one sees a single row."""
     *rows, columns = weights.conv_weight.shape[2:]
-    height = rows[0] if rows else 1
+    kernel_height = rows[0] if rows else 1
+    height, width = grid if rows else (1, length)
     return dict(
+        height=height,
+        width=width,
         SIGN=-1 if reverse else 1,
-        SIZE=height * columns,
+        SIZE=kernel_height * columns,
         KERNEL_WIDTH=columns,
-        ROW=height // 2,
+        ROW=kernel_height // 2,
         COLUMN=columns // 2 if rows else columns - 1,
     )

@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The lean layer of :mod:`mmvil.ops.lean_layer` with fused kernels: the same two functions, which
-keep the same tensors.
+"""The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`, which keep
+the same tensors for backward.
 
 Between norm and output there remain two matrix products of torch, the cell, and what is fused
 before and after it. Under autocast, casts of weights included, these are 11 launches beside the
@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vil_layer import (
+from ..layout import by_head
+from ..vil_layer_common import (
     LayerSettings,
     LayerWeights,
-    _normalize,
-    _over_tokens,
-    _to,
-    _weight_grad,
+    cast,
+    layer_norm_backward,
+    linear_parameter_grads,
+    normalize,
 )
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -35,15 +36,9 @@ from .norm_skip_gate import after_cell, after_cell_backward
 def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-    """The output (B, N, D), and what the backward pass needs besides the input and the weights.
-
-    Args:
-        x (Tensor): Tokens, shape (B, N, D).
-        w (LayerWeights): Parameters.
-        settings (LayerSettings): Its dtype is float16, bfloat16 or float32.
-    """
-    x_norm, _, _ = _normalize(x, w, settings)
-    up = F.linear(x_norm, _to(w.up_weight, settings), _to(w.up_bias, settings))
+    """Compute the layer, as :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
+    x_norm, _, _ = normalize(x, w, settings)
+    up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
     x_m, z = up.chunk(2, dim=-1)
     a, q, k, v, gates = torch.ops.mmvil.before_cell(
         x=x_m,
@@ -57,20 +52,14 @@ def forward(
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     del q, k, v
     y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
-    y = F.linear(y, _to(w.down_weight, settings), _to(w.down_bias, settings))
+    y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
     return y, (x_m, z, h, igate, fgate, normalizer)
 
 
 def gradients(
     y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> Tuple[Tensor, LayerWeights]:
-    """From the output's gradient to that of the input (B, N, D) and of all weights.
-
-    Args:
-        y_grad (Tensor): Shape (B, N, D).
-        kept (tuple[Tensor, ...]): The input and what :func:`forward` kept.
-        w, settings: As in the forward pass.
-    """
+    """Compute all gradients, as :func:`mmvil.ops.vil_layer_eager.gradients`."""
     x, x_m, z, h, igate, fgate, normalizer = kept
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
@@ -78,12 +67,11 @@ def gradients(
     a, q, k, v, _ = torch.ops.mmvil.before_cell(x_m, weights, grid, heads, reverse, False)
 
     # Down-projection, and what is between the cell and it.
-    down_bias_grad = None if w.down_bias is None else _over_tokens(y_grad)
-    gated_grad = torch.matmul(y_grad, _to(w.down_weight, settings))  # (B, N, E)
+    gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
     gated, h_grad, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
         y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
     )
-    down_weight_grad = _weight_grad(y_grad, gated)
+    down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
     out_norm_weight_grad, out_norm_bias_grad, skip_grad = after_grads.unbind(0)
     del gated_grad, gated
 
@@ -92,7 +80,6 @@ def gradients(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form
     )
     del h_grad, q, k, v
-    x_m_grad = up_grad.chunk(2, dim=-1)[0]  # written by the operator
     before_grads = torch.ops.mmvil.before_cell_backward(
         q_grad=q_grad,
         k_grad=k_grad,
@@ -105,25 +92,17 @@ def gradients(
         weights=weights,
         grid=grid,
         reverse=reverse,
-        x_grad=x_m_grad,
+        x_grad=up_grad.chunk(2, dim=-1)[0],  # written by the operator
     )
     before_grads = split_gradients(*before_grads, BeforeCellWeights(*weights))
     del q_grad, k_grad, v_grad, c_grad, a
 
     # Up-projection and norm.
-    x_norm, mean, rstd = _normalize(x, w, settings)
-    up_weight_grad = _weight_grad(up_grad, x_norm)
-    up_bias_grad = None if w.up_bias is None else _over_tokens(up_grad)
-    x_norm_grad = torch.matmul(up_grad, _to(w.up_weight, settings))
-    x_grad, norm_weight_grad, norm_bias_grad = torch.ops.aten.native_layer_norm_backward(
-        x_norm_grad.to(w.norm_weight.dtype),
-        x.to(w.norm_weight.dtype),
-        x.shape[-1:],
-        mean,
-        rstd,
-        w.norm_weight,
-        w.norm_bias,
-        [True, True, w.norm_bias is not None],
+    x_norm, mean, rstd = normalize(x, w, settings)
+    up_weight_grad, up_bias_grad = linear_parameter_grads(up_grad, x_norm, w.up_bias)
+    x_norm_grad = torch.matmul(up_grad, cast(w.up_weight, settings.dtype))
+    x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+        x_norm_grad, x, mean, rstd, w.norm_weight, w.norm_bias
     )
     return x_grad, LayerWeights(
         norm_weight=norm_weight_grad,
@@ -150,8 +129,8 @@ def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> Dict[str
 
 
 # ------------------------------------------------------------------------------------------------
-# Registration with torch. The backward functions are operators too, not formulas of autograd: the
-# lean layer calls them itself.
+# Registration with torch. The backward functions are operators too, not formulas of autograd:
+# :func:`gradients` calls them itself.
 
 _library = torch.library.Library('mmvil', 'FRAGMENT')
 _library.define(
@@ -179,12 +158,9 @@ def _before_cell(x, weights, grid, heads, reverse, with_gates):
 
 
 def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
-    batch, length, channels = x.shape
-    a = x.new_empty(x.shape)
-    q, k, v = (
-        x.new_empty(batch, length, heads, channels // heads).transpose(1, 2) for _ in range(3)
-    )
-    shape = (2, batch, heads, length) if with_gates else (0,)
+    a, q, k, v = (x.new_empty(x.shape) for _ in range(4))
+    q, k, v = (by_head(y, heads) for y in (q, k, v))
+    shape = (2, x.shape[0], heads, x.shape[1]) if with_gates else (0,)
     return a, q, k, v, x.new_empty(shape, dtype=torch.float32)
 
 
@@ -204,16 +180,10 @@ def _after_cell_fake(h, a, z, *_):
 
 
 def _after_cell_backward_fake(y_grad, h, a, z, *_):
-    batch, heads, length, head_width = h.shape
-    h_grad = z.new_empty(batch, length, heads, head_width).transpose(1, 2)
-    channels = heads * head_width
-    return (
-        z.new_empty(z.shape),
-        h_grad,
-        z.new_empty(z.shape),
-        z.new_empty(batch, length, 2 * channels),
-        z.new_empty(3, channels, dtype=torch.float32),
-    )
+    y, h_grad, c_grad = (z.new_empty(z.shape) for _ in range(3))
+    up_grad = z.new_empty(*z.shape[:2], 2 * z.shape[2])
+    parameter_grads = z.new_empty(3, z.shape[2], dtype=torch.float32)
+    return y, by_head(h_grad, h.shape[1]), c_grad, up_grad, parameter_grads
 
 
 for _name, _function, _fake in (

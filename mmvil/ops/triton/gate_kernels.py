@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Gate scalars (see :mod:`mmvil.ops.gates`) and their gradients: one program per sample and head.
+"""Kernels of the gate scalars (see :mod:`mmvil.ops.gates`) and their gradients.
 
-A program walks along its sequence, block by block, and scans inside the blocks. Sums run in one
-fixed order, nothing is added atomically: results repeat to the bit. All scalars made here lie in
-reading order, (B * NH, N) contiguous.
+One program per sample and head walks along its sequence, block by block, and scans inside the
+blocks. Sums run in one fixed order without atomics, so results repeat to the bit. All scalars lie
+in reading order, (B * NH, N) contiguous.
 """
 
 import triton
@@ -25,7 +25,7 @@ def _add_within_run(total_a, starts_a, total_b, starts_b):
 
 @triton.jit
 def _last(x, index, BLOCK: tl.constexpr):
-    """The last element of a block, as a scalar."""
+    """Last element of a block, as a scalar."""
     return tl.sum(tl.where(index == BLOCK - 1, x, 0.0), 0)
 
 
@@ -42,7 +42,7 @@ def gate_statistics_kernel(
     length,
     BLOCK: tl.constexpr,
 ):
-    """g, M (float64) and exp(-m), the smallest denominator (float32), of every token."""
+    """Compute g, M (float64) and exp(-m), the smallest denominator (float32), of every token."""
     program = tl.program_id(0)
     igate = matrix(igate, igate_strides, program, heads)
     fgate = matrix(fgate, fgate_strides, program, heads)
@@ -85,7 +85,7 @@ def gate_gradients_kernel(
     length,
     BLOCK: tl.constexpr,
 ):
-    r"""From the gradients of the weights' logarithms to those of the gates.
+    r"""Compute the gradients of the gates from those of the weights' logarithms.
 
     m_t is a copy of one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j.
     So the walk from the last token to the first sums the gradients of m, and hands the sum over at

@@ -1,10 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The matrix products of the chunkwise mLSTM, see :mod:`mmvil.ops.triton.mlstm` for the equations.
+"""Matrix products of the chunkwise mLSTM (equations in :mod:`mmvil.ops.triton.mlstm_launch`).
 
-Everywhere: a program works for one sample and head, on one tile of tokens or of a state. Positions
-count in reading order; a cell that reads backwards gets negative strides, so that the kernels know
-one direction only. Gate scalars g and M come in float64, and leave it as differences from the M of
-a token nearby.
+A program works on one tile of tokens or of a state, of one sample and head. Positions count in
+reading order: a reversed cell gets negative strides, so that the kernels know one direction only.
+Gate scalars g and M come in float64 and are rounded as differences from the M of a token nearby.
 """
 
 import triton
@@ -45,9 +44,7 @@ def denominators_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Scalars of the backward pass, per token: 1 / denominator and the gradients that need no
-    matrix product.
-    """
+    """Compute 1 / denominator of every token, and the gradients that need no matrix product."""
     tiles = tl.cdiv(length, ROWS)
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
     projection = tl.zeros((ROWS,), tl.float32)
@@ -96,11 +93,11 @@ def states_kernel(
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One (A_WIDTH, B_WIDTH) tile of the state before each chunk but the first; GRAD: of its
-    gradient.
+    """Compute one (A_WIDTH, B_WIDTH) tile of the incoming state of each chunk but the first, or
+    (GRAD) of its gradient.
 
-    The state is k times v, summed from the first token on. Its gradient is q times the gradient of
-    h, summed from the last token back. ``states`` is (B * NH, chunks - 1, DH, DH),
+    The state is the sum of k times v from the first token on. Its gradient is the sum of q times
+    the gradient of h from the last token back. ``states`` is (B * NH, chunks - 1, DH, DH),
     ``state_vectors`` (B * NH, chunks - 1, DH).
     """
     across: tl.constexpr = (DH + B_WIDTH - 1) // B_WIDTH
@@ -116,8 +113,8 @@ def states_kernel(
 
     total = tl.zeros((A_WIDTH, B_WIDTH), tl.float32)
     vector = tl.zeros((A_WIDTH,), tl.float32)
-    # Forward from the first token to the last bound between chunks, or back from the last token to
-    # the first bound. The running sum is always relative to M at its front.
+    # From the first token to the last bound between chunks, or from the last token back to the
+    # first bound. The running sum is always relative to M at its front.
     first = chunk if GRAD else 0
     last = length if GRAD else bounds * chunk
     steps = tl.cdiv(last - first, ROWS)
@@ -171,7 +168,7 @@ def _read_state(
     TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Product of rows of a with a state (DH, DH) or its transpose, as a tuple of tiles."""
+    """Multiply rows of a by a state (DH, DH) or its transpose, into a tuple of tiles."""
     strides = (0, 0, 1, DH) if TRANSPOSED else (0, 0, DH, 1)
     totals = zero_tiles(ROWS, WIDTH, TILES)
     for left in range(0, DH, STEP):
@@ -187,7 +184,7 @@ def _read_state(
 def _times_vector(
     a, a_strides, start, length, vector, ROWS: tl.constexpr, STEP: tl.constexpr, DH: tl.constexpr
 ):
-    """Product of rows of a with a vector (DH, )."""
+    """Multiply rows of a by a vector (DH, )."""
     total = tl.zeros((ROWS,), tl.float32)
     for left in range(0, DH, STEP):
         a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
@@ -209,7 +206,7 @@ def _plus_outer(tiles, factor, vector, DH: tl.constexpr, WIDTH: tl.constexpr, TI
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def readers_kernel(
+def query_side_kernel(
     a,
     b,
     c,
@@ -240,9 +237,9 @@ def readers_kernel(
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For a tile of reading tokens t, sums over what was written before: h, or (GRAD) dq.
+    """Sum over the keys of a tile of queries t: h, or (GRAD) dq.
 
-    With (a, b, c) = (q, k, v) it gives h and the normalizer, with (dh, v, k) it gives dq.
+    With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq.
     """
     tiles = tl.cdiv(length, ROWS)
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
@@ -264,7 +261,7 @@ def readers_kernel(
 
     chunk_start = start // chunk * chunk
     totals = zero_tiles(ROWS, WIDTH, TILES)
-    if chunk_start > 0:  # the chunks read before, through the state
+    if chunk_start > 0:  # the chunks before, through the incoming state
         before = (tl.load(running_max + row + chunk_start - 1) - base).to(tl.float32)
         weight = tl.exp(before - m) * scale
         bounds = tl.cdiv(length, chunk) - 1
@@ -310,7 +307,7 @@ def readers_kernel(
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def writers_kernel(
+def key_side_kernel(
     a,
     b,
     c,
@@ -341,11 +338,10 @@ def writers_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For a tile of written tokens j, sums over those who read them: dv, or (KEYS) dk and with it
-    the gradient of g.
+    """Sum over the queries of a tile of keys j: dv, or (KEYS) dk and the gradient of g.
 
-    With (a, b, c) = (k, q, dh) it gives dv, with (v, dh, q) it gives dk. ``states`` are gradients.
-    The two share no product, and their sums would not fit into registers at once.
+    With (a, b, c) = (k, q, dh) it computes dv, with (v, dh, q) it computes dk. ``states`` are
+    gradients. The two share no product, and their sums would not fit into registers at once.
     """
     tiles = tl.cdiv(length, ROWS)
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
@@ -362,7 +358,7 @@ def writers_kernel(
 
     chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
     totals = zero_tiles(ROWS, WIDTH, TILES)
-    if chunk_end < length:  # the chunks read later, through the state's gradient
+    if chunk_end < length:  # the chunks after, through the state's gradient
         end = (tl.load(running_max + row + chunk_end - 1) - base).to(tl.float32)
         weight = tl.exp(g - end)
         bounds = tl.cdiv(length, chunk) - 1

@@ -1,11 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The chunkwise mLSTM on tensor cores, forward and backward.
+r"""Launches of the chunkwise mLSTM on tensor cores, forward and backward.
 
-The equations are those of :mod:`mmvil.ops.chunkwise`, where chunks are computed side by side and
-see what came before through a state. With the gate scalars g and M of :mod:`mmvil.ops.gates`, the
-weight of token j in the output of token t is :math:`D_{tj} = e^{g_j - M_t} / \sqrt{d} \le 1 /
-\sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t}) + 10^{-6})` and :math:`\partial n_t`, the
-gradient of the normalizer:
+The equations are those of :mod:`mmvil.ops.chunkwise`. With the gate scalars g and M of
+:mod:`mmvil.ops.gates`, the weight of token j in the output of token t is :math:`D_{tj} = e^{g_j -
+M_t} / \sqrt{d} \le 1 / \sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t}) + 10^{-6})` and
+:math:`\partial n_t`, the gradient of the normalizer:
 
 .. math::
     n_t &= \sum_{j \le t} D_{tj}\, q_t \cdot k_j, \qquad
@@ -14,17 +13,17 @@ gradient of the normalizer:
     \partial k_j &= \sum_{t \ge j} D_{tj} (r_t\, \partial h_t \cdot v_j + \partial n_t)\, q_t \\
     \partial v_j &= \sum_{t \ge j} D_{tj}\, r_t (q_t \cdot k_j)\, \partial h_t
 
-All four have one shape: scores of two features, times weights, times a third feature. So there is
-one kernel for those who read (h and :math:`\partial q`) and one for those who are read
+All four have one form: scores of two features, times weights, times a third feature. So there is
+one kernel for the query side (h and :math:`\partial q`) and one for the key side
 (:math:`\partial k` and :math:`\partial v`); a program holds one tile of tokens in full head width
-and walks through its chunk. What lies in other chunks comes by one product with the (DH, DH) state
-before the chunk, or with the gradient of the state after it. One kernel makes both by a walk along
+and walks through its chunk. Other chunks contribute by one product with the incoming (DH, DH) state
+of the chunk, or with the gradient of the state after it. One kernel computes both by a walk along
 the sequence, tiled over the state.
 
-Nothing quadratic is ever written to memory: scores and states are computed again in the backward
-pass, from the inputs, h, and n. Sums are in float32. States are handed over in the dtype of the
-features if that is bfloat16, as the matrix units would round them to it in any case, and in float32
-otherwise (float16 lacks the range for a sum over all tokens).
+Nothing quadratic is ever written to memory: scores and states are recomputed in the backward pass,
+from the inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are,
+as the matrix units would round them to it in any case, and in float32 otherwise (float16 lacks the
+range for a sum over all tokens).
 """
 
 from typing import Any, Dict, NamedTuple, Optional, Tuple
@@ -33,14 +32,20 @@ import torch
 import triton
 from torch import Tensor
 
-from ..compat import tf32_is_allowed
+from ..layout import like_tokens
 from . import default_chunk_size, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
-from .mlstm_kernels import denominators_kernel, readers_kernel, states_kernel, writers_kernel
+from .mlstm_kernels import (
+    denominators_kernel,
+    key_side_kernel,
+    query_side_kernel,
+    states_kernel,
+)
+from .tiles import dot_precision
 
 
 class Tiling(NamedTuple):
-    """Sizes of tiles and launches for one head width and dtype."""
+    """Tile sizes and launch options for one head width and dtype."""
 
     width: int
     tiles: int
@@ -50,20 +55,18 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
     step: int
-    """Rows of the state that are read at once."""
+    """Rows of the state that are loaded at once."""
     state: int
     """Side of the tile of the state that one program sums up."""
 
 
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
-    """The static table that stands for autotuning, by what fits: registers, and bytes of shared
-    memory.
-    """
+    """Choose what fits into registers and ``shared`` bytes of memory, instead of autotuning."""
     width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
     single = dtype == torch.float32
-    few_registers = width == 64 and shared < 200 * 1024  # GPUs before Hopper want smaller steps
+    few_registers = width == 64 and shared < 200 * 1024  # GPUs before Hopper need smaller steps
     wide = padded >= 128
     if single:
         rows = columns = 32 if padded <= 64 else 16
@@ -71,7 +74,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         rows, columns = 64, (32 if wide else 64)
         if few_registers and wide and dtype == torch.float16:  # which scales its totals
             columns = 16
-    room = shared // (dtype.itemsize * padded) - rows  # rows that loops may have on their way
+    room = shared // (dtype.itemsize * padded) - rows  # rows that loops may prefetch
     return Tiling(
         width=width,
         tiles=tiles,
@@ -85,14 +88,15 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
 
 
 class _Cell:
-    """The launches of one call, and what they share: sizes, constants, gate scalars."""
+    """Launches of one call, with the sizes, constants and gate scalars that they share."""
 
     def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: Optional[int]):
         batch, heads, self.length, self.width = q.shape
         self.q, self.k, self.v, self.fgate, self.reverse = q, k, v, fgate, reverse
         self.device, self.programs = q.device, batch * heads
         self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
-        self.precision, self.state_dtype = _precision(q.dtype)
+        self.precision = dot_precision(q.dtype)
+        self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
         chunk = chunk_size or default_chunk_size(self.length, self.width)
         unit = self.tiling.rows  # a multiple of columns
         self.chunk = triton.cdiv(min(chunk, self.length), unit) * unit
@@ -103,7 +107,7 @@ class _Cell:
         self.floor = self.scalars()
         self.block = dict(BLOCK=min(1024, max(16, triton.next_power_of_2(self.length))))
         gate_statistics_kernel[(self.programs,)](
-            **self.reading(igate=igate, fgate=fgate),
+            **self.in_reading_order(igate=igate, fgate=fgate),
             **self.gates,
             floor=self.floor,
             **self.sizes,
@@ -114,9 +118,9 @@ class _Cell:
         """One number per token, in reading order."""
         return torch.empty(self.programs, self.length, dtype=dtype, device=self.device)
 
-    def reading(self, **tensors: Tensor) -> Dict[str, Any]:
-        """Arguments for tensors (B, NH, N, ...): where the token lies that is read first, and the
-        strides from there.
+    def in_reading_order(self, **tensors: Tensor) -> Dict[str, Any]:
+        """Arguments for tensors (B, NH, N, ...): a pointer to the first token in reading order, and
+        the strides from there.
         """
         arguments = {}
         for name, x in tensors.items():
@@ -127,11 +131,11 @@ class _Cell:
         return arguments
 
     def denominators(self, h_grad: Tensor, h: Tensor, normalizer: Tensor) -> Dict[str, Tensor]:
-        """The scalars of the backward pass that need no matrix product."""
+        """Scalars of the backward pass that need no matrix product."""
         names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
         by_token = {name: self.scalars() for name in names}
         denominators_kernel[(self.programs * triton.cdiv(self.length, 16),)](
-            **self.reading(h_grad=h_grad, h=h, normalizer=normalizer),
+            **self.in_reading_order(h_grad=h_grad, h=h, normalizer=normalizer),
             floor=self.floor,
             **by_token,
             **self.sizes,
@@ -142,7 +146,7 @@ class _Cell:
         return by_token
 
     def states(self, a: Tensor, b: Tensor, by_token: Optional[Dict[str, Tensor]] = None):
-        """States before all chunks but the first and their normalizers, or gradients of both."""
+        """Incoming states and normalizers of all chunks but the first, or gradients of both."""
         bounds = triton.cdiv(self.length, self.chunk) - 1
         shape = (self.programs, bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
@@ -150,7 +154,7 @@ class _Cell:
         t = self.tiling
         if bounds:
             states_kernel[(self.programs * triton.cdiv(self.width, t.state) ** 2,)](
-                **self.reading(a=a, b=b),
+                **self.in_reading_order(a=a, b=b),
                 **self.gates,
                 **self.backward_scalars(by_token),
                 states=states,
@@ -170,7 +174,7 @@ class _Cell:
         return dict(states=states, state_vectors=vectors)
 
     def products(self, kernel, by_token: Optional[Dict[str, Tensor]], **arguments) -> None:
-        """Launch the kernel of readers or writers."""
+        """Launch the kernel of the query side or the key side."""
         t = self.tiling
         kernel[(self.programs * triton.cdiv(self.length, t.rows),)](
             **self.gates,
@@ -196,7 +200,7 @@ class _Cell:
 
     def gate_gradients(self, by_token, source_grad, igate_grad, fgate_grad) -> None:
         gate_gradients_kernel[(self.programs,)](
-            **self.reading(fgate=self.fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
+            **self.in_reading_order(fgate=self.fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
             **self.gates,
             source_grad=source_grad,
             row_grad=by_token['row_grad'],
@@ -204,20 +208,6 @@ class _Cell:
             **self.sizes,
             **self.block,
         )
-
-
-def _precision(dtype: torch.dtype) -> Tuple[str, torch.dtype]:
-    """How operands in float32 are multiplied, and the dtype of states."""
-    if dtype == torch.bfloat16:
-        return 'tf32', torch.bfloat16
-    if dtype == torch.float16:
-        return 'tf32', torch.float32  # tf32 has all the digits of float16
-    return 'tf32' if tf32_is_allowed() else 'tf32x3', torch.float32
-
-
-def _new_tokens(x: Tensor) -> Tensor:
-    """A new tensor (B, NH, N, DH) that lies in memory as tokens do: (B, N, NH, DH)."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 @on_its_device
@@ -230,7 +220,7 @@ def mlstm_forward(
     reverse: bool,
     chunk_size: Optional[int] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """The mLSTM cell.
+    """Compute the mLSTM cell.
 
     Args:
         q, k, v (Tensor): Shape (B, NH, N, DH), any strides; float16, bfloat16 or float32.
@@ -243,11 +233,11 @@ def mlstm_forward(
         in float32, needed for backward.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    h, normalizer = _new_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    h, normalizer = like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     cell.products(
-        readers_kernel,
+        query_side_kernel,
         None,
-        **cell.reading(a=q, b=k, c=v, out=h, normalizer=normalizer),
+        **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
         floor=cell.floor,
         GRAD=False,
@@ -268,7 +258,7 @@ def mlstm_backward(
     reverse: bool,
     chunk_size: Optional[int] = None,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`mlstm_forward`.
+    """Compute the gradients of :func:`mlstm_forward`.
 
     Args:
         h_grad (Tensor): Gradient of h, shape (B, NH, N, DH), any strides.
@@ -280,13 +270,13 @@ def mlstm_backward(
         their dtypes.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    q_grad, k_grad, v_grad = (_new_tokens(x) for x in (q, k, v))
+    q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     by_token = cell.denominators(h_grad, h, normalizer)
     cell.products(
-        readers_kernel,
+        query_side_kernel,
         by_token,
-        **cell.reading(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
+        **cell.in_reading_order(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
         **cell.states(k, v),
         floor=cell.floor,
         GRAD=True,
@@ -294,9 +284,9 @@ def mlstm_backward(
     states_grad, source_grad = cell.states(q, h_grad, by_token), cell.scalars()
     for keys, a, b, c, out in ((False, k, q, h_grad, v_grad), (True, v, h_grad, q, k_grad)):
         cell.products(
-            writers_kernel,
+            key_side_kernel,
             by_token,
-            **cell.reading(a=a, b=b, c=c, out=out, k=k),
+            **cell.in_reading_order(a=a, b=b, c=c, out=out, k=k),
             **states_grad,
             source_grad=source_grad,
             KEYS=keys,

@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""What the ViL layer computes between the mLSTM cell and its down-projection, forward and back.
+r"""Head-wise norm, skip and output gate of the ViL layer as fused kernels, forward and backward.
 
 .. math:: y = (\mathrm{norm}(h) \cdot w + b + s \cdot \mathrm{SiLU}(a)) \cdot \mathrm{SiLU}(z)
 
 The norm is over the channels of a head. In units of one (B, N, E) tensor the forward kernel reads
 h, a and z and writes y: 4 units, 1 launch. The backward kernel reads the gradient of y, h, a and z,
-and writes those of h, c = SiLU(a) and z, and y again, which the down-projection's weight gradient
-wants: 8 units, and a small second launch for the sums over tokens.
+and writes the gradients of h, c = SiLU(a) and z, and y again for the weight gradient of the
+down-projection: 8 units, and a small second launch for the sums over tokens.
 """
 
 from typing import Any, Dict, Optional, Tuple
@@ -16,21 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import by_head, contiguous, token_rows, unit_stride
 from . import on_its_device
-from .layout import contiguous, token_rows, unit_stride
 from .reduction import partial_sums, split_tokens
+from .tiles import load_row
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def _parameter(pointer, channel, present):
-    """A row of parameters in float32; zero where there is none."""
-    if pointer is None:
-        return tl.zeros(channel.shape, tl.float32)[None, :]
-    else:
-        return tl.load(pointer + channel, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -40,7 +32,7 @@ def _tile(pointer, offset, inside):
 
 @triton.jit
 def _normalize(h, present, eps, DH: tl.constexpr):
-    """Normalized h, zero outside the head, and inverse deviation."""
+    """Normalize h, zero outside the head; return the inverse deviation, too."""
     mean = tl.sum(h, axis=1) / DH
     centred = tl.where(present, h - mean[:, None], 0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / DH + eps)
@@ -68,7 +60,7 @@ def after_cell_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One tile of tokens and one head."""
+    """Compute y for one tile of tokens and one head."""
     DH: tl.constexpr = E // NH
     head = tl.program_id(1)
     in_head = tl.arange(0, C)
@@ -77,14 +69,14 @@ def after_cell_kernel(
     token = tl.program_id(0) * T + tl.arange(0, T)
     inside = (token < tokens)[:, None] & present[None, :]
     batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
-    by_head = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
+    row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
     offset = token.to(tl.int64)[:, None]
 
-    h_norm, _ = _normalize(_tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH)
+    h_norm, _ = _normalize(_tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH)
     a_tile = _tile(a, offset * E + channel[None, :], inside)
     z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
-    mixed = h_norm * _parameter(weight, channel, present) + _parameter(bias, channel, present)
-    mixed += a_tile * tl.sigmoid(a_tile) * _parameter(skip, channel, present)
+    mixed = h_norm * load_row(weight, channel, present) + load_row(bias, channel, present)
+    mixed += a_tile * tl.sigmoid(a_tile) * load_row(skip, channel, present)
     out = mixed * (z_tile * tl.sigmoid(z_tile))
     tl.store(y + offset * E + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
 
@@ -118,7 +110,7 @@ def after_cell_backward_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Some tiles of tokens and one head. The gradient of h is written as (B, N, E)."""
+    """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E)."""
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
     program = tl.program_id(0)
@@ -126,9 +118,9 @@ def after_cell_backward_kernel(
     in_head = tl.arange(0, C)
     present = in_head < DH
     channel = head * DH + in_head
-    w = _parameter(weight, channel, present)
-    b = _parameter(bias, channel, present)
-    s = _parameter(skip, channel, present)
+    w = load_row(weight, channel, present)
+    b = load_row(bias, channel, present)
+    s = load_row(skip, channel, present)
     weight_grad = tl.zeros((T, C), tl.float32)
     bias_grad = tl.zeros((T, C), tl.float32)
     skip_grad = tl.zeros((T, C), tl.float32)
@@ -138,13 +130,12 @@ def after_cell_backward_kernel(
         token = first + tl.arange(0, T)
         inside = (token < tokens)[:, None] & present[None, :]
         batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
-        by_head = batch * batch_stride + head.to(tl.int64) * head_stride
-        by_head += position * position_stride
+        row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
 
         h_norm, rstd = _normalize(
-            _tile(h, by_head[:, None] + in_head[None, :], inside), present, eps, DH
+            _tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH
         )
         a_tile = _tile(a, here, inside)
         c = a_tile * tl.sigmoid(a_tile)
@@ -189,43 +180,25 @@ def after_cell(
     skip: Tensor,
     eps: float,
 ) -> Tensor:
-    """Head-wise norm, skip and output gate.
+    """Apply head-wise norm, skip and output gate.
 
     Args:
         h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
         a (Tensor): Output of the convolution, shape (B, N, E), any strides.
-        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides, but no copy if
-            channels lie side by side.
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied
+            unless channels are side by side.
         weight, skip (Tensor): Shape (E, ), any floating dtype.
         bias (Tensor, optional): Shape (E, ).
-        eps (float): Of the norm.
+        eps (float): Epsilon of the norm.
 
     Returns:
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
     """
-    (heads, length), channels = h.shape[1:3], z.shape[-1]
-    rows = token_rows(z)
-    weight, bias, skip = map(contiguous, (weight, bias, skip))
+    arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=2048)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tile, token_tile = _tiles(channels // heads, 2048)
-    if len(rows):
-        after_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            **_by_head(h),
-            a=a.contiguous(),
-            z=rows,
-            z_stride=rows.stride(0),
-            weight=weight,
-            bias=bias,
-            skip=skip,
-            y=y,
-            tokens=len(rows),
-            length=length,
-            eps=eps,
-            E=channels,
-            NH=heads,
-            T=token_tile,
-            C=tile,
-        )
+    if arguments['tokens']:
+        programs = triton.cdiv(arguments['tokens'], arguments['T'])
+        after_cell_kernel[(programs, h.shape[1])](**arguments, y=y)
     return y
 
 
@@ -240,7 +213,7 @@ def after_cell_backward(
     skip: Tensor,
     eps: float,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`after_cell`.
+    """Compute the gradients of :func:`after_cell`.
 
     Args:
         y_grad (Tensor): Shape (B, N, E).
@@ -252,25 +225,17 @@ def after_cell_backward(
         (B, N, 2E), of which only the second, that of z, is written; gradients of weight, bias and
         skip (3, E), in float32.
     """
-    (batch, heads, length), channels = h.shape[:3], z.shape[-1]
-    rows, tokens = token_rows(z), batch * length
-    weight, bias, skip = map(contiguous, (weight, bias, skip))
+    arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
+    tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
-    up_grad = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
+    up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
-    tile, token_tile = _tiles(channels // heads, 1024)
-    share, programs = split_tokens(tokens, token_tile, heads)
+    share, programs = split_tokens(tokens, arguments['T'], heads)
     sums = partial_sums(programs, 3 * channels, like=z)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
+            **arguments,
             y_grad=y_grad.contiguous(),
-            **_by_head(h),
-            a=a.contiguous(),
-            z=rows,
-            z_stride=rows.stride(0),
-            weight=weight,
-            bias=bias,
-            skip=skip,
             y=y,
             h_grad=h_grad,
             c_grad=c_grad,
@@ -278,29 +243,33 @@ def after_cell_backward(
             z_grad_stride=z_grad.stride(0),
             sums=sums,
             sums_stride=sums.stride(0),
-            tokens=tokens,
-            length=length,
             tokens_per_program=share,
-            eps=eps,
-            E=channels,
-            NH=heads,
-            T=token_tile,
-            C=tile,
         )
-    h_grad = h_grad.unflatten(2, (heads, -1)).transpose(1, 2)
-    return y, h_grad, c_grad, up_grad, sums.sum(0).view(3, channels)
+    return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(3, channels)
 
 
-def _by_head(h: Tensor) -> Dict[str, Any]:
-    """Arguments for h (B, NH, N, DH)."""
-    h = unit_stride(h)
+def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> Dict[str, Any]:
+    """Arguments of both kernels, with tiles of about ``tile_size`` values."""
+    h, rows = unit_stride(h), token_rows(z)
+    heads, channels = h.shape[1], z.shape[-1]
     batch_stride, head_stride, position_stride, _ = h.stride()
+    channel_tile = triton.next_power_of_2(channels // heads)
     return dict(
-        h=h, batch_stride=batch_stride, head_stride=head_stride, position_stride=position_stride
+        h=h,
+        batch_stride=batch_stride,
+        head_stride=head_stride,
+        position_stride=position_stride,
+        a=a.contiguous(),
+        z=rows,
+        z_stride=rows.stride(0),
+        weight=contiguous(weight),
+        bias=contiguous(bias),
+        skip=contiguous(skip),
+        tokens=len(rows),
+        length=h.shape[2],
+        eps=eps,
+        E=channels,
+        NH=heads,
+        T=max(1, min(64, tile_size // channel_tile)),
+        C=channel_tile,
     )
-
-
-def _tiles(head_width: int, size: int) -> Tuple[int, int]:
-    """Channels and tokens of a tile of about that many values."""
-    channels = triton.next_power_of_2(head_width)
-    return channels, max(1, min(64, size // channels))

@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the cell and the layer with the kernels, forward and backward, at the sizes of real images.
+"""Self-test of the kernels: cell and layer, forward and backward, at the sizes of real images.
 
-They must agree with PyTorch, and with themselves to the last bit. ``backend='auto'`` has this done
-in a process of its own before it takes the kernels (see :mod:`mmvil.ops.triton.verdict`); by hand::
+They must agree with PyTorch, and repeat to the last bit. ``backend='auto'`` runs this in a process
+of its own before it uses the kernels (see :mod:`mmvil.ops.triton.verdict`); by hand::
 
     python -m mmvil.ops.triton.self_test --dtype bfloat16 --head-width 96
 """
@@ -19,24 +19,18 @@ from torch import Tensor
 
 from ..compat import tf32_is_allowed
 from ..mlstm import choose_form, mlstm
-from ..vil_layer import LayerSettings, LayerWeights, lean_layer
-
-TIMEOUT = 480
-"""Seconds after which the test counts as hung. The node's other processes wait for it, and those of
-other nodes perhaps for these, in collective operations that give up after 600 seconds.
-"""
-FAILED = 10
-IMPOSSIBLE = 75
-"""Exit statuses: the kernels are at fault; nothing is known about them (EX_TEMPFAIL)."""
+from ..vil_layer import vil_layer
+from ..vil_layer_common import LayerSettings, LayerWeights
+from .verdict import FAILED, IMPOSSIBLE, TIMEOUT
 
 TILE = 16
-"""Rows of the smallest tile. If a head's part of it is wrong, its error is 0.5 or so."""
+"""Rows of the smallest tile. If a head's part of it is wrong, its error is about 0.5."""
 SLACK = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""What rounding explains of such an error, beside four times the error of PyTorch."""
+"""Error of a tile that rounding explains, beside four times the error of PyTorch."""
 
 
 class Case(NamedTuple):
-    """An input, and what of the layer it goes through."""
+    """Sizes of an input, and the layer that it is for."""
 
     batch: int
     grid: Tuple[int, int]
@@ -55,16 +49,16 @@ CASES = (
 def check(
     device: torch.device, dtype: torch.dtype, head_width: int, cases: Sequence[Case] = CASES
 ) -> Optional[str]:
-    """Compare the kernels with PyTorch, and with themselves.
+    """Compare the kernels with PyTorch, and with a second run.
 
     Args:
-        device (torch.device): Where to run.
-        dtype (torch.dtype): Of the features.
+        device (torch.device): Device to run on.
+        dtype (torch.dtype): Dtype of the features.
         head_width (int): DH.
         cases (Sequence[Case]): Inputs.
 
     Returns:
-        str, optional: What is wrong, or None.
+        str, optional: Description of the first problem, or None.
     """
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     tf32 = dtype == torch.float32 and tf32_is_allowed()  # it has as many digits as float16
@@ -89,7 +83,7 @@ def check(
 
 
 def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
-    """Largest error of a tile of rows, relative to the size of rows; NaN where there is one."""
+    """Largest error of a tile of rows, relative to the size of rows; NaN if there is one."""
     errors = _squares(actual.to(expected.dtype) - expected)
     rows = min(TILE, len(errors))
     tiles = F.pad(errors, (0, -len(errors) % rows)).view(-1, rows)
@@ -101,13 +95,13 @@ def _row_size(x: Tensor) -> float:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Squared norms of rows: of tokens, channels, entries of a vector."""
+    """Squared norms of rows: tokens, channels, entries of a vector."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.unsqueeze(1)
     return rows.square().sum(1)
 
 
 def _results(function: Callable[..., Tensor], leaves: Dict[str, Optional[Tensor]], randn):
-    """The output and the gradients of all leaves; those that are None have none."""
+    """Output of a function and gradients of its leaves that are not None."""
     tensors = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
     output = function(**{**leaves, **tensors})
     seed = randn(*output.shape).to(output.dtype)
@@ -116,13 +110,13 @@ def _results(function: Callable[..., Tensor], leaves: Dict[str, Optional[Tensor]
 
 
 def _generator(device: torch.device):
-    """The same random numbers for every run."""
+    """Random numbers, the same for every run."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)
 
 
 def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
-    """The cell by itself: the layer's norm hides what comes through the normalizer."""
+    """Run the cell alone: the layer's norm hides errors of the normalizer."""
     randn = _generator(device)
     batch, tokens = case.batch, case.grid[0] * case.grid[1]
 
@@ -145,7 +139,7 @@ def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> Dict[
 
 
 def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
-    """The layer with its fused kernels, as under autocast: parameters in float32."""
+    """Run the fused layer as under autocast: parameters in float32."""
     randn = _generator(device)
     tokens, inner = case.grid[0] * case.grid[1], case.heads * head_width
     width = inner // 2
@@ -192,13 +186,13 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict
     x = weight(case.batch, tokens, width, inputs=1)
 
     def layer(x, **weights):
-        return lean_layer(x, LayerWeights(**weights), settings)
+        return vil_layer(x, LayerWeights(**weights), settings)
 
     return _results(layer, dict(x=x, **weights._asdict()), randn)
 
 
 def main(args: Optional[Sequence[str]] = None) -> int:
-    """Print what is wrong as the last line, and return an exit status."""
+    """Print the verdict as the last line and return an exit status."""
     parser = argparse.ArgumentParser(prog='python -m mmvil.ops.triton.self_test')
     parser.add_argument('--device', type=torch.device, default='cuda')
     parser.add_argument('--dtype', choices=[str(dtype)[6:] for dtype in SLACK], required=True)
@@ -206,10 +200,10 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--tf32', action='store_true', help='round operands in float32 to TF32')
     args = parser.parse_args(args)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # should nobody wait any more
+    faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # if nobody waits any more
     torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')
     torch.backends.cudnn.allow_tf32 = False
-    torch.zeros((), device=args.device)  # without a device there is no verdict, but an exception
+    torch.zeros((), device=args.device)  # a missing device is no fault of the kernels: raise
     try:
         problem = check(args.device, getattr(torch, args.dtype), args.head_width)
         status = FAILED if problem else 0

@@ -1,13 +1,16 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What the kernels share: a head of any width as a row of tiles.
+"""Loads, stores and products of tiles: a head of any width as a row of tiles.
 
-A tensor in Triton has sides that are powers of two, and matrix units want at least 16. ViL's head
+The sides of a tensor in Triton are powers of two, and matrix units want at least 16. ViL's head
 widths are 96, 192 and 384, so a row of features is held as a tuple of TILES tensors, each WIDTH
-columns wide: 3 x 32, 3 x 64, 3 x 128. What is beyond the head's width is masked.
+columns wide: 3 x 32, 3 x 64, 3 x 128. Columns beyond the head's width are masked.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from ..compat import tf32_is_allowed
 
 # The interpreter multiplies bfloat16 matrices as if they were integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -15,10 +18,26 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b in float32; PRECISION is for float32 operands."""
+    """Compute total + a @ b in float32; PRECISION is for float32 operands."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """PRECISION of :func:`dot` by the dtype of the features."""
+    # Beside half precision tf32 will do: it has all the digits of float16.
+    exact = dtype == torch.float32 and not tf32_is_allowed()
+    return 'tf32x3' if exact else 'tf32'
+
+
+@triton.jit
+def load_row(pointer, index, present):
+    """Parameters with an entry per channel as a row in float32; zero where there are none."""
+    if pointer is None:
+        return tl.zeros(index.shape, tl.float32)[None, :]
+    else:
+        return tl.load(pointer + index, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -41,7 +60,7 @@ def load_tiles(
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``."""
+    """Load rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``."""
     tiles = ()
     for i in tl.static_range(TILES):
         tiles = tiles + (load_tile(first, strides, start, length, i * WIDTH, ROWS, DH, WIDTH),)
@@ -59,7 +78,7 @@ def load_tile(
     DH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The (ROWS, WIDTH) part of a (length, DH) matrix whose upper left corner is (start, left)."""
+    """Load the (ROWS, WIDTH) tile of a (length, DH) matrix with upper left corner (start, left)."""
     row, column = tl.arange(0, ROWS), left + tl.arange(0, WIDTH)
     # Only the step to the first row may exceed 32 bits.
     first += tl.cast(start, tl.int64) * strides[2]
@@ -80,7 +99,7 @@ def store_tiles(
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The counterpart of :func:`load_tiles`; lowers the precision to that of the matrix."""
+    """Store what :func:`load_tiles` loads, in the dtype of the matrix."""
     row = tl.arange(0, ROWS)
     first += tl.cast(start, tl.int64) * strides[2]
     for i in tl.static_range(TILES):
@@ -94,7 +113,7 @@ def store_tiles(
 def scores(
     a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Products of the rows of a and b, both tuples of tiles: (ROWS, COLUMNS) in float32."""
+    """Compute a @ b^T of two tuples of tiles: (ROWS, COLUMNS) in float32."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(TILES):
         total = dot(a[i], tl.trans(b[i]), total, PRECISION)
@@ -103,7 +122,7 @@ def scores(
 
 @triton.jit
 def add_product(totals, weights, tiles, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """totals + weights @ tiles, for every tile."""
+    """Compute totals + weights @ tiles, for every tile."""
     sums = ()
     for i in tl.static_range(TILES):
         sums = sums + (dot(weights, tiles[i], totals[i], PRECISION),)
@@ -112,7 +131,7 @@ def add_product(totals, weights, tiles, TILES: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def scaled(tiles, factor, TILES: tl.constexpr):
-    """Every row times its factor."""
+    """Multiply every row by its factor."""
     products = ()
     for i in tl.static_range(TILES):
         products = products + (tiles[i] * factor[:, None],)
@@ -123,10 +142,10 @@ def scaled(tiles, factor, TILES: tl.constexpr):
 def add_product_in_range(
     totals, scale, weights, tiles, TILES: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The same with weights of any size, rounded to the dtype of the tiles: totals and their scale.
+    """Add a product as :func:`add_product`, with weights that may exceed the dtype of the tiles.
 
-    Float16 ends at 65504. Rows with larger weights are scaled down, and so are their totals up to
-    here: the sum is totals / scale. Scales start at 1, where all is in range, and never grow.
+    Float16 ends at 65504. Rows with larger weights are scaled down, and so are their totals: the
+    sum is totals / scale. Scales start at 1 and never grow.
     """
     dtype: tl.constexpr = tiles[0].dtype
     if dtype == tl.float16:
@@ -139,6 +158,6 @@ def add_product_in_range(
 
 @triton.jit
 def matrix(first, strides, index, heads):
-    """Where the (N, DH) matrix of one sample and head begins, given strides of (B, NH, N, DH)."""
+    """Pointer to the (N, DH) matrix of one sample and head, given strides of (B, NH, N, DH)."""
     sample, head = index // heads, index % heads
     return first + tl.cast(sample, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]

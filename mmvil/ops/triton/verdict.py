@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Whether the kernels passed their self-test on this machine.
+"""Cached verdict on whether the kernels pass their self-test on this machine.
 
-Versions of Triton and of ptxas, NVIDIA's assembler, have turned such kernels into code that is
-wrong on one GPU and right on the next, or that crashes or hangs. So the first time that a GPU
-model, a dtype, a head width and these versions come together, :mod:`mmvil.ops.triton.self_test`
-runs in a process of its own. Other processes wait for it. The verdict is kept beside torch's other
-caches, in ``~/.cache/torch/mmvil``, or where ``TORCH_HOME`` or ``XDG_CACHE_HOME`` put it.
+Versions of Triton and of ptxas, NVIDIA's assembler, have compiled such kernels into code that is
+wrong on one GPU and right on the next, or that crashes or hangs. So on the first use of a
+combination of GPU model, dtype, head width and these versions, :mod:`mmvil.ops.triton.self_test`
+runs in a process of its own, for which other processes wait. The verdict is kept beside torch's
+other caches, in ``~/.cache/torch/mmvil``, or where ``TORCH_HOME`` or ``XDG_CACHE_HOME`` put it.
 """
 
 import fcntl
@@ -28,13 +28,21 @@ from typing import List, NamedTuple, Optional, TextIO, Tuple
 import torch
 
 from ..compat import tf32_is_allowed
-from .self_test import FAILED, IMPOSSIBLE, TIMEOUT
+
+TIMEOUT = 480
+"""Seconds after which the self-test counts as hung. Other processes of the node wait for it, and
+those of other nodes perhaps for these, in collective operations that give up after 600 seconds.
+"""
+FAILED = 10
+IMPOSSIBLE = 75
+"""Exit statuses of the self-test: the kernels are at fault; nothing is known about them
+(EX_TEMPFAIL)."""
 
 _logger = logging.getLogger('mmvil')
 
 
 class Subject(NamedTuple):
-    """What a verdict holds for."""
+    """The combination of hardware, software and sizes that a verdict holds for."""
 
     gpu: str
     dtype: str
@@ -43,9 +51,9 @@ class Subject(NamedTuple):
     triton: str
     ptxas: str
     ptxas_variable: str
-    """In the environment: the path of another ptxas."""
+    """Environment variable with the path of another ptxas."""
     kernels: str
-    """Digest of their source."""
+    """Digest of the kernels' source."""
 
     def __str__(self) -> str:
         return (
@@ -55,19 +63,19 @@ class Subject(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a test came to."""
+    """Outcome of a self-test."""
 
     problem: Optional[str]
     lasting: bool = True
-    """Whether it would be the same again; else nothing is known about the kernels."""
+    """Whether another test would find the same; if not, nothing is known about the kernels."""
 
 
 def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
-    """Why the kernels are not to be trusted, or None. The first time this takes a minute or so.
+    """Reason not to trust the kernels, or None. The first call takes about a minute.
 
     Args:
-        device (torch.device): A GPU that has what the kernels need.
-        dtype (torch.dtype): Of the features.
+        device (torch.device): A GPU that meets the kernels' requirements.
+        dtype (torch.dtype): Dtype of the features.
         head_width (int): DH.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -95,7 +103,7 @@ def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Opt
 
 
 # ------------------------------------------------------------------------------------------------
-# What is tested
+# Subject of a test
 
 
 def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Subject:
@@ -114,7 +122,7 @@ def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Sub
 
 
 def _ptxas(arch: int) -> Tuple[str, str]:
-    """Version of the ptxas that Triton takes for a GPU, and the variable that names another."""
+    """Version of the ptxas that Triton uses for a GPU, and the variable that sets another."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -142,7 +150,7 @@ def _digest_of_kernels() -> str:
 
 
 def _read(file: Path, subject: Subject) -> Optional[Verdict]:
-    """The verdict that was kept, or None where there is none that can be read."""
+    """Read a verdict, or None if there is no valid one."""
     try:
         content = json.loads(file.read_text())
         problem = content['problem']
@@ -153,7 +161,7 @@ def _read(file: Path, subject: Subject) -> Optional[Verdict]:
 
 
 def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
-    """Test, unless another process does: then wait for what it finds."""
+    """Test, or wait for the verdict of another process that does."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_suffix('.lock').open('w')
@@ -172,7 +180,7 @@ def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
 
 
 def _acquire(lock: TextIO, timeout: float) -> bool:
-    """Wait for a lock, which ends with the process that has it; False if that takes too long."""
+    """Wait for a lock, which ends with its process; return False after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -182,12 +190,12 @@ def _acquire(lock: TextIO, timeout: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
-        except OSError:  # a file system without locks: better twice than not at all
+        except OSError:  # a file system without locks: better test twice than not at all
             return True
 
 
 def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
-    """Write the whole file or none."""
+    """Write a verdict atomically."""
     content = dict(subject=subject._asdict(), problem=verdict.problem)
     partial = None
     try:
@@ -249,7 +257,7 @@ def _command(subject: Subject, index: int) -> List[str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Leave no process behind, whether it hangs, or we were interrupted."""
+    """Kill a process that hangs or was interrupted, with its children."""
     if process.poll() is not None:
         return
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,25 +1,36 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""How the fused kernels want tensors: channels side by side, parameters contiguous."""
+"""Memory layouts of tokens (B, N, E), heads (B, NH, N, DH) and parameters."""
 
 from typing import Optional
 
 from torch import Tensor
 
 
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """View tokens (B, N, E) as (B, NH, N, DH)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def like_tokens(x: Tensor) -> Tensor:
+    """Allocate a tensor (B, NH, N, DH) like x, in memory (B, N, NH, DH)."""
+    batch, heads, tokens, head_width = x.shape
+    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
+
+
 def unit_stride(x: Tensor) -> Tensor:
-    """The tensor, copied if its channels are not side by side."""
+    """Copy x if its channels are not side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """Tokens (B, N, C) of all images as rows (B * N, C) with one stride between them; copied only
-    if they are not.
+    """View tokens (B, N, C) of all images as rows (B * N, C) with one stride between them; copy
+    only if they have none.
     """
     return unit_stride(x).flatten(0, 1)
 
 
 def token_rows_to_write(x: Tensor) -> Tensor:
-    """The same as a view.
+    """View as :func:`token_rows`, without a copy.
 
     Raises:
         ValueError: If it would be a copy, or rows overlap.
@@ -34,5 +45,5 @@ def token_rows_to_write(x: Tensor) -> Tensor:
 
 
 def contiguous(parameter: Optional[Tensor]) -> Optional[Tensor]:
-    """A parameter, or None where there is none."""
+    """Copy a parameter if it is not contiguous; None stays None."""
     return None if parameter is None else parameter.contiguous()

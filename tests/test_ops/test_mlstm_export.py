@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The mLSTM as it is exported, against the paper's loop."""
+"""The mLSTM for exporters against the paper's loop."""
 
 import pytest
 import torch

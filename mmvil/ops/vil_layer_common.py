@@ -1,0 +1,104 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Parameters and settings of the ViL layer, and what its PyTorch and Triton forms share."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .mlstm import Form
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of a ViL layer, D wide outside and E wide inside, with NH heads; biases may be
+    None.
+    """
+
+    norm_weight: Tensor  # (D, )
+    norm_bias: Optional[Tensor]
+    up_weight: Tensor  # (2E, D)
+    up_bias: Optional[Tensor]
+    conv_weight: Tensor  # (E, 1, 3, 3) or (E, 1, K)
+    conv_bias: Optional[Tensor]
+    q_weight: Tensor  # (E / 4, 4, 4)
+    q_bias: Optional[Tensor]
+    k_weight: Tensor
+    k_bias: Optional[Tensor]
+    v_weight: Tensor
+    v_bias: Optional[Tensor]
+    igate_weight: Tensor  # (NH, 3E)
+    igate_bias: Tensor
+    fgate_weight: Tensor  # (NH, 3E)
+    fgate_bias: Tensor
+    out_norm_weight: Tensor  # (E, )
+    out_norm_bias: Optional[Tensor]
+    skip: Tensor  # (E, )
+    down_weight: Tensor  # (D, E)
+    down_bias: Optional[Tensor]
+
+
+class LayerSettings(NamedTuple):
+    """Constants of one call of a layer."""
+
+    grid: Tuple[int, int]
+    heads: int
+    reverse: bool
+    form: Form
+    norm_eps: float
+    out_norm_eps: float
+    dtype: torch.dtype
+    """Dtype of features and matrix products; gates and statistics are at least float32."""
+
+
+def cast(parameter: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """Convert a parameter to a dtype; None stays None."""
+    return None if parameter is None else parameter.to(dtype)
+
+
+def normalize(x: Tensor, w: LayerWeights, settings: LayerSettings) -> Tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of the input in the dtype of its weights, with mean and inverse deviation (B, N,
+    1).
+    """
+    x_norm, mean, rstd = torch.native_layer_norm(
+        x.to(w.norm_weight.dtype), x.shape[-1:], w.norm_weight, w.norm_bias, settings.norm_eps
+    )
+    return x_norm.to(settings.dtype), mean, rstd
+
+
+def layer_norm_backward(
+    y_grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Gradients of x, weight and bias of a LayerNorm over the last dimension, in the dtype of its
+    weight.
+    """
+    dtype = x.dtype if weight is None else weight.dtype
+    return torch.ops.aten.native_layer_norm_backward(
+        y_grad.to(dtype),
+        x.to(dtype),
+        x.shape[-1:],
+        mean,
+        rstd,
+        weight,
+        bias,
+        [True, weight is not None, bias is not None],
+    )
+
+
+def sum_tokens(x: Tensor) -> Tensor:
+    """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens leave float16's range."""
+    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def linear_parameter_grads(
+    y_grad: Tensor, x: Tensor, bias: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Gradients of weight (out, in) and bias (out, ) of a linear map from those of its output (B,
+    N, out) and its input (B, N, in).
+    """
+    weight_grad = torch.matmul(y_grad.flatten(0, 1).t(), x.flatten(0, 1))
+    return weight_grad, None if bias is None else sum_tokens(y_grad)

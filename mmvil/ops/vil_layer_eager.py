@@ -1,0 +1,223 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""The ViL layer in PyTorch: forward pass and explicit gradients."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import by_head
+from .projections import (
+    GateWeights,
+    dense_blocks,
+    diagonal_blocks,
+    fold_gates,
+    fold_gates_backward,
+    gate_preactivations,
+    gate_preactivations_backward,
+    headwise_linear,
+    headwise_linear_backward,
+    token_conv,
+    token_conv_backward,
+)
+from .vil_layer_common import (
+    LayerSettings,
+    LayerWeights,
+    cast,
+    layer_norm_backward,
+    linear_parameter_grads,
+    normalize,
+    sum_tokens,
+)
+
+
+def forward(
+    x: Tensor, w: LayerWeights, settings: LayerSettings
+) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    """Compute the layer.
+
+    Args:
+        x (Tensor): Tokens, shape (B, N, D).
+        w (LayerWeights): Parameters.
+        settings (LayerSettings): Token grid, direction, dtype.
+
+    Returns:
+        tuple[Tensor, tuple[Tensor, ...]]: The output (B, N, D), and what the backward pass needs
+        besides the input and the weights.
+    """
+    x_norm, _, _ = normalize(x, w, settings)
+    # Two products instead of one and a split: both halves come out contiguous at the same cost.
+    up_m, up_z = cast(w.up_weight, settings.dtype).chunk(2)
+    bias_m, bias_z = (None, None) if w.up_bias is None else cast(w.up_bias, settings.dtype).chunk(2)
+    x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
+    c = F.silu(_convolve(x_m, w, settings), inplace=True)
+    projections = _projections(w, settings)
+    q, k, v = _project(c, x_m, projections.dense, w, settings)
+    igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
+    h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
+    h_norm, _, _ = _head_norm(h, settings)
+    mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
+    y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
+    return y, (x_m, z, h, igate, fgate, normalizer)
+
+
+def gradients(
+    y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
+) -> Tuple[Tensor, LayerWeights]:
+    """Compute the gradients of the input (B, N, D) and of all weights.
+
+    Args:
+        y_grad (Tensor): Gradient of the output, shape (B, N, D).
+        kept (tuple[Tensor, ...]): The input, and what :func:`forward` kept.
+        w, settings: As in the forward pass.
+    """
+    x, x_m, z, h, igate, fgate, normalizer = kept
+    y_grad = y_grad.to(settings.dtype)
+    a = _convolve(x_m, w, settings)
+    c = F.silu(a)
+    projections = _projections(w, settings)
+    q, k, v = _project(c, x_m, projections.dense, w, settings)
+    h_norm, mean, rstd = _head_norm(h, settings)
+    mixed = _mix_(h_norm.clone(), c, w, settings)
+
+    # Down-projection and output gate.
+    open_gate = F.silu(z)
+    down_grads = linear_parameter_grads(y_grad, mixed * open_gate, w.down_bias)
+    gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
+    z_grad = torch.ops.aten.silu_backward(gated_grad * mixed, z)
+    mixed_grad = gated_grad.mul_(open_gate)
+
+    # Skip and head-wise norm.
+    skip_grad = sum_tokens(mixed_grad * c)
+    c_grad = mixed_grad * cast(w.skip, settings.dtype)
+    out_norm_weight_grad = sum_tokens(mixed_grad * h_norm)
+    out_norm_bias_grad = None if w.out_norm_bias is None else sum_tokens(mixed_grad)
+    h_norm_grad = mixed_grad.mul_(cast(w.out_norm_weight, settings.dtype))
+    h_norm_grad = h_norm_grad.unflatten(2, (settings.heads, -1))
+    h_grad = layer_norm_backward(h_norm_grad, h.transpose(1, 2), mean, rstd)[0].transpose(1, 2)
+
+    # Cell.
+    *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
+        h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, *settings.form
+    )
+
+    # Projections and gates, first what goes through the convolution.
+    gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).flatten(0, 1)
+    folded = projections.folded_gates
+    with_bias = w.q_bias is not None
+    q_grad, k_grad, v_grad = (grad.transpose(1, 2).flatten(2) for grad in qkv_grads)
+    q_dense, k_dense, v_dense = projections.dense
+    q_grads = headwise_linear_backward(q_grad, c, q_dense, with_bias, c_grad)
+    k_grads = headwise_linear_backward(k_grad, c, k_dense, with_bias, c_grad)
+    gates_c_grad = gate_preactivations_backward(gates_grad, c, folded.c, c_grad)
+    x_m_grad, conv_weight_grad, conv_bias_grad = token_conv_backward(
+        torch.ops.aten.silu_backward(c_grad, a),
+        x_m,
+        cast(w.conv_weight, settings.dtype),
+        w.conv_bias is not None,
+        settings.grid,
+        settings.reverse,
+    )
+    x_m_grad = x_m_grad.contiguous()
+    v_grads = headwise_linear_backward(v_grad, x_m, v_dense, with_bias, x_m_grad)
+    gates_x_grad = gate_preactivations_backward(gates_grad, x_m, folded.x, x_m_grad)
+    gates_bias_grad = gates_grad.sum(0)
+    gates_weight_grad, blocks_grad, biases_grad = fold_gates_backward(
+        GateWeights(gates_c_grad, gates_x_grad, gates_bias_grad),
+        projections.gates,
+        projections.blocks,
+        projections.biases,
+    )
+    dense_grads, projection_bias_grads = zip(q_grads, k_grads, v_grads)
+    dense_grad = torch.cat(dense_grads)
+    blocks_grad += diagonal_blocks(dense_grad, w.q_weight.shape[-1]).view_as(blocks_grad)
+    if with_bias:
+        biases_grad = biases_grad + torch.stack(projection_bias_grads)
+    else:
+        biases_grad = (None, None, None)
+
+    # Up-projection and norm.
+    x_norm, mean, rstd = normalize(x, w, settings)
+    up_m, up_z = cast(w.up_weight, settings.dtype).chunk(2)
+    up_m_grad, up_m_bias_grad = linear_parameter_grads(x_m_grad, x_norm, w.up_bias)
+    up_z_grad, up_z_bias_grad = linear_parameter_grads(z_grad, x_norm, w.up_bias)
+    x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z)
+    x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+        x_norm_grad.view(x.shape), x, mean, rstd, w.norm_weight, w.norm_bias
+    )
+
+    heads = settings.heads
+    return x_grad, LayerWeights(
+        norm_weight=norm_weight_grad,
+        norm_bias=norm_bias_grad,
+        up_weight=torch.cat([up_m_grad, up_z_grad]),
+        up_bias=None if w.up_bias is None else torch.cat([up_m_bias_grad, up_z_bias_grad]),
+        conv_weight=conv_weight_grad,
+        conv_bias=conv_bias_grad,
+        q_weight=blocks_grad[0],
+        q_bias=biases_grad[0],
+        k_weight=blocks_grad[1],
+        k_bias=biases_grad[1],
+        v_weight=blocks_grad[2],
+        v_bias=biases_grad[2],
+        igate_weight=gates_weight_grad[:heads],
+        igate_bias=gates_bias_grad[:heads],
+        fgate_weight=gates_weight_grad[heads:],
+        fgate_bias=gates_bias_grad[heads:],
+        out_norm_weight=out_norm_weight_grad,
+        out_norm_bias=out_norm_bias_grad,
+        skip=skip_grad,
+        down_weight=down_grads[0],
+        down_bias=down_grads[1],
+    )
+
+
+class _Projections(NamedTuple):
+    """The weights between the convolution and the cell, as the products take them."""
+
+    blocks: Tensor  # (3, E / 4, 4, 4) of q, k, v, at least float32
+    biases: Optional[Tensor]  # (3, E), at least float32
+    gates: Tensor  # (2 NH, 3E), at least float32
+    dense: Tuple[Tensor, ...]  # of q, k, v, (groups, width, width) in the dtype of the features
+    folded_gates: GateWeights
+
+
+def _projections(w: LayerWeights, settings: LayerSettings) -> _Projections:
+    dtype = torch.promote_types(settings.dtype, torch.float32)
+    blocks = torch.stack([w.q_weight, w.k_weight, w.v_weight]).to(dtype)
+    biases = None if w.q_bias is None else torch.stack([w.q_bias, w.k_bias, w.v_bias]).to(dtype)
+    gates = torch.cat([w.igate_weight, w.fgate_weight]).to(dtype)
+    gates_bias = torch.cat([w.igate_bias, w.fgate_bias]).to(dtype)
+    dense = dense_blocks(blocks.flatten(0, 1).to(settings.dtype), len(w.skip) // settings.heads)
+    folded = fold_gates(gates, gates_bias, blocks, biases)
+    return _Projections(blocks, biases, gates, dense.chunk(3), folded)
+
+
+def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
+    weight, bias = cast(w.conv_weight, settings.dtype), cast(w.conv_bias, settings.dtype)
+    return token_conv(x_m, weight, bias, settings.grid, settings.reverse)
+
+
+def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSettings):
+    """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
+    biases = (w.q_bias, w.k_bias, w.v_bias)
+    return tuple(
+        by_head(headwise_linear(x, weight, cast(bias, settings.dtype)), settings.heads)
+        for x, weight, bias in zip((c, c, x_m), dense, biases)
+    )
+
+
+def _head_norm(h: Tensor, settings: LayerSettings):
+    """LayerNorm over each head, (B, NH, N, DH) to (B, N, E), with mean and inverse deviation."""
+    h = h.transpose(1, 2)  # as it lies in memory
+    h_norm, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, settings.out_norm_eps)
+    return h_norm.to(settings.dtype).flatten(2), mean, rstd
+
+
+def _mix_(h_norm: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
+    """Affine map of the norm, and skip: the sum before the output gate, written over ``h_norm``."""
+    mixed = h_norm.mul_(cast(w.out_norm_weight, settings.dtype))
+    if w.out_norm_bias is not None:
+        mixed = mixed.add_(cast(w.out_norm_bias, settings.dtype))
+    return mixed.addcmul_(c, cast(w.skip, settings.dtype))
