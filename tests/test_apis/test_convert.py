@@ -15,7 +15,7 @@ from mmvil import VisionLSTM
 from mmvil.apis import convert, convert_checkpoint, fetch_checkpoint, read_checkpoint
 from mmvil.checkpoints import OFFICIAL_CHECKPOINTS, find_official
 from tests.conftest import REFERENCE, ROOT
-from tests.test_converters.test_vil import load, to_standalone
+from tests.test_checkpoints.test_keys import load, to_standalone
 
 LISTED = REFERENCE / 'official_checkpoint_keys.json'
 
