@@ -17,14 +17,8 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.runner import save_checkpoint
 
-from .safe_load import (
-    ATOMIC,
-    PARTIAL,
-    DamagedCheckpointError,
-    check_pickle,
-    load_safely,
-    replace,
-)
+from .atomic import ATOMIC, PARTIAL, replace
+from .safe_load import DamagedCheckpointError, check_pickle, load_safely
 
 INDEX = '.metadata'  # the name that torch gives it
 REST = 'rest.pth'

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import DictAction
 from mmengine.dist import is_distributed
 
-from ..checkpoints.safe_load import load_safely_from_now_on
+from ..checkpoints.loaders import load_safely_from_now_on
 from ..engine import SampleError
 from .errors import UserError, explain, is_first_process
 

@@ -3,13 +3,12 @@
 processes that equal one.
 """
 
+from ..checkpoints.loaders import load_safely_from_now_on
+from ..checkpoints.resume import find_good_checkpoint, verify
 from ..checkpoints.safe_load import (
     DamagedCheckpointError,
     UntrustedCheckpointError,
-    find_good_checkpoint,
     load_safely,
-    load_safely_from_now_on,
-    verify,
 )
 from ..losses import GlobalBatchCrossEntropyLoss
 from ..metrics import CorruptionError, SubsetAccuracy

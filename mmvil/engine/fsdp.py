@@ -13,7 +13,7 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..checkpoints.safe_load import PARTIAL, replace
+from ..checkpoints.atomic import PARTIAL, replace
 from ..checkpoints.sharded import is_sharded, load_rest, load_shards, require_shards, save_shards
 
 

@@ -19,7 +19,7 @@ from mmengine.logging import MessageHub
 from mmengine.runner import save_checkpoint
 from torch import nn
 
-from mmvil.checkpoints.safe_load import ATOMIC
+from mmvil.checkpoints.atomic import ATOMIC
 from mmvil.checkpoints.sharded import require_shards
 from mmvil.engine import (
     DamagedCheckpointError,
