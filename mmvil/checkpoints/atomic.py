@@ -13,9 +13,8 @@ PARTIAL = '.partial'
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear under their name only when they are complete and on the disk.
 
-    mmengine writes a checkpoint to its final name; killed on the way, or with a full disk, it
-    leaves half a file as the newest checkpoint. A ``CheckpointHook`` uses this one instead with
-    ``backend_args=dict(backend='mmvil_atomic')``.
+    mmengine writes a checkpoint to its final name, and when it is killed or the disk is full,
+    leaves half a file as the newest checkpoint. ``CheckpointHook(backend_args=ATOMIC)`` does not.
     """
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, os.PathLike]) -> None:
@@ -45,11 +44,11 @@ class AtomicLocalBackend(LocalBackend):
 
 
 register_backend('mmvil_atomic', AtomicLocalBackend, force=True)
-ATOMIC = dict(backend='mmvil_atomic')  # as mmengine's ``backend_args``
+ATOMIC = dict(backend='mmvil_atomic')  # the ``backend_args`` of mmengine's functions and hooks
 
 
 def replace(source: str, target: str) -> None:
-    """Give a complete file or folder its final name, which a checkpoint of before may have."""
+    """Give a complete file or folder its final name, which an older checkpoint may have."""
     if os.path.isdir(target):
         shutil.rmtree(target)
     os.replace(source, target)

@@ -11,11 +11,11 @@ from .safe_load import DamagedCheckpointError, load_file
 
 
 def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
-    """Make sure that a checkpoint file is complete: every byte is there, and it loads.
+    """Check that a checkpoint file is complete: its checksums are right, and it loads.
 
     Args:
         path (str): The file.
-        trusted (bool): It may run code. Default: False.
+        trusted (bool): Allow it to run code. Default: False.
 
     Raises:
         DamagedCheckpointError: If it is not complete.
@@ -35,14 +35,15 @@ def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
 def find_good_checkpoint(
     work_dir: Union[str, os.PathLike], trusted: bool = False
 ) -> Tuple[Optional[str], List[str]]:
-    """Find the newest checkpoint in a work dir that is complete.
+    """Find the newest complete checkpoint in a work dir.
 
     Args:
         work_dir (str): The folder.
-        trusted (bool): Checkpoints in it may run code. Default: False.
+        trusted (bool): Allow checkpoints to run code. Default: False.
 
     Returns:
-        tuple: Its path, or None if there is no good one; and for each newer one, what is wrong.
+        tuple[str | None, list[str]]: Its path, or None if there is none; and for each newer one,
+        what is wrong with it.
     """
     paths = {path for path in Path(work_dir).glob('*.pth') if _step(path) >= 0}
     named = Path(work_dir, 'last_checkpoint')  # where the hook has another out_dir

@@ -1,9 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Load checkpoint files without running code that they may contain."""
+"""Read checkpoint files without running code that they may contain."""
 
 import os
 import pickle
 import types
+import zipfile
 from typing import Union
 
 import numpy as np
@@ -19,38 +20,34 @@ class UntrustedCheckpointError(ValueError):
     """A checkpoint that asks for more than tensors and numbers, and might run code."""
 
 
-def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
-    """Load a checkpoint file without running code that it may bring along.
+def load_file(path: Union[str, os.PathLike], map_location=None, trusted: bool = False) -> dict:
+    """Load a checkpoint file, in either of PyTorch's formats.
 
     The pickle inside a checkpoint can name any function for Python to call. Here it may name what
-    checkpoints are made of: tensors, containers, numbers, NumPy arrays, mmengine's logs. Instead of
-    ``torch.load(weights_only=True)``, which refuses the logs, and before PyTorch 2.5 cannot be told
-    to take them.
+    checkpoints are made of: tensors, containers, numbers, NumPy arrays, mmengine's logs.
+    ``torch.load(weights_only=True)`` refuses the logs, and before PyTorch 2.5 cannot be told to
+    take them.
 
     Args:
-        path (str): File, in either of PyTorch's formats; or the folder of a sharded checkpoint,
-            whose weights are joined.
+        path (str): The file.
         map_location: See :func:`torch.load`. Default: None.
+        trusted (bool): Let it name anything, and thus run code. Default: False.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         UntrustedCheckpointError: If the file names something else.
         DamagedCheckpointError: If it cannot be read.
     """
-    if os.path.isdir(path):
-        from .sharded import join_shards  # which loads files by this function
-
-        return join_shards(path)
-    return load_file(path, map_location)
-
-
-def load_file(path, map_location=None, trusted: bool = False) -> dict:
-    """As :func:`load_safely`, a file; one that is trusted may run code."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f'Checkpoint not found: {os.path.abspath(path)}')
+    if not trusted and _is_torchscript(path):  # which torch.load would hand to torch.jit.load
+        raise UntrustedCheckpointError(f'{path} is TorchScript, which may run code')
     pickle_module = pickle if trusted else _PICKLE
     try:
         return torch.load(path, map_location, pickle_module=pickle_module, weights_only=False)
     except UntrustedCheckpointError as error:
         raise UntrustedCheckpointError(f'{path} {error}') from None
-    except (FileNotFoundError, PermissionError, MemoryError, torch.cuda.OutOfMemoryError):
+    except (PermissionError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # zip, pickle and torch fail in many ways on half a file
         reason = str(error).split('. ')[0].split('\n')[0]
@@ -60,11 +57,11 @@ def load_file(path, map_location=None, trusted: bool = False) -> dict:
 
 
 def check_pickle(path: Union[str, os.PathLike]) -> None:
-    """Make sure that a bare pickle can be loaded without running code that it brings along.
+    """Check that a bare pickle can be loaded without running code that it contains.
 
     Raises:
         UntrustedCheckpointError: If it names what checkpoints are not made of.
-        DamagedCheckpointError: If it is none, or only a part of one.
+        DamagedCheckpointError: If it is no pickle, or only a part of one.
     """
     try:
         with open(path, 'rb') as file:
@@ -73,6 +70,13 @@ def check_pickle(path: Union[str, os.PathLike]) -> None:
         raise UntrustedCheckpointError(f'{path} {error}') from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         raise DamagedCheckpointError(f'{path} is damaged: {error}') from error
+
+
+def _is_torchscript(path: Union[str, os.PathLike]) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition('/')[2] == 'constants.pkl' for name in archive.namelist())
 
 
 # -- What the pickle in a checkpoint may name ------------------------------------------------------
