@@ -126,9 +126,7 @@ class ViLBlock(nn.Module):
         """The layer as the paper has it: every submodule is called, autograd keeps what it
         needs.
         """
-        x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
-        c = F.silu(self.conv(x_m, grid, self.reverse))
-        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)  # (B, NH, N, DH)
+        q, k, v, c, z = self._project(x, grid)
         igate, fgate = self._gates(q, k, v)
         h = mlstm(
             q,
@@ -143,6 +141,18 @@ class ViLBlock(nn.Module):
         h = h.transpose(1, 2).flatten(2)  # (B, N, E)
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
+
+    def gates(self, x: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        """Compute the pre-activations of the input and forget gate, (B, NH, N) each, for tokens
+        (B, N, D) given to the block.
+        """
+        return self._gates(*self._project(x, grid)[:3])
+
+    def _project(self, x: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, ...]:
+        """Compute q, k, v (B, NH, N, DH), the convolved tokens and the output gate (B, N, E)."""
+        x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
+        c = F.silu(self.conv(x_m, grid, self.reverse))
+        return self.q_proj(c), self.k_proj(c), self.v_proj(x_m), c, z
 
     def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         """Gate pre-activations (B, NH, N), never computed in half precision."""
