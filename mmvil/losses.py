@@ -1,9 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Cross entropy whose value does not depend on how a batch is spread over processes.
+"""Cross entropy that does not depend on the distribution of a batch over processes.
 
 Data parallel training averages the gradients of the processes. That equals the gradient of the
-whole batch if the loss is a mean over equal numbers of pixels; but processes hold different numbers
-of labelled ones.
+whole batch only if each loss is a mean over equally many labelled pixels.
 """
 
 from typing import Optional, Sequence
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 class GlobalBatchCrossEntropyLoss(nn.Module):
     """Cross entropy, averaged over the labelled pixels of all processes.
 
-    mmsegmentation's ``CrossEntropyLoss(avg_non_ignore=True)`` divides by the process's own labelled
-    pixels. The mean of such means gives a pixel more weight the fewer labelled ones it has beside
-    it, the more so the smaller the batch of a process. Here a process's sum is divided by the mean
-    number of labelled pixels per process, so that the averaged gradient is that of
+    mmsegmentation's ``CrossEntropyLoss(avg_non_ignore=True)`` divides by the process's own number
+    of labelled pixels, so that the mean over processes gives a pixel more weight the fewer labelled
+    ones its process has. Here a process's sum is divided by the mean number of labelled pixels per
+    process, so that the averaged gradient is that of
 
         sum of the losses of all labelled pixels / number of all labelled pixels.
 
@@ -36,7 +35,8 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         class_weight (Sequence[float], optional): Weight of each class. Pixels then count with the
             weight of their class, in sum and divisor. Default: None.
         loss_weight (float): Default: 1.
-        loss_name (str): Name in the log; what begins with 'loss' is trained on. Default: 'loss_ce'.
+        loss_name (str): Name in the log; names that begin with 'loss' are trained on. Default:
+            'loss_ce'.
     """
 
     def __init__(
@@ -59,22 +59,21 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         reduction_override: Optional[str] = None,
         ignore_index: int = -100,
     ) -> Tensor:
-        """Compute the loss, with the arguments that mmsegmentation's heads give.
+        """Compute the loss, with the arguments of mmsegmentation's heads.
 
         Args:
             cls_score (Tensor): Logits, shape (B, K, H, W).
             label (Tensor): Classes, shape (B, H, W).
-            weight (Tensor, optional): Of each pixel, shape (B, H, W), as pixel samplers give it.
+            weight (Tensor, optional): Weight of each pixel, shape (B, H, W), from pixel samplers.
             avg_factor (float, optional): Divisor of the sum of the losses, instead of the number
                 of labelled pixels.
-            reduction_override (str, optional): 'none' for the losses of the pixels, (B, H, W);
-                'sum' for their sum.
+            reduction_override (str, optional): 'none' for the losses of pixels, or 'sum'.
             ignore_index (int): Label of pixels that do not count.
 
         Returns:
             Tensor: A scalar; (B, H, W) with ``reduction_override='none'``.
         """
-        # The sum over an image's pixels leaves float16's range.
+        # The sum over an image's pixels exceeds float16's range.
         cls_score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
         class_weight = self.class_weight and cls_score.new_tensor(self.class_weight)
         losses = F.cross_entropy(
@@ -96,8 +95,8 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
 
 
 def _labelled(label: Tensor, ignore_index: int, class_weight: Optional[Tensor]) -> Tensor:
-    """Number of labelled pixels, or the sum of the weights of their classes. A tensor, because a
-    number would make the CPU wait for the GPU.
+    """Count labelled pixels, by the weights of their classes. A number instead of a tensor would
+    make the CPU wait for the GPU.
     """
     labelled = label != ignore_index
     if class_weight is None:
@@ -106,6 +105,6 @@ def _labelled(label: Tensor, ignore_index: int, class_weight: Optional[Tensor]) 
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
-    """Mean of a positive scalar; where there is nothing to average, a divisor that leaves 0."""
+    """Average a count over processes; at least a tiny number, so that 0 / 0 gives 0."""
     all_reduce(count, op='mean')
     return count.clamp_(min=torch.finfo(count.dtype).tiny)

@@ -1,8 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Accuracy of ImageNet classifiers on the data sets that test their robustness."""
+"""Metrics of ImageNet classifiers on robustness benchmarks."""
 
 from collections import defaultdict
 from pathlib import PurePath
+from statistics import mean
 from typing import Dict, List, Optional, Sequence
 
 from mmengine.evaluator import BaseMetric
@@ -11,20 +12,20 @@ from mmengine.registry import METRICS
 
 @METRICS.register_module()
 class SubsetAccuracy(BaseMetric):
-    """Accuracy on a data set that has only some of the classes which the model knows.
+    """Accuracy on a dataset with a subset of the model's classes.
 
     ImageNet-A and ImageNet-R have 200 of the 1000 classes. By their definition a model chooses
     among these 200 only: the prediction is the class of the subset with the best score.
 
     Args:
-        classes (Sequence[int]): The model's class for each class of the data set: label i of the
-            data set is ``classes[i]`` of the model.
+        classes (Sequence[int]): The model's class for each class of the dataset: label i of the
+            dataset is ``classes[i]`` of the model.
         topk (Sequence[int]): Default: (1, 5).
         collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
-        prefix (str, optional): Of the metric's name. Default: 'accuracy'.
+        prefix (str, optional): Prefix of the metric's name. Default: 'accuracy'.
 
     Raises:
-        ValueError: If the data set has another number of classes.
+        ValueError: If the dataset has another number of classes.
     """
 
     default_prefix = 'accuracy'
@@ -41,11 +42,11 @@ class SubsetAccuracy(BaseMetric):
         self.topk = tuple(topk)
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
-        """Note for each image how many classes of the subset score higher than the right one."""
+        """Count for each image the classes of the subset that score higher than the true one."""
         names = (self.dataset_meta or {}).get('classes')
         if names is not None and len(names) != len(self.classes):
             raise ValueError(
-                f'The data set has {len(names)} classes, but SubsetAccuracy is told of '
+                f'The dataset has {len(names)} classes, but SubsetAccuracy was given '
                 f'{len(self.classes)}. Does data_root hold one folder per class and nothing else?'
             )
         for sample in data_samples:
@@ -54,29 +55,29 @@ class SubsetAccuracy(BaseMetric):
             self.results.append((scores > right).sum().item())
 
     def compute_metrics(self, results: List[int]) -> Dict[str, float]:
-        """Percentage of images with the right class among the best k."""
+        """Compute the percentage of images with the true class among the best k."""
         return {
             f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk
         }
 
 
-@METRICS.register_module()
-class CorruptionError(BaseMetric):
+@METRICS.register_module(name=['MeanCorruptionError', 'CorruptionError'])  # the former name
+class MeanCorruptionError(BaseMetric):
     """Mean corruption error (mCE) on ImageNet-C.
 
     The error for a corruption is the mean over its severities, divided by that of a reference
-    model; mCE is the mean over corruptions (Hendrycks and Dietterich, ICLR 2019). Which corruption
-    an image shows is in its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
+    model; mCE is the mean over corruptions (Hendrycks and Dietterich, ICLR 2019). The corruption of
+    an image is read from its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
 
     Args:
         reference_errors (Dict[str, float]): Mean error of the reference model, in percent, for each
-            corruption. mCE is reported when all of them were seen at all severities.
-        severities (int): How many severities there are. Default: 5.
+            corruption. mCE is reported if all of them occur at all severities.
+        severities (int): Number of severities. Default: 5.
         collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
-        prefix (str, optional): Of the metric's name. Default: 'corruption'.
+        prefix (str, optional): Prefix of the metric's name. Default: 'corruption'.
 
     Raises:
-        ValueError: If an image is of a corruption without reference error.
+        ValueError: If an image has a corruption without reference error.
     """
 
     default_prefix = 'corruption'
@@ -93,7 +94,7 @@ class CorruptionError(BaseMetric):
         self.severities = severities
 
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
-        """Note for each image what it shows and whether the prediction is wrong."""
+        """Record the corruption and severity of each image, and whether it is misclassified."""
         for sample in data_samples:
             corruption, severity = PurePath(sample['img_path']).parts[-4:-2]
             if corruption not in self.reference_errors:
@@ -105,26 +106,22 @@ class CorruptionError(BaseMetric):
             self.results.append((corruption, severity, wrong))
 
     def compute_metrics(self, results: List[tuple]) -> Dict[str, float]:
-        """Mean error of each corruption, mean accuracy, and mCE."""
+        """Compute the mean error of each corruption, mean accuracy, and mCE."""
         wrong = defaultdict(lambda: defaultdict(list))
         for corruption, severity, is_wrong in results:
             wrong[corruption][severity].append(is_wrong)
         errors = {
-            corruption: 100 * _mean([_mean(images) for images in by_severity.values()])
+            corruption: 100 * mean([mean(images) for images in by_severity.values()])
             for corruption, by_severity in wrong.items()
         }
         metrics = {
             f'error/{name}': errors[name] for name in self.reference_errors if name in errors
         }
-        metrics['top1'] = 100 - _mean(list(errors.values()))
+        metrics['top1'] = 100 - mean(list(errors.values()))
         if set(errors) == set(self.reference_errors) and all(
             len(by_severity) == self.severities for by_severity in wrong.values()
         ):
-            metrics['mCE'] = 100 * _mean(
+            metrics['mCE'] = 100 * mean(
                 [errors[name] / self.reference_errors[name] for name in errors]
             )
         return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,24 +1,22 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The version of mmvil, and which versions of its neighbours it is made for."""
+"""The version of mmvil and the supported versions of its dependencies."""
 
-import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 __version__ = '0.1.0'
 
-# module: {distribution that provides it: (minimum, first version that is too new)}.
+# module: {distribution that provides it: supported versions}.
 # OpenMMLab's packages live on in two lines: the classic one and the maintained one ('onedl-').
 SUPPORTED = {
-    'torch': {'torch': ('2.1', None)},
-    'mmengine': {'mmengine': ('0.10.0', '1.0'), 'onedl-mmengine': ('0.10.8', '1.0')},
-    'mmcv': {
-        'mmcv': ('2.0.0', '3.0'),
-        'mmcv-lite': ('2.0.0', '3.0'),
-        'onedl-mmcv': ('2.3.0', '3.0'),
-    },
-    'mmseg': {'mmsegmentation': ('1.2.0', '2.0'), 'onedl-mmsegmentation': ('1.4.0', '2.0')},
-    'mmpretrain': {'mmpretrain': ('1.2.0', '2.0'), 'onedl-mmpretrain': ('1.3.0', '2.0')},
+    'torch': {'torch': '>=2.1'},
+    'mmengine': {'mmengine': '>=0.10.0,<1.0', 'onedl-mmengine': '>=0.10.8,<1.0'},
+    'mmcv': {'mmcv': '>=2.0.0,<3.0', 'mmcv-lite': '>=2.0.0,<3.0', 'onedl-mmcv': '>=2.3.0,<3.0'},
+    'mmseg': {'mmsegmentation': '>=1.2.0,<2.0', 'onedl-mmsegmentation': '>=1.4.0,<2.0'},
+    'mmpretrain': {'mmpretrain': '>=1.2.0,<2.0', 'onedl-mmpretrain': '>=1.3.0,<2.0'},
 }
 
 
@@ -26,7 +24,7 @@ def check_versions() -> None:
     """Report clashes between mmvil and the installed torch and OpenMMLab packages.
 
     Reads the metadata of the installed distributions and imports none of them. A package that is
-    absent is no clash: mmvil needs mmseg only to segment and mmpretrain only to classify.
+    absent is no clash: mmvil needs mmseg only for segmentation, mmpretrain for classification.
 
     Raises:
         ImportError: If a package is older or newer than mmvil supports. The message names every
@@ -46,13 +44,13 @@ def check_versions() -> None:
                 stacklevel=3,
             )
         for name, found in installed.items():
-            minimum, too_new = distributions[name]
-            if _is_between(found, minimum, too_new):
+            wanted = distributions[name]
+            # Release candidates and local builds ('2.1.0rc4+cu118') count as the release.
+            if Version(found).base_version in SpecifierSet(wanted):
                 continue
-            wanted = f'{name}>={minimum}' + (f',<{too_new}' if too_new else '')
             clashes.append(
-                f'{name} {found} is installed, but mmvil {__version__} needs {wanted}: '
-                f"pip install '{wanted}'"
+                f'{name} {found} is installed, but mmvil {__version__} needs {name}{wanted}: '
+                f"pip install '{name}{wanted}'"
             )
     if clashes:
         raise ImportError('\n'.join(clashes))
@@ -64,16 +62,3 @@ def _installed_version(distribution):
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _is_between(found, minimum, too_new):
-    return _numbers(minimum) <= _numbers(found) and (
-        too_new is None or _numbers(found) < _numbers(too_new)
-    )
-
-
-def _numbers(text):
-    """'2.1.0rc4+cu118' -> (2, 1, 0): release numbers, padded so that '2.1' equals '2.1.0'."""
-    release = re.match(r'\d+(\.\d+)*', text).group()
-    numbers = [int(number) for number in release.split('.')]
-    return tuple(numbers + [0] * (4 - len(numbers)))

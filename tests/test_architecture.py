@@ -12,9 +12,13 @@ OPENMMLAB = {'mmseg', 'mmpretrain', 'mmdet', 'mmpose'}
 ALLOWED = {
     'ops': {'torch'},
     'layers': {'torch', 'mmvil.ops'},
-    'converters': {'torch'},
+    'checkpoints': {'torch', 'numpy', 'mmengine'},
+    'converters': {'mmvil.checkpoints'},
     'backbones': {'torch', 'mmengine', 'mmcv', 'mmvil.layers', 'mmvil.checkpoints'},
-    'engine': {'torch', 'numpy', 'mmengine'},
+    'engine': {
+        *('torch', 'numpy', 'mmengine'),
+        *('mmvil.checkpoints', 'mmvil.losses', 'mmvil.metrics'),
+    },
 }
 
 

@@ -80,12 +80,17 @@ def test_check_versions_warns_of_two_distributions_of_one_module(installed):
         version.check_versions()
 
 
-@pytest.mark.parametrize(
-    'text, numbers',
-    [('2.1', (2, 1, 0, 0)), ('2.0.0rc4', (2, 0, 0, 0)), ('2.15.0+cu130', (2, 15, 0, 0))],
-)
-def test_numbers_of_version(text, numbers):
-    assert version._numbers(text) == numbers
+@pytest.mark.parametrize('found', ['2.0.0rc4', '2.0', '2.15.0+cu130'])
+def test_check_versions_takes_candidates_and_local_builds_for_the_release(installed, found):
+    installed['mmcv'] = found
+    version.check_versions()
+
+
+@pytest.mark.parametrize('found', ['1.7.2', '3.0.0rc1', '3.0'])
+def test_check_versions_refuses_what_lies_outside(installed, found):
+    installed['mmcv'] = found
+    with pytest.raises(ImportError, match='mmcv>=2.0.0,<3.0'):
+        version.check_versions()
 
 
 def test_wheel_ships_configs_tools_and_no_tests(tmp_path):

@@ -9,8 +9,6 @@ default_hooks = dict(
         interval=1,
         max_keep_ckpts=3,
         save_best='auto',
-        # A checkpoint appears when it is complete, whatever happens on the way.
-        backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),

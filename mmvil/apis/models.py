@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Models by name."""
+"""Build classifiers by name."""
 
 import difflib
 import fnmatch
@@ -11,13 +11,13 @@ from typing import Any, List, Optional, Sequence, Union
 import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
-from mmengine.runner.checkpoint import _load_checkpoint
+from mmengine.runner import CheckpointLoader
 
-from ..checkpoints import OFFICIAL_CHECKPOINTS, find_official, is_official, vil_to_mmvil
+from ..checkpoints import OFFICIAL_CHECKPOINTS, describe_misfit, find_official, weights_of
 
 
 def list_models(pattern: Optional[str] = None) -> List[str]:
-    """Names of the classifiers that :func:`get_model` builds, those that the authors publish.
+    """List the names of the published classifiers, which :func:`get_model` builds.
 
     Args:
         pattern (str, optional): Only names that begin like this; ``*`` stands for anything.
@@ -43,20 +43,20 @@ def get_model(
 ) -> BaseModel:
     """Build a classifier of mmpretrain by name.
 
-    Called with images that are normalized, shape (B, 3, H, W), it returns logits (B, classes);
-    ``extract_feat(images)`` returns what the linear layer sees. ``mmpretrain.inference_model(model,
-    'cat.jpg')`` takes files.
+    Called with normalized images, shape (B, 3, H, W), it returns logits (B, classes);
+    ``extract_feat(images)`` returns the input of the linear layer. ``mmpretrain.inference_model(
+    model, 'cat.jpg')`` takes files.
 
     Args:
         name (str): One of :func:`list_models`.
         pretrained (bool | str | Path): True for the published weights, which are downloaded once
             and cached, or a checkpoint: ours or an official one, as path, URL or ``mmvil://NAME``.
             Default: False, random weights.
-        device (str | torch.device, optional): Where to put the model.
+        device (str | torch.device, optional): Device of the model.
         num_classes (int, optional): Another number of classes. The linear layer of a checkpoint
             with other classes is not loaded.
-        out_indices (int | Sequence[int], optional): Leave the classifier out, and return the
-            feature maps (B, D, h, w) after these blocks as a tuple.
+        out_indices (int | Sequence[int], optional): Omit the classifier, and return the feature
+            maps (B, D, h, w) after these blocks as a tuple.
         **kwargs: Other settings of the model config, such as ``backbone=dict(frozen_stages=24)``.
 
     Returns:
@@ -98,35 +98,19 @@ def get_model(
 
 
 def _load(model: BaseModel, address: str, keep_head: bool) -> None:
-    """Load a classifier's checkpoint; unlike mmengine, refuse one that does not fit.
-
-    Raises:
-        ValueError: If tensors are missing or have other shapes.
-    """
-    checkpoint = _load_checkpoint(address, map_location='cpu')
-    state = checkpoint.get('state_dict', checkpoint)
-    state = vil_to_mmvil(state) if is_official(state) else dict(state)
-    state = model.backbone.adapt_pretrained(state, 'backbone.')
+    """Load a classifier's checkpoint; unlike mmengine, raise a ValueError if it does not fit."""
+    checkpoint = CheckpointLoader.load_checkpoint(address, map_location='cpu')
+    state = model.backbone.adapt_pretrained(weights_of(checkpoint), 'backbone.')
     own = model.state_dict()
-    head = [name for name in own if name.startswith('head.')]
-    if keep_head and any(name in state and state[name].shape != own[name].shape for name in head):
+    head = {name: value for name, value in own.items() if name.startswith('head.')}
+    if keep_head and describe_misfit(state, head, optional=head):
         MMLogger.get_current_instance().info(f'{address} has other classes: head not loaded.')
         state = {name: value for name, value in state.items() if name not in head}
         own = {name: value for name, value in own.items() if name not in head}
-    missing = [name for name in own if name not in state]
-    misshapen = [
-        f'{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model'
-        for name in own
-        if name in state
-        and not name.endswith('pos_embed')  # which is resized
-        and state[name].shape != own[name].shape
-    ]
-    if missing or misshapen:
+    misfit = describe_misfit(state, own, limit=None)
+    if misfit:
         raise ValueError(
-            f'{address} does not fit this model. '
-            + (f'Missing: {", ".join(missing)}. ' if missing else '')
-            + (f'Other shapes: {"; ".join(misshapen)}. ' if misshapen else '')
-            + 'Choose another model or checkpoint'
+            f'{address} does not fit this model: {misfit}. Choose another model or checkpoint'
             + (', or give num_classes.' if not keep_head else '.')
         )
     model.load_state_dict(state, strict=False)
@@ -135,7 +119,7 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
 
 @functools.cache
 def register_models() -> None:
-    """Make ViL's classifiers known to mmpretrain and timm by name, as far as these are installed.
+    """Register ViL's classifiers with mmpretrain and timm, if installed, by name.
 
     Afterwards ``mmpretrain.list_models('vil2-*')`` and ``timm.list_models('mmvil*')`` list them,
     and ``mmpretrain.get_model``, ``mmpretrain.inference_model`` and ``timm.create_model`` build
@@ -163,8 +147,8 @@ def _register_mmpretrain(caller: str) -> None:
         from mmpretrain.apis import ModelHub
     except ImportError as error:
         raise ImportError(
-            f'{caller} needs mmpretrain, which cannot be imported ({error}). How to install it: '
-            'see README.md. Without it, use timm, or mmvil.VisionLSTM itself.'
+            f'{caller} needs mmpretrain, which cannot be imported ({error}). See '
+            'README.md for installation, or use timm or mmvil.VisionLSTM itself.'
         ) from error
     root = _root()
     if not ModelHub.has(OFFICIAL_CHECKPOINTS[0].model):

@@ -13,18 +13,18 @@ import torch.fx
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints import adapt_input_channels, is_official, vil_to_mmvil
+from ..checkpoints import is_official, vil_to_mmvil
+from ..checkpoints.channels import adapt_backbone_channels, input_channels
+from ..checkpoints.compare import fits
+from ..checkpoints.pretrained import check_pretrained, load_pretrained
 from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias
 
 torch.fx.wrap('resize_pos_embed')  # symbolic tracing keeps it whole: it depends on sizes
-
-_FIRST_WEIGHT = 'patch_embed.projection.weight'
 
 
 @MODELS.register_module()
@@ -43,8 +43,8 @@ class VisionLSTM(BaseModule):
 
     Args:
         arch (str | dict): 'tiny' ('t'), 'small' ('s'), 'base' ('b'), 'tiny_plus' or 'small_plus';
-            or a dict with ``embed_dims`` (a multiple of 8) and ``depth``, the number of mLSTM
-            blocks. Default: 'base'.
+            or a dict with ``embed_dims`` (a multiple of 8) and ``depth`` (number of mLSTM blocks).
+            Default: 'base'.
         version (int): 2, the paper's final model, or 1, its first. Default: 2.
         img_size (int | tuple[int, int]): Image size, height first, for which position embeddings
             are made. Default: 224.
@@ -54,18 +54,17 @@ class VisionLSTM(BaseModule):
         in_channels (int): Default: 3.
         out_indices (int | Sequence[int]): Blocks whose output is returned, ascending, 0-based,
             negative ones from the end. Blocks after the last one are not built. Default: -1.
-        final_norm (bool): LayerNorm on the last output. The UperNet recipe goes without. Default:
-            True.
+        final_norm (bool): LayerNorm on the last output; off in the UperNet recipe. Default: True.
         out_type (str): 'featmap' (B, D, gh, gw), 'raw' (B, N, D), 'bilateral_concat' (B, 2D): first
             and last token side by side, or 'bilateral_avg' (B, D): their mean. On the last output
             the bilateral types end with their own norm, so that a linear head completes the
             classifier (v2 was trained with 'bilateral_concat', v1 with 'bilateral_avg'). Default:
             'featmap'.
         pyramid (dict, optional): Rescale the feature maps to different strides. Keys: ``strides``,
-            one per output, such as (4, 8, 16, 32), their ratios to the stride of the patches are
-            powers of two; ``out_channels`` (None | int | Sequence[int]), projects to these widths;
-            ``norm_cfg``, default ``dict(type='BN')``. Maps are cropped to the image size divided by
-            the stride, rounded up. Default: None.
+            one per output, such as (4, 8, 16, 32), powers of two times the stride of the patches;
+            ``out_channels`` (None | int | Sequence[int]), widths of a projection; ``norm_cfg``,
+            default ``dict(type='BN')``. Maps are cropped to the image size divided by the stride,
+            rounded up. Default: None.
         drop_path_rate (float): Stochastic depth. Default: 0.
         drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the rate in the
             last. Default: 'uniform'.
@@ -81,8 +80,7 @@ class VisionLSTM(BaseModule):
             weights of RGB images to ``in_channels``. Default: None.
 
     Raises:
-        ValueError: For unknown choices and sizes that do not fit, naming both the value and what is
-            possible.
+        ValueError: For unknown choices and sizes that do not fit, with the possible values.
     """
 
     num_heads = 4
@@ -200,9 +198,8 @@ class VisionLSTM(BaseModule):
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
                 raise ValueError(
-                    f'Unknown arch {arch!r}; choose from {sorted(cls.arch_settings)} '
-                    'or give a dict with '
-                    "'embed_dims' and 'depth'."
+                    f'Unknown arch {arch!r}; choose from {sorted(cls.arch_settings)} or give a '
+                    "dict with 'embed_dims' and 'depth'."
                 )
             arch = cls.arch_settings[arch]
         if set(arch) != {'embed_dims', 'depth'}:
@@ -270,8 +267,8 @@ class VisionLSTM(BaseModule):
             x (Tensor): Images, shape (B, C, H, W).
 
         Returns:
-            tuple[Tensor]: One output per entry of ``out_indices``, in the shape that ``out_type``
-            and ``pyramid`` say.
+            tuple[Tensor]: One output per entry of ``out_indices``, shaped by ``out_type`` and
+            ``pyramid``.
 
         Raises:
             ValueError: As :meth:`embed` does.
@@ -303,15 +300,15 @@ class VisionLSTM(BaseModule):
             tuple[Tensor, tuple[int, int]]: Tokens in row-major order (B, N, D), and the token grid.
 
         Raises:
-            ValueError: If x is no batch of images of ``in_channels`` channels and at least one
-                patch.
+            ValueError: If x is not a batch of images of ``in_channels`` channels and at least
+                one patch.
         """
         x, grid = self.patch_embed(x)
         return x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2), grid
 
     def _format(self, x: Tensor, grid: Tuple[int, int], last: bool) -> Tensor:
-        """Bring the tokens (B, N, D) after a block into the shape that was asked for; norms belong
-        to the last output.
+        """Convert the tokens (B, N, D) after a block to ``out_type``; norms belong to the last
+        output.
         """
         if last and self.norm is not None:
             x = self.norm(x)
@@ -349,7 +346,8 @@ class VisionLSTM(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
-        """Depth of a parameter for layer-wise learning rate decay, which counts pairs of blocks.
+        """Return the depth of a parameter for layer-wise learning rate decay, which counts pairs
+        of blocks.
 
         Args:
             param_name (str): Name of the parameter.
@@ -388,42 +386,17 @@ class VisionLSTM(BaseModule):
         everything.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            self._load_pretrained(self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
+            load_pretrained(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
             self._is_init = True
         else:
             super().init_weights()
 
-    def _load_pretrained(self, filename: str, prefix: Optional[str]) -> None:
-        """Load a backbone from ours or an official checkpoint, and log what was loaded and what was
-        not.
-        """
-        logger = MMLogger.get_current_instance()
-        source = _load_checkpoint(filename, map_location='cpu', logger=logger)
-        source = source.get('state_dict', source)
-        if is_official(source):
-            source = vil_to_mmvil(source)
-        if prefix is None and any(key.startswith('backbone.') for key in source):
-            prefix = 'backbone.'
-        prefix = (prefix.rstrip('.') + '.') if prefix else ''
-        state = {
-            key[len(prefix) :]: value for key, value in source.items() if key.startswith(prefix)
-        }
-        state = self.adapt_pretrained(state)
-        self._check_fit(state, filename + (f', {prefix}*,' if prefix else ''))
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        total = len(self.state_dict())
-        logger.info(
-            f'Loaded {total - len(missing)} of {total} backbone tensors from {filename}. '
-            f'Left at initialization: {_summary(missing)}. Not used from the checkpoint: '
-            f'{_summary(unexpected + [key for key in source if not key.startswith(prefix)])}.'
-        )
-
     def adapt_pretrained(
         self, state_dict: Dict[str, Tensor], prefix: str = ''
     ) -> Dict[str, Tensor]:
-        """Adapt pretrained weights of RGB images to ``in_channels``, and log it.
+        """Adapt pre-trained weights of RGB images to ``in_channels``, and log it.
 
-        Loading a state dict does not: a trained model belongs to images of its own channels.
+        ``load_state_dict`` does not: a trained model belongs to images of its own channels.
 
         Args:
             state_dict (dict[str, Tensor]): Weights to start from; not changed.
@@ -433,49 +406,13 @@ class VisionLSTM(BaseModule):
             dict[str, Tensor]: The weights; a new dict if one was adapted.
 
         Raises:
-            ValueError: If they are of neither 3 nor ``in_channels`` channels.
+            ValueError: If the weights have neither 3 nor ``in_channels`` channels.
         """
-        name = prefix + _FIRST_WEIGHT
-        weight = state_dict.get(name)
-        if weight is None or weight.dim() != 4 or weight.shape[1] == self.in_channels:
-            return state_dict
-        adapted = adapt_input_channels(weight, self.in_channels)
-        MMLogger.get_current_instance().info(
-            f'Adapted {name} from {weight.shape[1]} to {self.in_channels} input channels.'
-        )
-        return {**state_dict, name: adapted}
-
-    def _check_fit(self, state: Dict[str, Tensor], source: str) -> None:
-        """Make sure that a state dict has the embeddings and every block, in the right shapes.
-
-        Raises:
-            ValueError: If it does not.
-        """
-        own = self.state_dict()
-        misshapen = [
-            f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} here'
-            for key, value in state.items()
-            if key in own and value.shape != own[key].shape and not self._resizes(key, value)
-        ]
-        trunk = [key for key in own if key.startswith(('patch_embed.', 'pos_embed', 'layers.'))]
-        missing = [key for key in trunk if key not in state]
-        if not any(key.startswith('layers.') for key in state):
-            reason = 'it has no ViL blocks'
-        elif misshapen:
-            reason = f'its shapes differ: {_summary(misshapen, "; ")}'
-        elif missing:
-            reason = f'it lacks weights: {_summary(missing)}'
-        else:
-            return
-        raise ValueError(
-            f'{source} does not fit this VisionLSTM (embed_dims={self.embed_dims}, '
-            f'version={self.version}): {reason}. Choose the arch and version of the checkpoint, or '
-            'another checkpoint.'
-        )
+        return adapt_backbone_channels(state_dict, self.in_channels, prefix)
 
     def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
-        """Let official checkpoints load into a whole classifier: mmpretrain's ``ImageClassifier``
-        calls this before it loads.
+        """Convert an official checkpoint that is about to be loaded into a whole classifier;
+        mmpretrain's ``ImageClassifier`` calls this.
         """
         source = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
         if not is_official(source):
@@ -483,46 +420,33 @@ class VisionLSTM(BaseModule):
         name = 'backbone.'
         converted = self.adapt_pretrained(vil_to_mmvil(source), name)
         backbone = {key[len(name) :]: x for key, x in converted.items() if key.startswith(name)}
-        self._check_fit(backbone, 'The official checkpoint')
+        check_pretrained(self, backbone, 'The official checkpoint')
         for key in source:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: value for key, value in converted.items()})
 
     def _check_loaded_channels(self, state_dict: dict, prefix: str, *args) -> None:
-        """Refuse weights of images of other channels: mmengine would only warn, and go on with a
-        random patch embedding.
+        """Reject weights for other channels: mmengine would only warn, and continue with a random
+        patch embedding.
         """
-        weight = state_dict.get(prefix + _FIRST_WEIGHT)
-        if weight is None or weight.dim() != 4 or weight.shape[1] == self.in_channels:
+        given = input_channels(state_dict, prefix)
+        if given in (None, self.in_channels):
             return
         raise ValueError(
-            f'The checkpoint is of images of {weight.shape[1]} channels, but the model has '
+            f'The checkpoint is of images of {given} channels, but the model has '
             f'in_channels={self.in_channels}. Test and resume with the in_channels of the '
             "checkpoint; weights to start from belong in the backbone's init_cfg, or in load_from "
             'with the hook mmvil.engine.AdaptInputChannelsHook, which tools/train.py has.'
         )
 
-    def _resizes(self, key: str, value: Tensor) -> bool:
-        """Whether a loaded tensor is a position embedding of another image size."""
-        return key == 'pos_embed' and value.dim() == 4 and value.shape[-1] == self.embed_dims
-
     def _resize_loaded_pos_embed(self, state_dict: dict, prefix: str, *args) -> None:
-        """Let checkpoints of another image size load."""
+        """Resize the position embedding of another image size."""
         name = prefix + 'pos_embed'
-        loaded = state_dict.get(name)
-        if loaded is None or loaded.shape == self.pos_embed.shape:
+        loaded = state_dict.get(name, self.pos_embed)
+        if loaded.shape == self.pos_embed.shape or not fits(name, loaded, self.pos_embed):
             return
-        if self._resizes('pos_embed', loaded):
-            grid = tuple(self.pos_embed.shape[1:3])
-            MMLogger.get_current_instance().info(
-                f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
-            )
-            state_dict[name] = resize_pos_embed(loaded, grid)
-
-
-def _summary(names: Sequence[str], separator: str = ', ', limit: int = 4) -> str:
-    if not names:
-        return 'nothing'
-    return separator.join(names[:limit]) + (
-        f' and {len(names) - limit} more' if len(names) > limit else ''
-    )
+        grid = tuple(self.pos_embed.shape[1:3])
+        MMLogger.get_current_instance().info(
+            f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
+        )
+        state_dict[name] = resize_pos_embed(loaded, grid)

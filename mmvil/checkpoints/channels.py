@@ -1,16 +1,21 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Weights of RGB images to images of other channels."""
+"""Adapt the weights of RGB models to images with other channels."""
+
+from typing import Dict, Mapping, Optional
 
 import torch
+from mmengine.logging import MMLogger
 from torch import Tensor
+
+_FIRST_WEIGHT = 'patch_embed.projection.weight'
 
 
 def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
-    """Adapt the weight of an RGB model's patch embedding to images of other channels.
+    """Adapt the weight of an RGB model's patch embedding to images with other channels.
 
-    One channel gets the sum over red, green and blue, so that a gray image gives what its RGB copy
-    gives. More channels get the three in turn, scaled by ``3 / in_channels`` to keep the size of
-    the sum. The rule is that of ``timm.models._manipulate.adapt_input_conv``.
+    One channel gets the sum over red, green and blue, so that a gray image yields the same output
+    as its RGB copy. More channels repeat the three in turn, scaled by ``3 / in_channels`` to keep
+    the magnitude of the sum. The rule is that of ``timm.models._manipulate.adapt_input_conv``.
 
     Args:
         weight (Tensor): Shape (D, C, P, P).
@@ -38,3 +43,36 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
         cyclic = torch.arange(in_channels, device=weight.device) % 3
         adapted = precise[:, cyclic] * (3 / in_channels)
     return adapted.to(weight.dtype)
+
+
+def adapt_backbone_channels(
+    state_dict: Dict[str, Tensor], in_channels: int, prefix: str = ''
+) -> Dict[str, Tensor]:
+    """Adapt pre-trained weights of a backbone to images with other channels, and log it.
+
+    Args:
+        state_dict (dict[str, Tensor]): Weights to start from; not changed.
+        in_channels (int): Channels of the images.
+        prefix (str): Prefix of the backbone's weights. Default: ''.
+
+    Returns:
+        dict[str, Tensor]: The weights; a new dict if one was adapted.
+
+    Raises:
+        ValueError: As :func:`adapt_input_channels` does.
+    """
+    given = input_channels(state_dict, prefix)
+    if given in (None, in_channels):
+        return state_dict
+    name = prefix + _FIRST_WEIGHT
+    adapted = adapt_input_channels(state_dict[name], in_channels)
+    MMLogger.get_current_instance().info(
+        f'Adapted {name} from {given} to {in_channels} input channels.'
+    )
+    return {**state_dict, name: adapted}
+
+
+def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[int]:
+    """Channels of the images for which a backbone's weights are, None if they do not say."""
+    weight = state_dict.get(prefix + _FIRST_WEIGHT)
+    return weight.shape[1] if weight is not None and weight.dim() == 4 else None

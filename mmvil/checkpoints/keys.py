@@ -1,8 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Official Vision-LSTM state dicts to ours."""
+"""Convert official Vision-LSTM state dicts to ours, and read the architecture off a state dict."""
 
 import re
-from collections import OrderedDict
 from typing import Dict, Mapping, Optional
 
 from torch import Tensor
@@ -29,25 +28,43 @@ _STANDALONE = re.compile(
     r'^blocks\.(?P<block>\d+)\.'
     r'((?P<direction>rowwise_from_top_left|rowwise_from_bot_right)\.)?(layer\.)?(?P<rest>.+)$'
 )
-_NORM_WEIGHT_OF_THE_STACK = re.compile(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$')
+_STACK_NORM_WEIGHT = re.compile(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$')
 
 
 def is_official(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has one of the official layouts, be it complete or not."""
+    """Whether a state dict has one of the official layouts, complete or not."""
     return any(
         '.mlstm_cell.' in key and (_TRAINING.match(key) or _STANDALONE.match(key))
         for key in state_dict
     )
 
 
+def weights_of(checkpoint: Mapping) -> Dict[str, Tensor]:
+    """Extract the weights of a checkpoint by the names of a plain model of ours.
+
+    Args:
+        checkpoint (Mapping): A checkpoint with ``state_dict``, or a state dict; ours or an official
+            one. Not changed.
+
+    Returns:
+        dict[str, Tensor]: A new dict, without the prefix ``module.`` that DDP adds.
+
+    Raises:
+        ValueError: As :func:`vil_to_mmvil` does.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    state = {name.removeprefix('module.'): value for name, value in state.items()}
+    return vil_to_mmvil(state) if is_official(state) else state
+
+
 def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """Convert an official state dict to the layout of mmpretrain's ``ImageClassifier``
     (``backbone.*``, ``head.fc.*``).
 
-    Both official layouts are understood: that of the training checkpoints (``xlstm.blocks.*``) and
-    that of the standalone models (``blocks.*``, ``norm``, ``legacy_norm``), versions 1 and 2. The
-    norms inside the block stack store their weight minus 1; the 1 is added here in float64, so that
-    a float64 model loses no digit (loading rounds to the model's dtype).
+    Both official layouts are supported, in versions 1 and 2: that of the training checkpoints
+    (``xlstm.blocks.*``) and that of the standalone models (``blocks.*``, ``norm``,
+    ``legacy_norm``). The norms inside the block stack store their weight minus 1; the 1 is added in
+    float64, so that a float64 model loses no digit (loading rounds to the model's dtype).
 
     Args:
         state_dict (Mapping[str, Tensor]): Official names and tensors.
@@ -59,21 +76,19 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         ValueError: If the state dict is not an official one, or names in it are not known.
     """
     names = official_names(state_dict)
-    unknown = [official for official, name in names.items() if name is None]
+    unknown = [key for key, name in names.items() if name is None]
     if unknown:
         raise ValueError(
             f'Unknown names in an official Vision-LSTM state dict: {", ".join(unknown)}.'
         )
-    converted = OrderedDict()
-    for official, name in names.items():
-        value = state_dict[official]
-        in_stack = _NORM_WEIGHT_OF_THE_STACK.match(name)
-        converted[name] = value.double() + 1 if in_stack else value
-    return converted
+    return {
+        name: state_dict[key].double() + 1 if _STACK_NORM_WEIGHT.match(name) else state_dict[key]
+        for key, name in names.items()
+    }
 
 
 def official_names(state_dict: Mapping[str, Tensor]) -> Dict[str, Optional[str]]:
-    """What the tensors of an official state dict are called here.
+    """Map the names in an official state dict to ours.
 
     Args:
         state_dict (Mapping[str, Tensor]): Official names and tensors.
@@ -91,7 +106,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> Dict[str, Optional[str]]
             "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*'."
         )
     outside = _names_outside_blocks(state_dict)
-    names = OrderedDict()
+    names = {}
     for key in state_dict:
         if key.endswith('causal_mask'):
             continue
@@ -145,8 +160,8 @@ def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> Dict[str, str]:
 def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """Read the sizes of a classifier off its tensors.
 
-    What tensors cannot tell is the stride of the patches: the position embedding has one entry per
-    patch of an image that is cut without overlap, in the models with overlap too.
+    The stride of the patches cannot be read off: the position embedding has one entry per patch of
+    an image cut without overlap, in the models with overlap too.
 
     Args:
         state_dict (Mapping[str, Tensor]): A classifier in our layout, see :func:`vil_to_mmvil`.
@@ -156,7 +171,7 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
         width), out_type, num_classes.
 
     Raises:
-        ValueError: If a tensor that says so is missing or has an impossible shape.
+        ValueError: If a tensor that is needed for this is missing or has an impossible shape.
     """
     blocks = {}
     for key, value in state_dict.items():

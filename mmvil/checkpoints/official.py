@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The checkpoints that the authors of Vision-LSTM publish."""
+"""Checkpoints published by the authors of Vision-LSTM."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ OFFICIAL_URL = 'https://ml.jku.at/research/vision_lstm/download/'
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """One published file.
+    """A published file.
 
     Args:
-        model (str): Name of the model, as the authors call it and as ``mmvil.get_model`` takes it.
-        file (str): The file.
+        model (str): Name of the model for ``mmvil.get_model``, the one that the authors use.
+        file (str): Name of the file.
         version (int): Version of the model.
         arch (str): ``arch`` of :class:`mmvil.VisionLSTM`.
         top1 (float): Published top-1 accuracy on ImageNet-1K in percent.
@@ -28,7 +28,7 @@ class OfficialCheckpoint:
 
     @property
     def name(self) -> str:
-        """Short name of the file, for ``mmvil://NAME``: 'vil2_tiny16' of the model 'vil2-tiny'."""
+        """Short name for ``mmvil://NAME``: 'vil2_tiny16' for the model 'vil2-tiny'."""
         version, arch, *variant = self.model.split('-')
         return '_'.join([version, f'{arch}16', *variant])
 
@@ -39,7 +39,7 @@ class OfficialCheckpoint:
 
     @property
     def url(self) -> str:
-        """Where the authors keep the file."""
+        """Address of the file."""
         return OFFICIAL_URL + self.file
 
 
@@ -64,7 +64,7 @@ OFFICIAL_CHECKPOINTS = tuple(
 
 
 def find_official(address: str) -> OfficialCheckpoint:
-    """The published checkpoint that an address means.
+    """Find a published checkpoint by its address.
 
     Args:
         address (str): ``mmvil://NAME`` with a short name or the name of the file, the URL of the

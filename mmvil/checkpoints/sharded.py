@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Checkpoints of sharded training: a folder in which every process has written its share.
+"""Sharded checkpoints: a folder to which every process has written its share.
 
-The tensors are written and read by ``torch.distributed.checkpoint``, which knows their pieces: any
-number of processes can read what any other number wrote, also one that is no part of a group. What
-is not sharded (schedules, logs, the config) lies beside them in one ordinary checkpoint file.
+The tensors are written and read by ``torch.distributed.checkpoint``: any number of processes can
+read what any other number wrote, also a single one without a process group. What is not sharded
+(schedules, logs, the config) is stored beside them in one ordinary checkpoint file.
 """
 
 import errno
@@ -17,14 +17,8 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.runner import save_checkpoint
 
-from .safe_load import (
-    ATOMIC,
-    PARTIAL,
-    DamagedCheckpointError,
-    check_pickle,
-    load_safely,
-    replace,
-)
+from .atomic import ATOMIC, PARTIAL, replace
+from .safe_load import DamagedCheckpointError, check_pickle, load_file
 
 INDEX = '.metadata'  # the name that torch gives it
 REST = 'rest.pth'
@@ -32,11 +26,7 @@ WEIGHTS = 'state_dict'
 
 
 def require_shards() -> None:
-    """Make sure that the installed PyTorch can do what is needed here.
-
-    Raises:
-        ValueError: If not.
-    """
+    """Raise a ValueError if the installed PyTorch is too old for sharded checkpoints."""
     try:
         from torch.distributed import checkpoint
 
@@ -56,10 +46,10 @@ def is_sharded(path) -> bool:
 
 
 def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
-    """Write a checkpoint, all processes together. It appears when it is complete.
+    """Write a checkpoint atomically; a collective call of all processes.
 
     Args:
-        folder (str): Where to; on a disk that all machines share.
+        folder (str): Target, on a disk that all machines share.
         tensors (dict[str, dict]): Nested dicts of sharded tensors, such as ``state_dict``.
         rest (dict): Anything else that a checkpoint holds, the same in all processes.
 
@@ -71,7 +61,7 @@ def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
     folder = os.fspath(folder).rstrip('/')
     partial = folder + PARTIAL
     if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)  # of a training that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a training that was killed
     barrier()
     try:
         checkpoint.save(tensors, checkpoint_id=partial)
@@ -89,12 +79,12 @@ def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
 
 
 def load_rest(folder: str) -> dict:
-    """Load what is not sharded; raises as :func:`load_safely` does."""
-    return load_safely(os.path.join(folder, REST), 'cpu')
+    """Load what is not sharded; raises as :func:`load_file` does."""
+    return load_file(os.path.join(folder, REST), 'cpu')
 
 
 def load_shards(folder: str, tensors: Dict[str, dict]) -> None:
-    """Fill sharded tensors, in place, from a checkpoint; all processes together.
+    """Load sharded tensors in place; a collective call of all processes.
 
     Args:
         folder (str): A sharded checkpoint.
@@ -118,14 +108,13 @@ def load_shards(folder: str, tensors: Dict[str, dict]) -> None:
 
 
 def join_shards(folder: str) -> dict:
-    """Make a sharded checkpoint one ordinary checkpoint, in one process and without a GPU.
+    """Join a sharded checkpoint into an ordinary one, in one process and without a GPU.
 
     Args:
         folder (str): A sharded checkpoint.
 
     Returns:
-        dict: The checkpoint of a plain training, with the weights as whole tensors on the CPU, and
-        without the state of the optimizer.
+        dict: The checkpoint with whole tensors on the CPU, without the state of the optimizer.
 
     Raises:
         UntrustedCheckpointError, DamagedCheckpointError: See :func:`load_shards`.
@@ -141,7 +130,7 @@ def join_shards(folder: str) -> dict:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    with warnings.catch_warnings():  # that there are no other processes
+    with warnings.catch_warnings():  # about the missing process group
         warnings.simplefilter('ignore', UserWarning)
         checkpoint.load({WEIGHTS: weights}, storage_reader=reader, no_dist=True)
     rest = load_rest(folder)
@@ -150,7 +139,7 @@ def join_shards(folder: str) -> dict:
 
 
 def _reader(folder: str):
-    """A reader of tensors, whose index, which is a pickle, has been looked through."""
+    """A reader of tensors whose index, a pickle, has been checked."""
     from torch.distributed.checkpoint import FileSystemReader
 
     check_pickle(os.path.join(folder, INDEX))

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import DictAction
 from mmengine.dist import is_distributed
 
-from ..checkpoints.safe_load import load_safely_from_now_on
+from ..checkpoints import register_safe_loaders
 from ..engine import SampleError
 from .errors import UserError, explain, is_first_process
 
@@ -25,7 +25,7 @@ def run(main) -> None:
     Checkpoints are loaded without running code that they contain, unless ``--trust-checkpoint``.
     """
     if '--trust-checkpoint' not in sys.argv:
-        load_safely_from_now_on()
+        register_safe_loaders()
     try:
         main()
     except (UserError, ValueError, FloatingPointError, OSError) as error:

@@ -13,7 +13,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
-from ..checkpoints import find_official, is_official, vil_to_mmvil
+from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import dicts, innermost_datasets, strategy_name
 from .config import build_lazily
@@ -188,25 +188,10 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     sharded = hasattr(model, 'summon_full_params')
     while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
-    given = checkpoint.get('state_dict', checkpoint)
-    given = {name.removeprefix('module.'): tensor for name, tensor in given.items()}
-    if is_official(given):
-        given = vil_to_mmvil(given)  # as the classifier does when it loads
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in given]
-    misfits = [name for name in wanted if name in given and not _fits(name, given, wanted)]
-    complaints = []
-    if missing:
-        complaints.append(f'{len(missing)} of {len(wanted)} tensors are missing ({missing[0]}, …)')
-    if misfits:
-        name = misfits[0]
-        complaints.append(
-            f'{len(misfits)} have another shape ({name}: {tuple(given[name].shape)} in the file, '
-            f'{tuple(wanted[name].shape)} in the model)'
-        )
-    if complaints:
+    misfit = describe_misfit(weights_of(checkpoint), model.state_dict())
+    if misfit:
         raise UserError(
-            f'{path} does not fit the config: {" and ".join(complaints)}. '
+            f'{path} does not fit the config: {misfit}. '
             'Test and resume with the config that it was trained with.'
         )
 
@@ -216,9 +201,3 @@ class CheckFitHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')
-
-
-def _fits(name: str, given: dict, wanted: dict) -> bool:
-    if name.endswith('pos_embed'):  # the backbone resizes its grid
-        return given[name].shape[-1] == wanted[name].shape[-1]
-    return given[name].shape == wanted[name].shape

@@ -6,13 +6,9 @@ import shutil
 import time
 from pathlib import Path
 
-from ..checkpoints.safe_load import (
-    ATOMIC,
-    PARTIAL,
-    DamagedCheckpointError,
-    find_good_checkpoint,
-    verify,
-)
+from ..checkpoints.atomic import ATOMIC, PARTIAL
+from ..checkpoints.resume import find_good_checkpoint, verify
+from ..checkpoints.safe_load import DamagedCheckpointError
 from ..checkpoints.sharded import is_sharded
 from .errors import UserError
 

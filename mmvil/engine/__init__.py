@@ -1,23 +1,29 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What training adds to mmengine: layer-wise learning rates, runs that resume exactly, several
-processes that equal one.
+"""Additions to mmengine's training: hooks, layer-wise learning rates, CPU and sharded training.
+
+Losses, metrics and the functions for checkpoints are exported here, too, because configs and users'
+code name them by this path.
 """
 
-from ..checkpoints.safe_load import (
+from ..checkpoints import (
     DamagedCheckpointError,
     UntrustedCheckpointError,
     find_good_checkpoint,
     load_safely,
-    load_safely_from_now_on,
+    register_safe_loaders,
     verify,
 )
 from ..losses import GlobalBatchCrossEntropyLoss
-from ..metrics import CorruptionError, SubsetAccuracy
+from ..metrics import MeanCorruptionError, SubsetAccuracy
 from .cpu import CPUAmpOptimWrapper, CPUSyncBatchNorm
 from .hooks import AdaptInputChannelsHook, AverageLogHook, IterationSeedHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .nan_guard import NaNGuardHook
 from .sampling import SampleError
+
+# Former names.
+CorruptionError = MeanCorruptionError
+load_safely_from_now_on = register_safe_loaders
 
 __all__ = [
     'AdaptInputChannelsHook',
@@ -29,6 +35,7 @@ __all__ = [
     'GlobalBatchCrossEntropyLoss',
     'IterationSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'MeanCorruptionError',
     'NaNGuardHook',
     'SampleError',
     'SubsetAccuracy',
@@ -36,5 +43,6 @@ __all__ = [
     'find_good_checkpoint',
     'load_safely',
     'load_safely_from_now_on',
+    'register_safe_loaders',
     'verify',
 ]

@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Parts of a config that several modules look for."""
+"""Find parts of a config."""
 
 from mmengine.config import Config
 
 
 def dicts(node):
-    """Every dict inside a config."""
+    """Iterate over all dicts inside a config."""
     if isinstance(node, (dict, Config)):
         if isinstance(node, dict):
             yield node
@@ -17,13 +17,14 @@ def dicts(node):
 
 
 def loaders(cfg: Config) -> list:
+    """List the configs of the data loaders."""
     names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return [cfg[name] for name in names if cfg.get(name) is not None]
 
 
 def innermost_datasets(dataset: dict):
-    """The innermost datasets: wrappers such as RepeatDataset and ConcatDataset hold others."""
-    inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
+    """Iterate over the innermost datasets inside wrappers such as RepeatDataset, ConcatDataset."""
+    inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
     if not inner:
         yield dataset
     for each in inner:

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Training without a GPU: mixed precision, synchronized batch norm, memory, and the config."""
+"""Training without a GPU: mixed precision, synchronized batch norm, memory, config."""
 
 import ctypes
 import os
@@ -20,17 +20,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(AmpOptimWrapper):
-    """mmengine's ``AmpOptimWrapper`` for the CPU, which that one refuses.
+    """mmengine's ``AmpOptimWrapper`` for the CPU, which the original rejects.
 
-    Autocast and loss scaling are PyTorch's own, the same as on a GPU; the kernels are the CPU's,
-    and slower than in float32. So this tells whether training in half precision overflows, not how
-    fast it is.
+    Autocast and loss scaling are PyTorch's own, as on a GPU, but slower than float32: this shows
+    whether training in half precision overflows, not its speed.
 
     Args:
         dtype (str): 'float16', with dynamic loss scaling, or 'bfloat16', without. Default:
             'float16'.
-        loss_scale (str | float): First scale of the loss in float16. Default: 'dynamic', which is
-            65536, as on a GPU.
+        loss_scale (str | float): Initial loss scale in float16. Default: 'dynamic', that is 65536,
+            as on a GPU.
         **kwargs: See :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
@@ -47,7 +46,7 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
                 f'PyTorch {torch.__version__} has no float16 training on the CPU; use bfloat16, or '
                 'PyTorch 2.3 or later.'
             )
-        OptimWrapper.__init__(self, **kwargs)  # the parent's would look for a GPU
+        OptimWrapper.__init__(self, **kwargs)  # the parent's needs a GPU
         self.cast_dtype = getattr(torch, dtype)
         self._scale_update_param = None
         if hasattr(torch.amp, 'GradScaler'):
@@ -67,9 +66,8 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes, on CPUs.
 
-    torch's ``SyncBatchNorm`` is for GPUs only. This one does the same with plain, differentiable
-    operations, so that training with several CPU processes is exact, too. On one process it is
-    ``BatchNorm2d``. The tools put it in the place of SyncBN where there is no GPU.
+    ``SyncBatchNorm`` of torch runs on GPUs only. This does the same with plain differentiable
+    operations; on one process it is ``BatchNorm2d``. The tools replace SyncBN by it without a GPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +79,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), numel]))
         count = sums[-1].detach()
         mean = (sums[:-1] / count).view(1, channels, 1, 1)
-        centred = x - mean  # a second round, because E[x²] - E[x]² loses digits
+        centred = x - mean  # a second pass, because E[x²] - E[x]² loses digits
         var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         self._update_running(mean.detach().flatten(), var.detach() * count / (count - 1))
 
@@ -104,7 +102,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduced gradient: each input is in all the sums."""
+    """All-reduce whose gradient is all-reduced, too: each input is part of all the sums."""
 
     @staticmethod
     def forward(ctx, x):
@@ -122,13 +120,13 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def fit_to_cpu(cfg: Config) -> list:
-    """Replace what needs a GPU where there is none.
+    """Adapt a config to a machine without GPU.
 
     Args:
         cfg (Config): Changed in place.
 
     Returns:
-        list[str]: What was replaced, for the log. Empty on a machine with an accelerator.
+        list[str]: Notes on the changes, for the log. Empty on a machine with an accelerator.
     """
     if get_device() != 'cpu':
         return []
@@ -151,8 +149,8 @@ def fit_to_cpu(cfg: Config) -> list:
         loader.pin_memory = False
 
     if cfg.launcher == 'pytorch':
-        # Imported later, as DDP does, its functions keep the process group as their default, and
-        # leave_process_group could not end it.
+        # Imported after the process group is there, as DDP does, its functions would keep the group
+        # as their default argument, and leave_process_group could not end it.
         from torch.distributed.nn import functional  # noqa: F401
 
         # mmengine would choose a CUDA device first; it leaves an existing process group alone.
@@ -175,9 +173,9 @@ def fit_to_cpu(cfg: Config) -> list:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next layer.
 
-    It would hand back tensors of some megabytes when they are freed, and every page of the next one
-    would cost a fault, a quarter of a small model's time. What the environment sets has precedence.
-    Without glibc nothing happens.
+    By default it returns tensors of some megabytes to the system, and every page of the next one
+    costs a fault, a quarter of a small model's time. Settings in the environment have precedence.
+    Without glibc, this does nothing.
     """
     if any(name.startswith('MALLOC_') for name in os.environ):
         return
@@ -185,5 +183,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # its largest
+    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum
     mallopt(M_TRIM_THRESHOLD, 512 * 2**20)

@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""FSDP as mmengine has it, with what keeps it from resuming put right, and sharded checkpoints.
+"""mmengine's FSDP strategy, with resuming and sharded checkpoints.
 
-Configs name it by ``mmvil.engine.fsdp.FSDPStrategy``; it is not imported with mmvil, because FSDP
-takes its time.
+Configs name it by ``mmvil.engine.fsdp.FSDPStrategy``; it is not imported with mmvil, because
+importing FSDP is slow.
 """
 
 import time
@@ -13,19 +13,19 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..checkpoints.safe_load import PARTIAL, replace
+from ..checkpoints.atomic import PARTIAL, replace
 from ..checkpoints.sharded import is_sharded, load_rest, load_shards, require_shards, save_shards
 
 
 class FSDPStrategy(_FSDPStrategy):
-    """Fully sharded data parallel training that can be resumed.
+    """Strategy of fully sharded data parallel training that can be resumed.
 
     Args:
-        state_dict_cfg (str | dict): How checkpoints are written. 'full': the first process gathers
-            all and writes one file, as of plain training. 'sharded': every process writes its
-            share into a folder, from which any number of processes can resume and the tools load
-            the plain model (PyTorch 2.7 or later). Both are read whatever is set here. For others
-            see :class:`mmengine._strategy.FSDPStrategy`. Default: 'full'.
+        state_dict_cfg (str | dict): Format of checkpoints. 'full': process 0 gathers the weights
+            and writes one file, like plain training. 'sharded': every process writes its share to a
+            folder, from which any number of processes can resume and the tools load the plain model
+            (PyTorch 2.7 or later). Both can be loaded with either setting. For others see
+            :class:`mmengine._strategy.FSDPStrategy`. Default: 'full'.
         **kwargs: See :class:`mmengine._strategy.FSDPStrategy`.
 
     Raises:
@@ -36,14 +36,14 @@ class FSDPStrategy(_FSDPStrategy):
         self.sharded = state_dict_cfg == 'sharded'
         if self.sharded:
             require_shards()
-            state_dict_cfg = 'full'  # what others get who ask for the model's state
+            state_dict_cfg = 'full'  # for other callers that need the model's state
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
     def save_checkpoint(self, filename: str, **kwargs) -> None:
-        """Save a checkpoint as a file or, sharded, as a folder, which appears when it is complete.
+        """Save a checkpoint atomically, as a file or, sharded, as a folder.
 
         Args:
-            filename (str): Where to.
+            filename (str): Target.
             **kwargs: See :meth:`mmengine._strategy.FSDPStrategy.save_checkpoint`.
         """
         if self.sharded:
@@ -87,7 +87,7 @@ class FSDPStrategy(_FSDPStrategy):
     def load_checkpoint(
         self, filename: str, *, callback: Optional[Callable] = None, **kwargs
     ) -> dict:
-        """Load the model's weights; returns the rest of the checkpoint."""
+        """Load the model's weights, and return the rest of the checkpoint."""
         if not is_sharded(filename):
             return super().load_checkpoint(filename, callback=callback, **kwargs)
         self.logger.info(f'Load the shards in {filename}')
@@ -103,11 +103,11 @@ class FSDPStrategy(_FSDPStrategy):
         return checkpoint
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Share out the optimizer's state from a checkpoint."""
+        """Distribute the optimizer's state from a checkpoint."""
         optimizer = self.optim_wrapper.optimizer
         folder = state_dict.pop('folder', None)
         if folder is None:
-            # mmengine has the arguments in the order of torch 2.0, which torch 2.1 changed.
+            # mmengine passes the arguments in the order of torch 2.0, which torch 2.1 changed.
             shares = FullyShardedDataParallel.optim_state_dict_to_load(
                 model=self.model, optim=optimizer, optim_state_dict=state_dict
             )
@@ -118,12 +118,12 @@ class FSDPStrategy(_FSDPStrategy):
         load_shards(folder, dict(optimizer=shares['state']))
         shares['param_groups'] = state_dict.pop('param_groups')
         states.set_optimizer_state_dict(self.model, optimizer, shares)
-        # The wrapper's own state, such as the scale of the loss; the optimizer has its already.
+        # The wrapper's own state, such as the loss scale; the optimizer has been loaded already.
         self.optim_wrapper.load_state_dict({**state_dict, **optimizer.state_dict()})
 
 
 def _sharded_states():
-    """torch's functions for the sharded states of models and optimizers."""
+    """Module of torch for the sharded states of models and optimizers."""
     require_shards()
     from torch.distributed.checkpoint import state_dict
 
@@ -133,9 +133,9 @@ def _sharded_states():
 def wrap_classes(
     module: nn.Module, recurse: bool, nonwrapped_numel: int, names: Sequence[str]
 ) -> bool:
-    """Policy of FSDP that makes a unit of every module whose class has one of the names.
+    """FSDP policy that wraps every module whose class has one of the names.
 
-    Units must be called as a whole. A ViLBlock is; its parts are not, because the block reads their
-    weights itself.
+    A wrapped module must be called as a whole. That holds for a ViLBlock, but not for its parts,
+    whose weights the block reads itself.
     """
     return recurse or type(module).__name__ in names

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Hooks that training with ViL wants."""
+"""Hooks for training: input channels, reproducible resuming, logging over processes."""
 
 import itertools
 import re
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from .sampling import seed_generators, seed_samples
 
-# What DDP, FSDP and activation checkpointing put between the names of modules.
+# Parts that DDP, FSDP and activation checkpointing add to the names of modules.
 _WRAPPERS = re.compile(r'^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.')
 
 
 @HOOKS.register_module()
 class AdaptInputChannelsHook(Hook):
-    """Let a training start by ``load_from`` from weights of RGB images, whatever channels its own
-    images have, see :func:`mmvil.converters.adapt_input_channels`.
+    """Adapt RGB weights in ``load_from`` to the channels of the training's images, see
+    :func:`mmvil.checkpoints.adapt_input_channels`.
 
-    It does nothing when a training is resumed or a model is tested: the checkpoint is of that model
-    then, and other channels are a mistake.
+    It does nothing when a training is resumed or a model is tested: there, other channels are a
+    mistake.
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -41,19 +41,19 @@ class AdaptInputChannelsHook(Hook):
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Give every iteration and every sample random numbers of their own, so that a resumed training
-    repeats the uninterrupted one.
+    """Seed every iteration and every sample, so that a resumed training repeats the uninterrupted
+    one.
 
     mmengine does not store the state of the random number generators: after a resume, stochastic
-    depth, dropout, mixup and the augmentation of the images draw other numbers than the
-    uninterrupted training would have drawn, and where the config names no seed, even the order of
-    the images is another one. With this hook the model's numbers depend on the run's seed, the
-    iteration and the rank alone, those of a sample on the seed and its place in the training, and
-    the order on the seed that the checkpoint holds. So on the CPU losses repeat to the last bit;
-    on a GPU as far as its kernels are deterministic (``randomness.deterministic``).
+    depth, dropout, mixup and augmentation draw other numbers than the uninterrupted training, and
+    without a seed in the config, even the order of the images differs. With this hook the model's
+    numbers depend on the run's seed, the iteration and the rank alone, those of a sample on the
+    seed and its position in the training, and the order on the seed in the checkpoint. So losses
+    repeat to the last bit on the CPU, and on a GPU as far as its kernels are deterministic
+    (``randomness.deterministic``).
 
-    Nothing that was trained on before is loaded again to get there. A sample that cannot be loaded,
-    or whose labels do not fit, stops the training with a message that names its files.
+    Samples that were used before the resume are not loaded again. A sample that cannot be loaded,
+    or whose labels do not fit, stops the training with an error that names its files.
     """
 
     priority = 'VERY_HIGH'
@@ -63,7 +63,7 @@ class IterationSeedHook(Hook):
         self._seed_of_loaders = runner.seed
 
     def before_train(self, runner) -> None:
-        """Seed the samples, from where a resumed training goes on."""
+        """Seed the samples, from the iteration at which a resumed training continues."""
         loop = runner.train_loop
         loader = loop.dataloader
         sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
@@ -74,20 +74,20 @@ class IterationSeedHook(Hook):
         except TypeError as error:
             runner.logger.warning(f'The augmentation will not repeat after a resume: {error}.')
             return
-        _begin_anew(loop, passed=runner.iter)
+        _restart_iteration(loop, passed=runner.iter)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Seed what the model draws."""
+        """Seed the model's random numbers."""
         torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # the GPU's, too
 
 
-def _begin_anew(loop, passed: int) -> None:
-    """Let a loop iterate its data loader from now on: workers that run already know no seeds.
+def _restart_iteration(loop, passed: int) -> None:
+    """Restart a loop's iteration over its data loader: running workers do not know the seeds.
 
-    mmengine until 0.10.7 starts them early, and loads all that was trained on before once more.
+    mmengine until 0.10.7 starts them early, and loads all samples from before the resume again.
     """
     loop.dataloader._iterator = None  # persistent workers
-    if not hasattr(loop, 'dataloader_iterator'):  # loops over epochs begin later
+    if not hasattr(loop, 'dataloader_iterator'):  # loops over epochs create it later
         return
     iterator = type(loop.dataloader_iterator)(loop.dataloader)
     sampler = loop.dataloader.batch_sampler.sampler
@@ -100,16 +100,16 @@ def _begin_anew(loop, passed: int) -> None:
 class AverageLogHook(Hook):
     """Log losses and accuracies as means over all processes.
 
-    mmengine logs those of the first process, a part of the batch. With this hook the training log
-    of any number of processes shows what one process with the whole batch would show.
+    mmengine logs those of process 0, a part of the batch. With this hook the training log of any
+    number of processes equals that of one process with the whole batch.
     """
 
-    priority = 'HIGHEST'  # before the log takes the numbers
+    priority = 'HIGHEST'  # before the values are logged
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict[str, Tensor]] = None
     ) -> None:
-        """Replace what the model returned for the log."""
+        """Replace the model's outputs by their means."""
         if not outputs or get_world_size() == 1:
             return
         means = torch.stack([value.detach().float().mean() for value in outputs.values()])

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Layer-wise learning rate decay for any OpenMMLab model whose backbone knows its depth."""
+"""Layer-wise learning rate decay for any backbone with ``get_layer_depth``."""
 
 import re
 from contextlib import nullcontext
@@ -17,34 +17,31 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Give each layer of the backbone its own learning rate.
 
     A parameter of layer ``i`` out of ``n`` trains with ``lr * layer_decay_rate ** (n - 1 - i)``;
-    everything outside the backbone (necks, heads) trains with the full ``lr``. The backbone says
-    which layer a parameter belongs to: ``backbone.get_layer_depth(name) -> (i, n)``, the method
-    that mmpretrain's transformers have. So one constructor serves segmentors, classifiers and
-    detectors, plain or wrapped (DDP, FSDP).
+    everything outside the backbone (necks, heads) trains with the full ``lr``. The layer is given
+    by ``backbone.get_layer_depth(name) -> (i, n)``, a method of mmpretrain's transformers, too. So
+    one constructor serves segmentors, classifiers and detectors, plain or wrapped (DDP, FSDP).
 
-    Parameters that share learning rate and weight decay share one parameter group: a few dozen
-    groups rather than one per tensor, which keeps the log short and lets the optimizer work on
-    many tensors at once.
+    Parameters with equal learning rate and weight decay share a group: a few dozen groups rather
+    than one per tensor, for a short log and a fast optimizer step.
 
-    A config chooses it by ``optim_wrapper.constructor``; ``optim_wrapper.paramwise_cfg`` may hold:
+    A config chooses it by ``optim_wrapper.constructor``. Keys of ``optim_wrapper.paramwise_cfg``:
 
-    - ``layer_decay_rate`` (float): in (0, 1]. Defaults to 1, no decay, for which any backbone
-      will do.
+    - ``layer_decay_rate`` (float): in (0, 1]. Default: 1, no decay, possible with any backbone.
     - ``flat_decay_mult`` (float): factor on the weight decay of parameters with at most one
-      dimension, that is biases, norms and scales. Defaults to 1.
+      dimension, that is biases, norms and scales. Default: 1.
     - ``custom_keys`` (dict): from a part of a parameter's name to ``dict(lr_mult=…,
-      decay_mult=…)``, factors that for this parameter come on top of the layer's learning rate
-      and replace ``flat_decay_mult``. The longest key found in the name wins.
+      decay_mult=…)``, factors on top of the layer's learning rate and instead of
+      ``flat_decay_mult``. The longest key found in the name wins.
 
     Frozen parameters (``requires_grad=False``) are left out.
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper. Its ``optimizer`` needs ``lr``.
-        paramwise_cfg (dict, optional): The options above. Defaults to None.
+        paramwise_cfg (dict, optional): The options above. Default: None.
 
     Raises:
         ValueError: For an unknown option, a rate outside (0, 1], or an optimizer without ``lr``.
-        TypeError: When decay is asked for and the backbone has no ``get_layer_depth``.
+        TypeError: If the rate is not 1 and the backbone has no ``get_layer_depth``.
 
     Example:
         >>> optim_wrapper = dict(
@@ -76,9 +73,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a model.
 
-        FSDP leaves each process flat pieces of the parameters. The groups are made while they are
-        whole, because shapes decide about weight decay, and gradients are clipped at the norm of
-        all pieces.
+        FSDP leaves each process flat shards of the parameters. The groups are made while they are
+        whole, because weight decay depends on shapes, and gradients are clipped at the norm over
+        all shards.
 
         Args:
             model (nn.Module): The whole model, plain or wrapped.
@@ -112,13 +109,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if self.base_wd is not None:
                 group['weight_decay'] = self.base_wd * decay_mult
 
-        # From the first layer to the head, as one reads a network.
+        # From the first layer to the head.
         for _, group in sorted(groups.items(), reverse=True, key=lambda item: item[0]):
             params.append(group)
             _log_group(group)
 
     def _layers_above(self, model: nn.Module) -> dict:
-        """For each parameter of the backbone, how many layers lie between it and the head."""
+        """Map each parameter of the backbone to the number of layers between it and the head."""
         if self.layer_decay_rate == 1:
             return {}
         backbone = getattr(model, 'backbone', None)
@@ -145,13 +142,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _named_parameters(module: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
-    """Parameters by the names that they have in the plain model."""
+    """Iterate over the parameters by their names in the plain model."""
     for name, param in module.named_parameters():
         yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param
 
 
 def _check_still_trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse FSDP's flat parameters, whose pieces cannot have settings of their own."""
+    """Raise a ValueError for FSDP's flat parameters, whose parts cannot differ in settings."""
     own = set(model.parameters())
     if not all(param in own for group in optimizer.param_groups for param in group['params']):
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""A training that has gone wrong stops, and says on which images."""
+"""Stop on a non-finite loss and report the offending images."""
 
 from collections import deque
 from typing import List, Optional
@@ -12,25 +12,25 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class NaNGuardHook(Hook):
-    """Stop at a loss that is not finite, before a checkpoint holds the damage.
+    """Stop at a non-finite loss, before it reaches a checkpoint.
 
     The error names the iteration and the files of its batch and of the batch before, whose step
-    made the weights. The losses of the last iterations are looked at together, every ``interval``
-    iterations and before each checkpoint, because looking makes the CPU wait for the GPU. Weights
-    that are not finite are not saved either.
+    made the weights. Losses are checked every ``interval`` iterations and before each checkpoint,
+    because a check makes the CPU wait for the GPU. Non-finite weights are not saved either.
 
-    With loss scaling (float16), gradients that overflow now and then are normal: PyTorch skips the
-    step and halves the scale. Each skip is a warning in the log, and the log's ``amp_scale`` and
-    ``amp_skips`` follow them. A loss that is not finite is not normal in float16 either.
+    With loss scaling (float16), gradients that overflow occasionally are normal: PyTorch skips the
+    step and halves the scale. Each skip is logged as a warning, and counted in ``amp_skips`` beside
+    ``amp_scale``. A non-finite loss is not normal in float16 either.
 
     Args:
-        interval (int): Iterations from look to look; on the CPU, each is looked at. Default: 10.
+        interval (int): Iterations between checks; on the CPU, each is checked. Default: 10.
 
     Raises:
-        FloatingPointError: In training, when the loss or the weights are not finite.
+        ValueError: If ``interval`` is less than 1.
+        FloatingPointError: In training, if the loss or the weights are not finite.
     """
 
-    priority = 'HIGHEST'  # it looks at the loss of this process, before AverageLogHook averages
+    priority = 'HIGHEST'  # checks the loss of this process, before AverageLogHook averages
 
     def __init__(self, interval: int = 10) -> None:
         if interval < 1:
@@ -50,7 +50,7 @@ class NaNGuardHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
     ) -> None:
-        """Take note of the loss, and look at it when it is time."""
+        """Record the loss, and check the recorded ones when it is time."""
         if self._scaler is not None:
             self._watch_scale(runner)
         loss = (outputs or {}).get('loss')
@@ -59,11 +59,11 @@ class NaNGuardHook(Hook):
         loss = torch.as_tensor(loss).detach().mean()
         self._recent.append((runner.iter + 1, loss, file_names(data_batch)))
         if loss.device.type == 'cpu' or self.every_n_train_iters(runner, self.interval):
-            self._look(runner)
+            self._check_losses(runner)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keep a checkpoint from holding weights that are not finite."""
-        self._look(runner)
+        """Stop before non-finite weights are saved."""
+        self._check_losses(runner)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         params = dict(model.named_parameters())
         finite = [torch.isfinite(param.detach()).all() for param in params.values()]
@@ -76,7 +76,7 @@ class NaNGuardHook(Hook):
                 len(self._recent) - 1,
             )
 
-    def _look(self, runner) -> None:
+    def _check_losses(self, runner) -> None:
         if not self._recent:
             return
         losses = torch.stack([loss for _, loss, _ in self._recent])
@@ -94,7 +94,7 @@ class NaNGuardHook(Hook):
             if 0 <= i < len(self._recent):
                 message += f' {when}: {", ".join(self._recent[i][2]) or "unknown"}.'
         message += (
-            ' Look at these files (tools/check_dataset.py). A lower learning rate may help, and '
+            ' Check these files (tools/check_dataset.py). A lower learning rate may help, and '
             'optim_wrapper.clip_grad, and bfloat16 in place of float16.'
         )
         runner.logger.error(message)  # of any rank, to the log
@@ -114,7 +114,7 @@ class NaNGuardHook(Hook):
 
 
 def file_names(data_batch) -> List[str]:
-    """Files of the images of a batch, as far as its data samples name them."""
+    """List the image files of a batch, as far as its data samples name them."""
     samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
     if not isinstance(samples, (list, tuple)):
         return []

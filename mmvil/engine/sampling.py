@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Samples whose augmentation depends on their place in the training alone, and that are looked at.
+"""Seed each sample by its position in the training, and check its labels.
 
-A sampler says which image is next; where in the training that is, it keeps to itself. Here it is
-numbered, and the number travels with the index to whichever process loads the image. So the
-augmentation is the same whatever came before, in this process or in one that has been killed.
+A sampler yields only the index of the next image. Here the position in the training is attached to
+the index and reaches whichever process loads the image, so that its augmentation does not depend on
+what was loaded before, in this process or in one that was killed.
 """
 
 import itertools
@@ -22,21 +22,21 @@ class SampleError(ValueError):
 
 
 def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0) -> None:
-    """Let the place of a sample in the training decide its augmentation.
+    """Seed the augmentation of each sample by its position in the training.
 
-    The number of workers or processes makes no difference: the place counts the samples of all
-    processes. Call it before the loader is iterated.
+    The number of workers or processes makes no difference: the position counts the samples of all
+    processes. Call this before the loader is iterated.
 
     Args:
-        loader (DataLoader): Changed in place: its sampler's indices carry their places, and its
-            data set fetches batches by ``__getitems__``, as PyTorch asks for first.
+        loader (DataLoader): Changed in place: its sampler's indices carry their positions, and its
+            dataset fetches batches by ``__getitems__``, which PyTorch prefers.
         seed (int): Seed of the training.
-        epoch (int): Epochs that are over. Default: 0.
-        passed (int): Batches that were trained on before, and that the loader's
-            ``InfiniteSampler``, which knows no epochs, is to leave out. Default: 0.
+        epoch (int): Number of finished epochs. Default: 0.
+        passed (int): Batches used before, which the loader's ``InfiniteSampler``, which knows no
+            epochs, skips. Default: 0.
 
     Raises:
-        TypeError: If the loader's samples are no numbered list, or fetched in a way of their own.
+        TypeError: If the loader's samples have no indices, or a ``__getitems__`` of their own.
     """
     batches, dataset = loader.batch_sampler, loader.dataset
     if not hasattr(batches, 'sampler') or isinstance(dataset, IterableDataset):
@@ -55,7 +55,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
 
 
 def seed_generators(*numbers: int) -> int:
-    """Seed the generators that augmentation uses, from a few numbers; return the seed."""
+    """Seed the random generators of augmentation from a few numbers, and return the seed."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -64,13 +64,13 @@ def seed_generators(*numbers: int) -> int:
 
 
 class _Draw(int):
-    """Index of a sample in the data set, with its place in the training: (epoch, number in it)."""
+    """Index of a sample in the dataset, with its position: (epoch, number in the epoch)."""
 
-    place: Tuple[int, int]
+    position: Tuple[int, int]
 
 
 class _NumberedSampler:
-    """A sampler that says with each index how many samples all processes have drawn before."""
+    """Sampler that attaches to each index the number of samples drawn before by all processes."""
 
     def __init__(self, sampler, epoch: int, start: int) -> None:
         self.sampler = sampler
@@ -82,7 +82,7 @@ class _NumberedSampler:
         epoch, self.epoch = self.epoch, self.epoch + 1
         for i, index in enumerate(self.sampler, self.start):
             draw = _Draw(index)
-            draw.place = (epoch, i * world_size + rank)
+            draw.position = (epoch, i * world_size + rank)
             yield draw
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class _NumberedSampler:
 
 
 class _SeededFetch:
-    """Load the samples of a batch, each with random numbers of its own, and look at them."""
+    """Load the samples of a batch, each with its own seed, and check their labels."""
 
     def __init__(self, dataset, seed: int) -> None:
         self.dataset = dataset
@@ -103,7 +103,7 @@ class _SeededFetch:
         return [self._load(draw) for draw in draws]
 
     def _load(self, draw: _Draw):
-        seed_generators(self.seed, *draw.place)
+        seed_generators(self.seed, *draw.position)
         try:
             sample = self.dataset[int(draw)]
         except Exception as error:
@@ -118,12 +118,12 @@ class _SeededFetch:
         try:
             info = self.dataset.get_data_info(int(draw))
             files = [info.get(key) for key in ('img_path', 'seg_map_path')]
-        except Exception:  # it was this that failed, or the data set has no such method
+        except Exception:  # this is what failed, or the dataset has no such method
             files = []
         return ' with annotation '.join(filter(None, files)) or f'sample {int(draw)}'
 
     def _complaint(self, sample) -> str:
-        """What is wrong with the labels of a sample: a loss says it badly, or on a GPU fatally."""
+        """Describe wrong labels, on which the loss would crash, on a GPU without a reason."""
         target = sample.get('data_samples') if isinstance(sample, dict) else None
         annotation = getattr(target, 'gt_sem_seg', None)
         if annotation is not None:
@@ -142,7 +142,7 @@ class _SeededFetch:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(classes):
             return (
-                f'its labels run from {low} to {high}, but the data set has classes 0 to '
+                f'its labels run from {low} to {high}, but the dataset has classes 0 to '
                 f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
             )
         return ''

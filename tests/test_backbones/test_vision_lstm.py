@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import _load_checkpoint_to_model as mmengine_load
+from mmengine.runner import load_state_dict as mmengine_load
 from torch import nn
 
 import mmvil
@@ -377,7 +377,7 @@ def test_init_cfg_loads_our_checkpoints(tmp_path, prefix):
     [
         (lambda state: {'conv1.weight': torch.zeros(1)}, 'no ViL blocks'),
         (lambda state: {**state, 'layers.0.skip': torch.ones(64)}, r'layers.0.skip: \(64,\)'),
-        (lambda state: {k: v for k, v in state.items() if 'layers.3' not in k}, 'lacks weights'),
+        (lambda state: {k: v for k, v in state.items() if 'layers.3' not in k}, 'are missing'),
     ],
 )
 def test_init_cfg_refuses_what_does_not_fit(tmp_path, change, message):
@@ -410,7 +410,7 @@ def test_state_dict_of_other_channels_is_not_adapted(strict):
     state = build().state_dict()
     before = build(in_channels=4)
     with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
-        mmengine_load(before, dict(state_dict=state), strict)
+        mmengine_load(before, state, strict)
     with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
         before.load_state_dict(state, strict=strict)
 

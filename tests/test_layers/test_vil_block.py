@@ -105,6 +105,18 @@ def test_backends_agree(backend):
     torch.testing.assert_close(make_block(backend=backend, chunk_size=8)(x, GRID), expected)
 
 
+@pytest.mark.parametrize('version', [1, 2])
+def test_gates_are_those_that_the_forward_pass_computes(version):
+    block, seen = make_block(version, reverse=True), []
+    x = torch.randn(2, 35, 16, dtype=torch.float64)
+    gates = block.gates(x, GRID)
+    for gate in (block.igate, block.fgate):
+        gate.register_forward_hook(lambda _, given, y: seen.append(y.transpose(1, 2)))
+    block(x, GRID)
+    assert gates[0].shape == (2, 4, 35)
+    assert all(torch.equal(actual, expected) for actual, expected in zip(gates, seen))
+
+
 def test_odd_width_is_refused():
     with pytest.raises(ValueError, match='multiple of 2 . num_heads = 8.*is 12'):
         ViLBlock(12)

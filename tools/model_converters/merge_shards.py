@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.runner import save_checkpoint
 
-from mmvil.checkpoints.safe_load import ATOMIC
+from mmvil.checkpoints.atomic import ATOMIC
 from mmvil.checkpoints.sharded import is_sharded, join_shards
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import run

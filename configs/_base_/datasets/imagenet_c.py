@@ -38,5 +38,5 @@ test_dataloader = dict(
     )
 )
 test_evaluator = dict(
-    _delete_=True, type='mmvil.engine.CorruptionError', reference_errors=reference_errors
+    _delete_=True, type='mmvil.engine.MeanCorruptionError', reference_errors=reference_errors
 )

@@ -25,8 +25,6 @@ default_hooks = dict(
         interval=325,
         max_keep_ckpts=2,
         save_best='mIoU',
-        # A checkpoint appears when it is complete, whatever happens on the way.
-        backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),

@@ -24,8 +24,6 @@ default_hooks = dict(
         by_epoch=False,
         interval=60,
         max_keep_ckpts=2,
-        # A checkpoint appears when it is complete, whatever happens on the way.
-        backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),

@@ -12,12 +12,18 @@ from mmvil.checkpoints import (
     infer_architecture,
     is_official,
     vil_to_mmvil,
+    weights_of,
 )
 from tests.conftest import REFERENCE, ROOT
 
 
 def load(name):
     return torch.load(ROOT / 'tests/data' / f'{name}.pt', weights_only=True)['state_dict']
+
+
+def save(path, state_dict, **others):
+    torch.save(dict(state_dict=state_dict, **others), path)
+    return path
 
 
 def to_standalone(state_dict, version):
@@ -61,6 +67,17 @@ def test_causal_masks_are_dropped():
     source = load('vil1_dim32')
     masked = {**source, 'xlstm.blocks.0.xlstm.mlstm_cell.causal_mask': torch.ones(1)}
     assert vil_to_mmvil(masked).keys() == vil_to_mmvil(source).keys()
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('nested', [True, False])
+def test_weights_of_a_checkpoint_have_our_names(prefix, nested):
+    official = load('vil2_dim32')
+    expected = vil_to_mmvil(official)
+    for state in (official, expected):
+        state = {prefix + name: value for name, value in state.items()}
+        found = weights_of(dict(state_dict=state, meta={}) if nested else state)
+        assert found is not state and found.keys() == expected.keys()
 
 
 def test_other_state_dicts_are_refused():

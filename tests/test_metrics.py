@@ -2,8 +2,9 @@
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
+from mmengine.registry import METRICS
 
-from mmvil.engine import CorruptionError, SubsetAccuracy
+from mmvil.engine import MeanCorruptionError, SubsetAccuracy
 
 
 def sample(scores, label, path=''):
@@ -18,8 +19,14 @@ def evaluate(metric, samples, classes=None):
     return evaluator.evaluate(len(samples))
 
 
+def test_former_name_of_the_mean_corruption_error_stays():
+    for name in ('MeanCorruptionError', 'CorruptionError'):
+        for prefix in ('', 'mmvil.engine.'):
+            assert METRICS.get(prefix + name) is MeanCorruptionError
+
+
 def test_subset_accuracy_chooses_among_the_subset_only():
-    # Class 0 of the model always scores best, but the data set has only 1, 3 and 4.
+    # Class 0 of the model always scores best, but the dataset has only 1, 3 and 4.
     samples = [
         sample([0.5, 0.4, 0.0, 0.1, 0.0], 0),  # 1: right
         sample([0.5, 0.1, 0.0, 0.3, 0.1], 1),  # 3: right
@@ -30,8 +37,8 @@ def test_subset_accuracy_chooses_among_the_subset_only():
     assert metrics == {'accuracy/top1': 50, 'accuracy/top2': 75, 'accuracy/top3': 100}
 
 
-def test_subset_accuracy_refuses_a_data_set_with_other_classes():
-    with pytest.raises(ValueError, match='has 4 classes.*told of 3'):
+def test_subset_accuracy_refuses_a_dataset_with_other_classes():
+    with pytest.raises(ValueError, match='has 4 classes.*was given 3'):
         evaluate(SubsetAccuracy(classes=[1, 3, 4]), [sample([0.5, 0.5], 0)], 'abcd')
 
 
@@ -40,8 +47,8 @@ def corrupted(corruption, severity, right, wrong):
     return [sample([0.9, 0.1], 0, path)] * right + [sample([0.9, 0.1], 1, path)] * wrong
 
 
-def test_corruption_error_is_relative_to_the_reference():
-    metric = CorruptionError(reference_errors=dict(fog=80.0, snow=50.0), severities=2)
+def test_mean_corruption_error_is_relative_to_the_reference():
+    metric = MeanCorruptionError(reference_errors=dict(fog=80.0, snow=50.0), severities=2)
     samples = [
         *corrupted('fog', 1, right=3, wrong=1),
         *corrupted('fog', 2, right=1, wrong=1),  # severities count alike, whatever their images
@@ -56,13 +63,13 @@ def test_corruption_error_is_relative_to_the_reference():
 
 
 @pytest.mark.parametrize('seen', [[('fog', 1), ('fog', 2)], [('fog', 1), ('snow', 1)]])
-def test_corruption_error_reports_no_mean_of_a_part(seen):
-    metric = CorruptionError(reference_errors=dict(fog=80.0, snow=50.0), severities=2)
+def test_mean_corruption_error_reports_no_mean_of_a_part(seen):
+    metric = MeanCorruptionError(reference_errors=dict(fog=80.0, snow=50.0), severities=2)
     samples = [one for where in seen for one in corrupted(*where, right=1, wrong=1)]
     metrics = evaluate(metric, samples)
     assert metrics['corruption/top1'] == 50 and 'corruption/mCE' not in metrics
 
 
-def test_corruption_error_refuses_paths_of_another_layout():
+def test_mean_corruption_error_refuses_paths_of_another_layout():
     with pytest.raises(ValueError, match="'mist'.*CORRUPTION/SEVERITY"):
-        evaluate(CorruptionError(reference_errors=dict(fog=80.0)), corrupted('mist', 1, 1, 0))
+        evaluate(MeanCorruptionError(reference_errors=dict(fog=80.0)), corrupted('mist', 1, 1, 0))

@@ -1,0 +1,61 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Compare a state dict with the one that a model needs."""
+
+from typing import Collection, Mapping, Optional, Sequence
+
+from torch import Tensor
+
+
+def describe_misfit(
+    state_dict: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    optional: Collection[str] = (),
+    strict: bool = False,
+    limit: Optional[int] = 4,
+) -> str:
+    """Describe how a state dict does not fit a model.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): Tensors to be loaded.
+        wanted (Mapping[str, Tensor]): State dict of the model.
+        optional (Collection[str]): Names that may be missing.
+        strict (bool): Report names that the model does not have, too. Default: False.
+        limit (int, optional): Tensors to name per kind of misfit. Default: 4.
+
+    Returns:
+        str: Missing tensors, tensors of other shapes, and unknown ones; empty if all fit.
+    """
+    missing = [name for name in wanted if name not in state_dict and name not in optional]
+    misshapen = [
+        f'{name}: {tuple(state_dict[name].shape)} in the file, {tuple(tensor.shape)} in the model'
+        for name, tensor in wanted.items()
+        if name in state_dict and not fits(name, state_dict[name], tensor)
+    ]
+    unknown = [name for name in state_dict if name not in wanted] if strict else []
+    complaints = [
+        f'{len(tensors)} of {len(wanted)} tensors {kind} ({summarize(tensors, limit, separator)})'
+        for tensors, kind, separator in (
+            (missing, 'are missing', ', '),
+            (misshapen, 'have another shape', '; '),
+        )
+        if tensors
+    ]
+    if unknown:
+        complaints.append(f'{len(unknown)} are unknown ({summarize(unknown, limit)})')
+    return ' and '.join(complaints)
+
+
+def fits(name: str, given: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor can be loaded: its shape is equal, or it is a position embedding, whose grid
+    the backbone resizes.
+    """
+    if name.endswith('pos_embed'):
+        return given.dim() == wanted.dim() and given.shape[-1] == wanted.shape[-1]
+    return given.shape == wanted.shape
+
+
+def summarize(names: Sequence[str], limit: Optional[int] = 4, separator: str = ', ') -> str:
+    """List the first names and count the others."""
+    names = list(names)
+    rest = len(names) - len(names[:limit])
+    return (separator.join(names[:limit]) or 'nothing') + (f' and {rest} more' if rest else '')

@@ -1,0 +1,168 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Load checkpoints from files, folders of shards, and the web, here and through mmengine.
+
+Importing this lets mmengine load the official checkpoints by ``mmvil://NAME`` and by their URL, in
+``init_cfg``, ``load_from`` and wherever else it takes a checkpoint.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Mapping, Union
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+from .keys import infer_architecture, vil_to_mmvil
+from .official import OFFICIAL_URL, OfficialCheckpoint, find_official
+from .safe_load import UntrustedCheckpointError, load_file
+from .sharded import join_shards
+
+
+def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
+    """Load a checkpoint without running code that it may contain.
+
+    Args:
+        path (str): A file; or the folder of a sharded checkpoint, whose weights are joined.
+        map_location: See :func:`torch.load`. Default: None.
+
+    Raises:
+        FileNotFoundError, UntrustedCheckpointError, DamagedCheckpointError: See
+            :func:`mmvil.checkpoints.safe_load.load_file`.
+    """
+    return join_shards(path) if os.path.isdir(path) else load_file(path, map_location)
+
+
+def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read a checkpoint from any source, without running code, and check that it holds weights.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        dict: Its content, on the CPU; under 'state_dict' a dict of tensors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, damaged, or cannot be read without running code.
+    """
+    try:
+        checkpoint = load_safely(path, 'cpu')
+    except UntrustedCheckpointError as error:
+        raise ValueError(
+            f'{error}. If you trust its source, let PyTorch read it with weights_only=False and '
+            "save dict(state_dict=checkpoint['state_dict']) to another file."
+        ) from error
+    if isinstance(checkpoint, Mapping) and 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    state = checkpoint['state_dict'] if isinstance(checkpoint, Mapping) else None
+    if not (isinstance(state, Mapping) and state) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise ValueError(f'{path} holds no state dict, that is, names with tensors.')
+    return checkpoint
+
+
+def register_safe_loaders() -> None:
+    """Make mmengine load checkpoints from local files and from the web by :func:`load_safely`.
+
+    This covers ``load_from``, ``--resume``, ``init_cfg``, and OpenMMLab's inference functions.
+    """
+
+    def load_from_local(filename, map_location=None):
+        return load_safely(os.path.expanduser(filename), map_location)
+
+    def load_from_http(filename, map_location=None):
+        return load_safely(_fetch(filename), map_location)
+
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
+
+
+def cached_path(official: OfficialCheckpoint) -> Path:
+    """Path at which mmengine, PyTorch and timm keep an official file after downloading it."""
+    return _cached(official.url)
+
+
+def fetch_checkpoint(address: str) -> Path:
+    """Download an official checkpoint unless it is in the cache. In a distributed run all processes
+    have to call this; process 0 goes first.
+
+    Args:
+        address (str): ``mmvil://NAME`` or the URL, see :func:`mmvil.checkpoints.find_official`.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        ValueError: If there is no official checkpoint of this name.
+        FileNotFoundError: If it can neither be found nor downloaded; the message says which file to
+            put where.
+    """
+    return _fetch(find_official(address).url, address)
+
+
+@CheckpointLoader.register_scheme(('mmvil://', re.escape(OFFICIAL_URL)), force=True)
+def load_from_mmvil(filename: str, map_location=None) -> Dict[str, Any]:
+    """Load an official checkpoint for mmengine: fetch it, read it safely, convert it.
+
+    Returns:
+        dict: ``state_dict``, and in ``meta`` the ``architecture``, the name of the ``source`` file
+        and its SHA-256 (``source_sha256``).
+    """
+    official = find_official(filename)
+    path = fetch_checkpoint(filename)
+    try:
+        state = vil_to_mmvil(read_checkpoint(path)['state_dict'])
+        architecture = dict(infer_architecture(state), stride=official.stride)
+    except ValueError as error:
+        reason = str(error).rstrip('.')
+        raise ValueError(f'{reason}. Remove {path}, and it will be downloaded again.') from error
+    return dict(
+        state_dict={name: value.to(map_location or 'cpu') for name, value in state.items()},
+        meta=dict(architecture=architecture, source=path.name, source_sha256=sha256(path)),
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as a hexadecimal number."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cached(url: str) -> Path:
+    return Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(url).path))
+
+
+def _fetch(url: str, address: str = '') -> Path:
+    """Download a file unless it is in the cache, process 0 first; the others may be on other
+    machines.
+    """
+    if is_main_process():
+        _download(url, address)
+    barrier()
+    _download(url, address)
+    return _cached(url)
+
+
+def _download(url: str, address: str) -> None:
+    path = _cached(url)
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a temporary name until it is complete.
+        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
+    except OSError as error:
+        raise FileNotFoundError(
+            f'{path.name} is not in the cache and cannot be downloaded ({error}). '
+            f'On a machine with internet access, download {url} and put it at {path}, '
+            f'or name your copy of the file instead of {address or url}.'
+        ) from error

@@ -1,0 +1,71 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Load pre-trained weights into a backbone."""
+
+from typing import Mapping, Optional
+
+from mmengine.logging import MMLogger
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+from .compare import describe_misfit, summarize
+from .keys import weights_of
+
+
+def load_pretrained(backbone: nn.Module, filename: str, prefix: Optional[str] = None) -> None:
+    """Load a backbone from a checkpoint of ours or an official one, and log which tensors were
+    loaded.
+
+    Args:
+        backbone (VisionLSTM): The backbone.
+        filename (str): File, URL or ``mmvil://NAME``.
+        prefix (str, optional): Prefix of the backbone's weights. Default: 'backbone.' if there are
+            such names, else none.
+
+    Raises:
+        ValueError: If the checkpoint does not fit.
+    """
+    logger = MMLogger.get_current_instance()
+    source = weights_of(CheckpointLoader.load_checkpoint(filename, 'cpu', logger))
+    if prefix is None and any(name.startswith('backbone.') for name in source):
+        prefix = 'backbone.'
+    prefix = prefix.removeprefix('module.').rstrip('.') + '.' if prefix else ''
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in source.items()
+        if name.startswith(prefix)
+    }
+    state = backbone.adapt_pretrained(state)
+    check_pretrained(backbone, state, filename + (f', {prefix}*,' if prefix else ''))
+    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    unused = unexpected + [name for name in source if not name.startswith(prefix)]
+    total = len(backbone.state_dict())
+    logger.info(
+        f'Loaded {total - len(missing)} of {total} backbone tensors from {filename}. '
+        f'Left at initialization: {summarize(missing)}. '
+        f'Not used from the checkpoint: {summarize(unused)}.'
+    )
+
+
+def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Check that a state dict has the embeddings and every block, in the right shapes.
+
+    Args:
+        backbone (VisionLSTM): The backbone; its norms and pyramid may be missing.
+        state_dict (Mapping[str, Tensor]): Its weights, without prefix.
+        source (str): Origin of the weights, for the message.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    own = backbone.state_dict()
+    trunk = ('patch_embed.', 'pos_embed', 'layers.')
+    misfit = 'it has no ViL blocks'
+    if any(name.startswith('layers.') for name in state_dict):
+        optional = [name for name in own if not name.startswith(trunk)]
+        misfit = describe_misfit(state_dict, own, optional)
+    if misfit:
+        raise ValueError(
+            f'{source} does not fit this VisionLSTM (embed_dims={backbone.embed_dims}, '
+            f'version={backbone.version}): {misfit}. Choose the arch and version of the '
+            'checkpoint, or another checkpoint.'
+        )

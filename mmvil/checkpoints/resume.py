@@ -1,0 +1,69 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Find the checkpoint from which a training resumes."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import List, Optional, Tuple, Union
+
+from .safe_load import DamagedCheckpointError, load_file
+
+
+def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
+    """Check that a checkpoint file is complete: its checksums are right, and it loads.
+
+    Args:
+        path (str): The file.
+        trusted (bool): Allow it to run code. Default: False.
+
+    Raises:
+        DamagedCheckpointError: If it is not complete.
+        UntrustedCheckpointError: If it is not trusted and may run code.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                broken = archive.testzip()
+            except (zipfile.BadZipFile, EOFError) as error:
+                broken = error
+        if broken is not None:
+            raise DamagedCheckpointError(f'{path} is damaged: {broken}')
+    load_file(path, 'cpu', trusted)
+
+
+def find_good_checkpoint(
+    work_dir: Union[str, os.PathLike], trusted: bool = False
+) -> Tuple[Optional[str], List[str]]:
+    """Find the newest complete checkpoint in a work dir.
+
+    Args:
+        work_dir (str): The folder.
+        trusted (bool): Allow checkpoints to run code. Default: False.
+
+    Returns:
+        tuple[str | None, list[str]]: Its path, or None if there is none; and for each newer one,
+        what is wrong with it.
+    """
+    paths = {path for path in Path(work_dir).glob('*.pth') if _step(path) >= 0}
+    named = Path(work_dir, 'last_checkpoint')  # where the hook has another out_dir
+    if named.is_file() and named.read_text().strip():
+        paths.add(Path(named.read_text().strip()))
+    complaints = []
+    for path in sorted(filter(Path.exists, paths), key=_age):
+        try:
+            if path.is_file():  # else the folder that a sharded training writes
+                verify(path, trusted)
+            return str(path), complaints
+        except DamagedCheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def _step(path: Path) -> int:
+    match = re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name)
+    return int(match[1]) if match else -1
+
+
+def _age(path: Path) -> Tuple[float, int]:
+    return -path.stat().st_mtime, -_step(path)

@@ -1,0 +1,65 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Which checkpoint a training resumes from."""
+
+import os
+
+import pytest
+import torch
+
+from mmvil.checkpoints import DamagedCheckpointError, find_good_checkpoint, verify
+from tests.test_checkpoints.test_safe_load import checkpoint
+
+
+@pytest.mark.parametrize('share', [0, 0.001, 0.5, 0.99])
+def test_verify_notices_what_is_cut_off(tmp_path, share):
+    path = tmp_path / 'a.pth'
+    torch.save(checkpoint(), path)
+    verify(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DamagedCheckpointError, match='a.pth is damaged'):
+        verify(path)
+
+
+def test_verify_notices_a_flipped_bit(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=dict(a=torch.zeros(1000))), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(500)) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match='a.pth is damaged'):
+        verify(path)
+
+
+def test_find_good_checkpoint_passes_over_damaged_ones(tmp_path):
+    assert find_good_checkpoint(tmp_path) == (None, [])
+    for age, step in enumerate((30, 20, 10)):  # seconds before now
+        path = tmp_path / f'iter_{step}.pth'
+        torch.save(dict(state_dict={}), path)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / 'best_mIoU_iter_40.pth').write_bytes(b'')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_50.pth'))  # is not there
+    assert find_good_checkpoint(tmp_path) == (str(tmp_path / 'iter_30.pth'), [])
+
+    for step in (30, 20):
+        path = tmp_path / f'iter_{step}.pth'
+        path.write_bytes(path.read_bytes()[:-30])
+        os.utime(path, (1e9 + step, 1e9 + step))
+    found, complaints = find_good_checkpoint(tmp_path)
+    assert found == str(tmp_path / 'iter_10.pth')
+    assert ['iter_30.pth' in complaints[0], 'iter_20.pth' in complaints[1]] == [True, True]
+
+    (tmp_path / 'iter_10.pth').unlink()
+    found, complaints = find_good_checkpoint(tmp_path)
+    assert found is None and len(complaints) == 2
+
+
+def test_find_good_checkpoint_looks_where_last_checkpoint_says(tmp_path):
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    torch.save(dict(state_dict={}), elsewhere / 'epoch_3.pth')
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work/last_checkpoint').write_text(str(elsewhere / 'epoch_3.pth'))
+    assert find_good_checkpoint(tmp_path / 'work')[0] == str(elsewhere / 'epoch_3.pth')
+    (tmp_path / 'work/last_checkpoint').write_text('')  # killed while writing it
+    assert find_good_checkpoint(tmp_path / 'work') == (None, [])
