@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM, swap_backbone
-from mmvil.apis.swap.swap import _out_indices
+from mmvil.apis.swap.rewire import choose_out_indices
 from tests.conftest import ROOT
 
 TINY = dict(embed_dims=32, depth=10)
@@ -253,7 +253,7 @@ def test_swap_says_which_archs_there_are():
 @pytest.mark.parametrize('depth', [4, 6, 10, 24, 26, 29])
 @pytest.mark.parametrize('number', [1, 2, 3, 4])
 def test_out_indices_end_with_the_last_block_and_after_pairs(number, depth):
-    indices = _out_indices(number, depth)
+    indices = choose_out_indices(number, depth)
     assert len(indices) == number and indices[-1] == depth - 1
     assert list(indices) == sorted(set(indices)) and indices[0] >= 0
     if depth >= 24:
