@@ -236,7 +236,7 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
         ('mmseg/bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py', 'whole network'),
         ('mmseg/san/san-vit-b16_voc12aug-640x640.py', 'no model.backbone'),
         ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask beside'),
-        ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads put out'),
+        ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads output'),
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),
     ],
 )

@@ -11,7 +11,7 @@ from .probe import HEADS, as_list, type_name
 
 
 def drop_old_weights(cfg: Config) -> List[str]:
-    """Drop what belongs to the old backbone, and say so."""
+    """Drop the old network's weights, in place, and return notes on what was dropped."""
     notes, model = [], cfg.model
     for node, name in ((cfg, 'load_from'), (model, 'pretrained')):
         if node.get(name):
@@ -25,11 +25,11 @@ def drop_old_weights(cfg: Config) -> List[str]:
         notes.append(
             "model.init_cfg is dropped: it would initialize ViL's layers anew, gates included"
         )
+        pretrained = any(each.get('type') == 'Pretrained' for each in as_list(blanket))
         # A head that relied on it keeps it.
-        for key in ('neck', *HEADS):
-            for node in as_list(model.get(key)):
-                if 'init_cfg' in node and node.init_cfg is None and not _is_pretrained(blanket):
-                    node.init_cfg = copy.deepcopy(blanket)
+        for node in [node for key in ('neck', *HEADS) for node in as_list(model.get(key))]:
+            if 'init_cfg' in node and node.init_cfg is None and not pretrained:
+                node.init_cfg = copy.deepcopy(blanket)
     frozen = model.backbone.get('frozen_stages', -1)
     if isinstance(frozen, int) and frozen >= 0:
         notes.append(
@@ -39,12 +39,10 @@ def drop_old_weights(cfg: Config) -> List[str]:
     return notes
 
 
-def _is_pretrained(init_cfg) -> bool:
-    return any(each.get('type') == 'Pretrained' for each in as_list(init_cfg))
-
-
 def replace_constructor(cfg: Config) -> List[str]:
-    """Layer decay of mmseg and mmdet knows their own backbones only: use ours, at the same rate."""
+    """Replace a layer decay of mmseg or mmdet, which know their own backbones only, by ours at the
+    same rate.
+    """
     wrapper = cfg.get('optim_wrapper') or {}
     constructor = str(wrapper.get('constructor', ''))
     if 'Decay' not in constructor or cfg.get('default_scope') == 'mmpretrain':
@@ -57,7 +55,11 @@ def replace_constructor(cfg: Config) -> List[str]:
 
 
 def use_recipe(cfg: Config) -> List[str]:
-    """Our optimizer and schedule, over as many iterations or epochs as the config has."""
+    """Set our optimizer and schedule, over as many iterations or epochs as the config has.
+
+    Raises:
+        ValueError: If the model is neither a classifier nor a segmentor or detector.
+    """
     scope, kind = cfg.get('default_scope'), type_name(cfg.model)
     if scope == 'mmpretrain' and not kind.endswith('Classifier'):
         raise ValueError(

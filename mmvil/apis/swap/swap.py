@@ -1,10 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM in place of the backbone of an existing config.
-
-There is no table of network families here. What a backbone feeds is found out by running it on
-shapes alone (the meta device): how many maps it puts out, how wide and at which strides, and which
-of them the necks and heads read. The swapped network is run in the same way before it is returned.
-"""
+"""Replace the backbone of an existing config by Vision-LSTM."""
 
 import copy
 from pathlib import Path
@@ -16,7 +11,7 @@ from mmengine.registry import DefaultScope
 
 from .probe import BackboneProbe, type_name
 from .recipe import drop_old_weights, replace_constructor, use_recipe
-from .rewire import rewire
+from .rewire import count_blocks, rewire
 
 
 def swap_backbone(
@@ -28,20 +23,20 @@ def swap_backbone(
     outputs: Optional[Sequence[Tuple[int, int]]] = None,
     **options,
 ) -> Config:
-    """Put Vision-LSTM in the place of a config's backbone.
+    """Replace the backbone of a config by Vision-LSTM.
 
-    ViL puts out as many feature maps as the old backbone, at the same strides (not finer than 4);
-    a classifier that pools its features gets ViL's own pooling, with which its checkpoints were
+    ViL outputs as many feature maps as the old backbone, at the same strides (not finer than 4); a
+    classifier that pools its features gets ViL's own pooling, with which its checkpoints were
     trained. ``in_channels`` of the necks and heads that read them becomes ViL's width. Where a head
     expects more than its config says, ViL's maps are projected to the old widths instead
     (``pyramid.out_channels``), and necks and heads stay as they are. Either way necks and heads are
     run on the new features, on shapes alone.
 
-    Data, crop size, losses, batch size and schedule stay. Gone are pre-trained weights of the old
-    network (``pretrained``, ``init_cfg``, ``load_from``), a blanket ``model.init_cfg``, which would
-    overwrite ViL's initialization, and an optimizer constructor that knows the old backbone's
-    layers, which is replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. All this is
-    logged.
+    Data, crop size, losses, batch size and schedule stay. Dropped are pre-trained weights of the
+    old network (``pretrained``, ``init_cfg``, ``load_from``) and a blanket ``model.init_cfg``,
+    which would overwrite ViL's initialization. An optimizer constructor that knows the old
+    backbone's layers is replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Each change
+    is logged.
 
     Args:
         cfg (str | Path | Config): A config of mmsegmentation, mmpretrain or mmdetection, or its
@@ -52,18 +47,18 @@ def swap_backbone(
         optim (bool): Replace optimizer and learning rate schedule by ours: the ADE20K recipe, or
             for classifiers the ImageNet recipe. The number of iterations or epochs stays, and the
             learning rate is scaled to the batch size in ``auto_scale_lr``. Default: False.
-        keep_channels (bool): Project ViL's maps to the old widths in any case, and leave necks and
+        keep_channels (bool): Always project ViL's maps to the old widths, and leave necks and
             heads alone. Default: False.
         outputs (Sequence[tuple[int, int]], optional): Channels and stride of each map that the old
-            backbone puts out. Only needed where it cannot be built. Default: measured.
-        **options: Further options of :class:`mmvil.VisionLSTM`, which win over what is found out:
+            backbone outputs. Only needed where it cannot be built. Default: measured.
+        **options: Further options of :class:`mmvil.VisionLSTM`, which win over those chosen here:
             ``version``, ``img_size``, ``drop_path_rate``, ``frozen_stages`` ...
 
     Returns:
         Config: The new config.
 
     Raises:
-        ValueError: If the model has no backbone that ViL can replace, saying why.
+        ValueError: If the model has no backbone that ViL can replace, with the reason.
 
     Example:
         >>> from mmengine.config import Config
@@ -73,7 +68,7 @@ def swap_backbone(
         192
     """
     cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else Config.fromfile(cfg)
-    model = cfg.get('model') or {}
+    model, scope = cfg.get('model') or {}, cfg.get('default_scope')
     if not isinstance(model.get('backbone'), dict):
         raise ValueError(
             f'{Path(cfg.filename or "the config").name} has no model.backbone to replace '
@@ -82,19 +77,21 @@ def swap_backbone(
     if isinstance(arch, str):
         arch = arch.lower().replace('-', '_').removeprefix('vil_')
     size = _image_size(cfg)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        old = BackboneProbe(model, size, outputs)
-        # mmpretrain's necks and heads pool a single map, whatever its size.
-        old.to_pool = cfg.get('default_scope') == 'mmpretrain' and len(old.shapes) == 1
+    with DefaultScope.overwrite_default_scope(scope):
+        old = BackboneProbe(model, size, outputs, scope)
         notes = drop_old_weights(cfg)
-        square = size[0] == size[1]
-        backbone = dict(type='mmvil.VisionLSTM', arch=arch, img_size=size[0] if square else size)
-        backbone.update(old.kept_options(arch))
+        backbone = dict(type='mmvil.VisionLSTM', arch=arch)
+        backbone['img_size'] = size[0] if size[0] == size[1] else size
+        if old.in_channels != 3:
+            backbone['in_channels'] = old.in_channels
+        if model.backbone.get('with_cp'):
+            backbone['with_cp'] = True
+        if old.frozen:
+            backbone['frozen_stages'] = count_blocks(arch)
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
-        model, found = rewire(model, old, {**backbone, **options}, keep_channels)
-    cfg.model = model
-    notes += found + replace_constructor(cfg)
+        cfg.model, changes = rewire(model, old, {**backbone, **options}, keep_channels)
+    notes += changes + replace_constructor(cfg)
     if optim:
         notes += use_recipe(cfg)
     elif 'optim_wrapper' in cfg:
