@@ -1,4 +1,4 @@
-# What every classification config shares: scope, logging, processes.
+# Shared by all classification configs: scope, logging, processes.
 default_scope = 'mmpretrain'
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -9,7 +9,7 @@ default_hooks = dict(
         interval=1,
         max_keep_ckpts=3,
         save_best='auto',
-        # A checkpoint appears when it is complete, whatever happens on the way.
+        # Atomic: an interrupted save leaves no partial checkpoint.
         backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
@@ -24,7 +24,7 @@ visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisB
 custom_hooks = [
     # Augmentation, stochastic depth and mixup repeat when a run is resumed.
     dict(type='mmvil.IterationSeedHook'),
-    # A loss that is not finite stops the training, with the names of the images.
+    # Stop on a non-finite loss and report the images.
     dict(type='mmvil.engine.NaNGuardHook'),
     # The log shows the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),

@@ -25,7 +25,7 @@ default_hooks = dict(
         interval=325,
         max_keep_ckpts=2,
         save_best='mIoU',
-        # A checkpoint appears when it is complete, whatever happens on the way.
+        # Atomic: an interrupted save leaves no partial checkpoint.
         backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),

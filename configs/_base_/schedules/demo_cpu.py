@@ -24,7 +24,7 @@ default_hooks = dict(
         by_epoch=False,
         interval=60,
         max_keep_ckpts=2,
-        # A checkpoint appears when it is complete, whatever happens on the way.
+        # Atomic: an interrupted save leaves no partial checkpoint.
         backend_args=dict(backend='mmvil_atomic'),
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
