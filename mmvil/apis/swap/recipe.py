@@ -58,7 +58,7 @@ def use_recipe(cfg: Config) -> List[str]:
     """Set our optimizer and schedule, over as many iterations or epochs as the config has.
 
     Raises:
-        ValueError: If the model is neither a classifier nor a segmentor or detector.
+        ValueError: If the model is a self-supervised one of mmpretrain.
     """
     scope, kind = cfg.get('default_scope'), type_name(cfg.model)
     if scope == 'mmpretrain' and not kind.endswith('Classifier'):
