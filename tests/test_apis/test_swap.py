@@ -135,7 +135,7 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
     assert backbone.img_size == 512 and backbone.drop_path_rate == 0.1
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint='vil.th')
     assert backbone.out_indices == (7, 11, 15, 23)
-    # Of the maps at 4, 8, 8, 8, nobody reads the first two: they stay at 16, without parameters.
+    # Nobody reads the first two of the maps at 4, 8, 8, 8: they stay at 16, without parameters.
     assert backbone.pyramid == dict(strides=(16, 16, 8, 8), norm_cfg=dict(type='SyncBN'))
     assert cfg.model.pretrained is None
 
