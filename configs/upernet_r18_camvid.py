@@ -1,4 +1,4 @@
-# ResNet-18 + UperNet on CamVid, from scratch: what upernet_vil_t_camvid.py is compared with.
+# ResNet-18 + UperNet on CamVid, from scratch: the baseline of upernet_vil_t_camvid.py.
 _base_ = './upernet_vil_t_camvid.py'
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)

@@ -1,4 +1,4 @@
-# What every segmentation config shares: scope, logging, processes.
+# Shared by all segmentation configs: scope, logging, processes.
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -12,7 +12,7 @@ log_processor = dict(by_epoch=False)
 custom_hooks = [
     # Augmentation, stochastic depth and mixup repeat when a run is resumed.
     dict(type='mmvil.IterationSeedHook'),
-    # A loss that is not finite stops the training, with the names of the images.
+    # Stop on a non-finite loss and report the images.
     dict(type='mmvil.engine.NaNGuardHook'),
     # The log shows the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),

@@ -1,4 +1,4 @@
-# VTAB-1K: fine-tuning on 1000 images of one of 19 data sets; the recipe of one run. This trains on
+# VTAB-1K: fine-tuning on 1000 images of one of 19 datasets; the recipe of one run. This trains on
 # train800 and evaluates on val200, as the search for the learning rate does. The whole protocol:
 # tools/vtab1k.py. A single run:
 #   python tools/train.py configs/vtab1k/cifar.py --data-root data/vtab-1k/cifar \
@@ -11,7 +11,7 @@ model = dict(
     train_cfg=None,  # no mixup, no cutmix
 )
 
-# No augmentation, in training neither.
+# No augmentation, not even in training.
 pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(224, 224), backend='pillow', interpolation='bicubic'),

@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Normalization of images with any number of channels. Configs name this by its dotted path; it is
-not imported with mmvil, because mmseg takes its time.
+"""Normalization of images with any number of channels. Configs name this by its dotted path;
+mmvil does not import it, because importing mmseg is slow.
 """
 
 from typing import Any, Sequence

@@ -150,7 +150,7 @@ def _register_mmpretrain(caller: str) -> None:
             f'{caller} needs mmpretrain, which cannot be imported ({error}). See '
             'README.md for installation, or use timm or mmvil.VisionLSTM itself.'
         ) from error
-    root = _root()
+    root = package_root()
     if not ModelHub.has(OFFICIAL_CHECKPOINTS[0].model):
         # The other list in model-index.yml is of segmentors, which mmpretrain cannot build.
         index = root / 'configs' / 'metafile_imagenet.yml'
@@ -164,7 +164,7 @@ def _installed(library: str) -> bool:
         return False
 
 
-def _root() -> Path:
+def package_root() -> Path:
     """The folder that holds configs/: ``mmvil/.mim`` of an installed package, else the checkout."""
     package = Path(__file__).resolve().parents[1]
     for root in (package / '.mim', package.parent):

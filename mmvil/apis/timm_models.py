@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM as models of timm. Importing this registers them; :func:`mmvil.register_models` does.
+"""Vision-LSTM as models of timm, registered on import, as by :func:`mmvil.register_models`.
 
 ``timm.list_models('mmvil*')`` lists them: 'mmvil_base_patch16_224' is version 2, 'mmvil1_…' the
 paper's first version.
@@ -213,7 +213,7 @@ class TimmVisionLSTM(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the classifier sees."""
+        """Width of the classifier's input."""
         return self.num_features * (2 if self.global_pool == 'bilateral_concat' else 1)
 
     def _like(self, module: nn.Module) -> nn.Module:
@@ -242,7 +242,7 @@ class TimmVisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The linear layer."""
+        """Return the linear layer."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -258,7 +258,7 @@ class TimmVisionLSTM(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The normalized map after the last block, shape (B, D, h, w)."""
+        """Compute the normalized map after the last block, shape (B, D, h, w)."""
         x, grid, _ = self._run_blocks(x)
         return tokens_to_map(self._norm(x), grid)
 
@@ -267,9 +267,7 @@ class TimmVisionLSTM(nn.Module):
         if self.global_pool == 'avg':
             x = x.mean(dim=(2, 3))
         elif self.global_pool:
-            first, last = x[:, :, 0, 0], x[:, :, -1, -1]
-            concat = self.global_pool == 'bilateral_concat'
-            x = torch.cat([first, last], dim=1) if concat else (first + last) / 2
+            x = self.backbone.pool(x.flatten(2).transpose(1, 2), self.global_pool)
         elif self.num_classes > 0 and not pre_logits:
             raise ValueError(
                 "The classifier needs a pooling, but global_pool is ''; choose another one, or "
@@ -287,7 +285,7 @@ class TimmVisionLSTM(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Features after several blocks.
+        """Compute features after several blocks.
 
         Args:
             x (Tensor): Images, shape (B, C, H, W).
@@ -316,7 +314,7 @@ class TimmVisionLSTM(nn.Module):
     def _run_blocks(
         self, x: Tensor, take: Sequence[int] = (), last: Optional[int] = None
     ) -> Tuple[Tensor, Tuple[int, int], List[Tensor]]:
-        """Tokens (B, N, D) after the last block, their grid, and those after the blocks to take."""
+        """Return tokens (B, N, D) after the last block, their grid, and those after ``take``."""
         backbone = self.backbone
         if not isinstance(x, Proxy):  # symbolic, without a size
             self._check_image(x)
@@ -355,17 +353,17 @@ class TimmVisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for backward."""
+        """Set activation checkpointing, which keeps only the inputs of blocks for backward."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
-        """Parameters without weight decay, beside those of one dimension."""
+        """Return the parameters without weight decay, beside those of one dimension."""
         return {'backbone.pos_embed'}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Groups for layer-wise learning rates: embeddings, pairs of blocks, all else."""
+        """Return groups for layer-wise learning rates: embeddings, pairs of blocks, the rest."""
         pairs = [
             (rf'^backbone\.layers\.(?:{2 * pair}|{2 * pair + 1})\.', (pair,))
             for pair in range((len(self.backbone.layers) + 1) // 2)
@@ -384,7 +382,9 @@ def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Official checkpoints, and those of our classifiers, to the names of the model in timm.
+    """Rename weights of official checkpoints and of our classifiers for timm's model.
+
+    The norm of another pooling is left out: it starts anew, as the classifier behind it does.
 
     Raises:
         ValueError: If they are of neither 3 channels nor the model's.
@@ -392,25 +392,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     state_dict = state_dict.get('state_dict', state_dict)
     if is_official(state_dict):
         state_dict = vil_to_mmvil(state_dict)
+    norm = model.fc_norm.state_dict(prefix='fc_norm.')
     renamed = {}
     for name, value in state_dict.items():
         name = name.replace('backbone.pool_norm.', 'fc_norm.').replace('head.fc.', 'head.')
-        renamed[name] = value
+        if not name.startswith('fc_norm.') or name in norm and value.shape == norm[name].shape:
+            renamed[name] = value
     weight = renamed.get('backbone.patch_embed.projection.weight')
     if weight is not None:
         # timm adapts RGB weights by the same rule after this, others it may leave at random.
         adapt_input_channels(weight, model.in_chans)
     return renamed
-
-
-def _fitting_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Leave out the norm of another pooling: it starts anew, as the classifier behind it does."""
-    own = model.fc_norm.state_dict(prefix='fc_norm.')
-    return {
-        name: value
-        for name, value in checkpoint_filter_fn(state_dict, model).items()
-        if not name.startswith('fc_norm.') or name in own and value.shape == own[name].shape
-    }
 
 
 def _model_name(official: OfficialCheckpoint) -> str:
@@ -439,7 +431,7 @@ def _pretrained_cfg(official: OfficialCheckpoint) -> Dict[str, Any]:
 
 
 def _register(name: str, official: OfficialCheckpoint) -> None:
-    """Register the function that builds a model."""
+    """Register a function that builds a model."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         settings = dict(arch=official.arch, version=official.version)
@@ -449,7 +441,7 @@ def _register(name: str, official: OfficialCheckpoint) -> None:
             TimmVisionLSTM,
             name,
             pretrained,
-            pretrained_filter_fn=_fitting_filter_fn,
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
             **{**settings, **kwargs},
         )

@@ -319,12 +319,12 @@ class VisionLSTM(BaseModule):
         x = self.pool(x)
         return self.pool_norm(x) if last else x
 
-    def pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor, out_type: Optional[str] = None) -> Tensor:
         """Pool tokens (B, N, D) bilaterally: first and last concatenated (B, 2D), or their mean
-        (B, D) with ``out_type='bilateral_avg'``.
+        (B, D) with ``out_type='bilateral_avg'``. Default: the backbone's ``out_type``.
         """
         first, last = x[:, 0], x[:, -1]
-        if self.out_type == 'bilateral_avg':
+        if (out_type or self.out_type) == 'bilateral_avg':
             return (first + last) / 2
         return torch.cat([first, last], dim=1)
 

@@ -170,8 +170,8 @@ def test_without_mmpretrain_it_says_what_is_missing(monkeypatch, call):
 def test_root_is_that_of_the_installed_package_or_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(models, '__file__', str(tmp_path / 'mmvil' / 'apis' / 'models.py'))
     with pytest.raises(FileNotFoundError, match='pip install'):
-        models._root()
+        models.package_root()
     for root in (tmp_path, tmp_path / 'mmvil' / '.mim'):  # the latter is preferred
         (root / 'configs').mkdir(parents=True)
         (root / 'configs' / 'metafile_imagenet.yml').touch()
-        assert models._root() == root
+        assert models.package_root() == root

@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM, swap_backbone
-from mmvil.apis.swap.swap import _out_indices
+from mmvil.apis.swap.rewire import choose_out_indices
 from tests.conftest import ROOT
 
 TINY = dict(embed_dims=32, depth=10)
@@ -135,7 +135,7 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
     assert backbone.img_size == 512 and backbone.drop_path_rate == 0.1
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint='vil.th')
     assert backbone.out_indices == (7, 11, 15, 23)
-    # Of the maps at 4, 8, 8, 8, nobody reads the first two: they stay at 16, without parameters.
+    # Nobody reads the first two of the maps at 4, 8, 8, 8: they stay at 16, without parameters.
     assert backbone.pyramid == dict(strides=(16, 16, 8, 8), norm_cfg=dict(type='SyncBN'))
     assert cfg.model.pretrained is None
 
@@ -236,7 +236,7 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
         ('mmseg/bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py', 'whole network'),
         ('mmseg/san/san-vit-b16_voc12aug-640x640.py', 'no model.backbone'),
         ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask beside'),
-        ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads put out'),
+        ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads output'),
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),
     ],
 )
@@ -253,7 +253,7 @@ def test_swap_says_which_archs_there_are():
 @pytest.mark.parametrize('depth', [4, 6, 10, 24, 26, 29])
 @pytest.mark.parametrize('number', [1, 2, 3, 4])
 def test_out_indices_end_with_the_last_block_and_after_pairs(number, depth):
-    indices = _out_indices(number, depth)
+    indices = choose_out_indices(number, depth)
     assert len(indices) == number and indices[-1] == depth - 1
     assert list(indices) == sorted(set(indices)) and indices[0] >= 0
     if depth >= 24:

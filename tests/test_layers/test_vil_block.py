@@ -79,16 +79,6 @@ def test_fused_layer_refuses_second_derivatives():
         torch.autograd.grad(block(x, GRID).sum(), x, create_graph=True)
 
 
-def test_gates_are_those_of_the_layer():
-    block, seen = make_block(lean=False), []
-    for gate in (block.igate, block.fgate):
-        gate.register_forward_hook(lambda _, args, y: seen.append(y.transpose(1, 2)))
-    x = torch.randn(2, 35, 16, dtype=torch.float64)
-    block(x, GRID)
-    for gate, expected in zip(block.gates(x, GRID), list(seen)):
-        assert gate.shape == (2, 4, 35) and torch.equal(gate, expected)
-
-
 def test_frozen_parameters_get_no_gradient():
     block = make_block()
     block.conv.requires_grad_(False)

@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Try ViL in the configs of the installed OpenMMLab libraries, and write down what works.
+"""Try ViL in the configs of the installed OpenMMLab libraries, and write a table of results.
 
 python tools/.dev_scripts/swap_matrix.py --out docs/swap_matrix.md
 python tools/.dev_scripts/swap_matrix.py --libraries mmseg --only pspnet --out docs/swap_matrix.md
 
-Of each folder of configs, every combination of backbone, neck and head is tried once: the backbone
+In each folder of configs, every combination of backbone, neck and head is tried once: the backbone
 is swapped (mmvil.swap_backbone), the model is built, trained for one step, in which the loss is
 finite and every parameter gets a gradient, and predicts. ViL is tiny and so are the images; the
 rest of the network has its full size. Lines of a file that are not tried again stay.
@@ -56,7 +56,7 @@ HEADER = """\
 Written by `tools/.dev_scripts/swap_matrix.py`; do not edit. How to swap: see
 [swap_backbone.md](swap_backbone.md).
 
-Of each folder of configs, every combination of backbone, neck and head was tried once.
+In each folder of configs, every combination of backbone, neck and head was tried once.
 
 - **works**: after `mmvil.swap_backbone` or `--backbone`, without further changes. That is one
   training step, in which the loss was finite and every parameter got a gradient, and one
@@ -75,23 +75,22 @@ Versions: {versions}.
 
 
 def find_cases(library, only=('',)):
-    """The configs to try.
+    """Choose one config of each combination.
 
     Args:
         library (str): 'mmseg', 'mmpretrain' or 'mmdet'.
         only (Sequence[str]): Parts of paths, one of which the configs must have. Default: any.
 
     Returns:
-        dict[str, str]: From a config's path, relative to the library's configs, to its parts:
-        'backbone → neck → heads'.
+        dict[str, str]: Parts, 'backbone → neck → heads', by the path relative to the library's
+        configs.
     """
     root = config_root(library)
     cases = {}
     # The shortest names stand for the plainest configs.
     for path in sorted(root.glob('*/**/*.py'), key=lambda path: (len(str(path)), path.name)):
         folder = path.relative_to(root).parts[0]
-        chosen = CHOSEN.get(library, [folder])
-        if folder not in chosen or folder.startswith('_'):
+        if folder not in CHOSEN.get(library, [folder]) or folder.startswith('_'):
             continue
         if 'levir' in path.name:  # pairs of images, which mmseg's own preprocessor refuses
             continue
@@ -140,11 +139,11 @@ def type_names(node):
 
 
 def try_config(path, arch=None):
-    """Swap, train a step, predict.
+    """Swap the backbone of a config, train a step, predict.
 
     Returns:
-        tuple[str, str]: 'works', 'cannot' (and why), 'untested' (where the check below does not
-        suit the network) or 'fails' (which is a bug), and remarks.
+        tuple[str, str]: 'works', 'cannot', 'untested' (where ``train_and_predict`` does not suit
+        the network) or 'fails' (which is a bug), and remarks.
     """
     torch.manual_seed(0)
     try:
@@ -174,10 +173,10 @@ def try_config(path, arch=None):
 
 
 def train_and_predict(cfg):
-    """One training step and one prediction.
+    """Run one training step and one prediction.
 
     Returns:
-        tuple[nn.Module | None, str | None]: The model, and what went wrong.
+        tuple[nn.Module | None, str | None]: The model, and the failure.
     """
     for side in SIDES:
         try:
@@ -195,7 +194,7 @@ def train_and_predict(cfg):
 
 
 def build_small(cfg, side):
-    """The model for tiny images, on the CPU."""
+    """Build the model for tiny images, on the CPU."""
     backbone = cfg.model.backbone
     if 'img_size' in backbone:
         backbone.img_size = side
@@ -203,26 +202,27 @@ def build_small(cfg, side):
         cfg.model.data_preprocessor.size = (side, side)
     if cfg.default_scope == 'mmpretrain' and 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    drop_downloads(cfg.model)
+    for node in nodes(cfg.model):  # pre-trained weights of frozen parts of a head, say
+        if type_names(node.get('init_cfg')) == 'Pretrained':
+            node['init_cfg'] = None
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
     return model
 
 
-def drop_downloads(node):
-    """Leave out pre-trained weights, such as those of frozen parts of a head."""
+def nodes(node):
+    """Yield the dicts inside a config."""
     if isinstance(node, dict):
-        if isinstance(node.get('init_cfg'), dict) and node['init_cfg'].get('type') == 'Pretrained':
-            node['init_cfg'] = None
+        yield node
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for each in node:
-            drop_downloads(each)
+            yield from nodes(each)
 
 
 def train_step(model, cfg, side):
-    """One forward and backward pass; the names of trainable parameters without gradient."""
+    """Run forward and backward; return the names of trainable parameters without gradient."""
     model.train()
     data = model.data_preprocessor(make_batch(cfg, side), training=True)
     total, _ = model.parse_losses(model(**data, mode='loss'))
@@ -245,20 +245,12 @@ def make_batch(cfg, side):
     channels = cfg.model.backbone.get('in_channels', 3)
     images = [torch.randint(256, (channels, side, side), dtype=torch.uint8) for _ in range(2)]
     samples = [SAMPLES[cfg.default_scope](cfg.model, side) for _ in images]
-    views = count_views(cfg.train_dataloader)
-    if views:
+    multiview = [n for n in nodes(cfg.train_dataloader) if n.get('type') == 'MultiView']
+    if multiview:  # self-supervised pipelines
+        views = multiview[0]['num_views']
+        views = sum(views) if isinstance(views, (list, tuple)) else views
         images = [torch.stack(images) for _ in range(views)]
     return dict(inputs=images, data_samples=samples)
-
-
-def count_views(node):
-    """How many views of each image a self-supervised pipeline makes."""
-    if isinstance(node, dict):
-        if node.get('type') == 'MultiView':
-            views = node['num_views']
-            return sum(views) if isinstance(views, (list, tuple)) else views
-        node = list(node.values())
-    return max(map(count_views, node), default=0) if isinstance(node, (list, tuple)) else 0
 
 
 def seg_sample(model, side):
@@ -301,19 +293,13 @@ def metainfo(side):
     return dict(**known, border=(0, 0, 0, 0), scale_factor=(1.0, 1.0), flip=False, img_id=0)
 
 
-def find_key(node, key):
-    """The first value of a key inside a config."""
-    if isinstance(node, dict):
-        if key in node:
-            return node[key]
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        return next((found for found in (find_key(each, key) for each in node) if found), None)
-    return None
+def find_key(config, key):
+    """Return the first value of a key inside a config, None if it has none."""
+    return next((node[key] for node in nodes(config) if node.get(key)), None)
 
 
 def kept_channels(cfg):
-    """The old widths, where ViL's maps are projected to them."""
+    """Return the old widths if ViL's maps are projected to them."""
     return (cfg.model.backbone.get('pyramid') or {}).get('out_channels')
 
 
@@ -321,10 +307,10 @@ def kept_channels(cfg):
 
 
 def read_table(path):
-    """What a file written by ``write_table`` says; nothing if there is none.
+    """Read a file that ``write_table`` wrote, if it exists.
 
     Returns:
-        dict[str, dict[str, tuple]]: By library: from a config's path to (parts, verdict, remarks).
+        dict[str, dict[str, tuple]]: (parts, verdict, remarks) by library and path of the config.
     """
     outcomes = {}
     for line in path.read_text().splitlines() if path and path.exists() else []:
@@ -337,7 +323,7 @@ def read_table(path):
 
 
 def write_table(outcomes):
-    """Markdown, with what ``read_table`` returns."""
+    """Format what ``read_table`` returns as Markdown."""
     versions = []
     for module in (*outcomes, 'mmcv', 'mmengine', 'torch'):
         for name in importlib.metadata.packages_distributions().get(module, [])[:1]:

@@ -1,4 +1,4 @@
-# What tools/dataset_converters/make_demo_dataset.py makes: 10 classes in ADE20K's layout, 256x192.
+# Output of tools/dataset_converters/make_demo_dataset.py: 10 classes in ADE20K's layout, 256x192.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/demo'
 metainfo = dict(
@@ -41,7 +41,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 
-# Without worker processes: on two cores they are in the way of the training.
+# No worker processes: on two cores they would slow training down.
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

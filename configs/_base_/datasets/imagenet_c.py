@@ -1,5 +1,5 @@
 # ImageNet-C: the validation images of ImageNet-1K with each of 15 corruptions at 5 severities.
-# data_root holds CORRUPTION/SEVERITY/CLASS/IMAGE, as the archives of the data set do.
+# data_root holds CORRUPTION/SEVERITY/CLASS/IMAGE, as the archives of the dataset do.
 _base_ = './imagenet_sketch.py'
 
 # Mean error of AlexNet in percent, by which the mean corruption error is normalized (Hendrycks and

@@ -1,0 +1,260 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Run the networks of a config on shapes alone, on the meta device.
+
+This takes the place of a table of network families: the number, widths and strides of a backbone's
+outputs, and which of them necks and heads read, are measured.
+"""
+
+import copy
+import inspect
+import math
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+# Heads that are called with the features and nothing that only their model knows.
+HEADS = ('decode_head', 'auxiliary_head', 'head')
+
+
+class BackboneProbe:
+    """Outputs of a config's backbone, and which of them are read.
+
+    Args:
+        model (ConfigDict): Config of the whole model.
+        size (tuple[int, int]): Image size, height first.
+        outputs (Sequence[tuple[int, int]], optional): Channels and strides, instead of measuring.
+        scope (str, optional): Default scope of the config.
+
+    Attributes:
+        shapes (list[tuple]): Shape of each output: (2, C, h, w) of a map, (2, C) of a vector.
+        widths (list[int]): Channels of each output.
+        in_channels (int): Channels of the images.
+        frozen (bool): Whether no parameter is trained.
+        pooled (bool): Whether the features are pooled, by the backbone or by the neck.
+        to_pool (bool): Whether its single map is pooled in the end.
+        read (set[int]): Indices of the outputs that are read.
+        maps (list[Tensor] | None): Input of the heads; None if the neck cannot be run.
+        failure (str | None): Why the heads cannot be run on shapes alone, if so.
+        results (dict[str, list[int]]): Channels of the heads' outputs.
+
+    Raises:
+        ValueError: If VisionLSTM cannot replace the backbone, or nothing is known of its outputs.
+    """
+
+    def __init__(
+        self,
+        model: ConfigDict,
+        size: Tuple[int, int],
+        outputs: Optional[Sequence[Tuple[int, int]]] = None,
+        scope: Optional[str] = None,
+    ) -> None:
+        cfg = model.backbone
+        self.size, self.name, self.in_channels = size, type_name(cfg), cfg.get('in_channels', 3)
+        self.frozen = False
+        if outputs is None:
+            self.shapes = self._measure(cfg)
+        else:
+            self.shapes = [
+                (2, width, *(math.ceil(side / stride) for side in size))
+                for width, stride in outputs
+            ]
+        self.neck_pools = type_name(model.get('neck')) == 'GlobalAveragePooling'
+        self.pooled = len(self.shapes) == 1 and (len(self.shapes[0]) == 2 or self.neck_pools)
+        self._check_shapes()
+        # mmpretrain's necks and heads pool a single map, whatever its size.
+        self.to_pool = scope == 'mmpretrain' and len(self.shapes) == 1
+        self.widths = [shape[1] for shape in self.shapes]
+        self.has_neck = bool(model.get('neck'))
+        self.has_heads = any('head' in key and model[key] for key in model)
+        features = [torch.empty(shape, device='meta', requires_grad=True) for shape in self.shapes]
+        self.maps, results, self.failure = run_readers(model, features)
+        self.results = {key: channels(tensors) for key, tensors in results.items()}
+        if self.maps is None:  # not even the neck runs here, so nothing is known of its input
+            self.read = set(range(len(features)))
+        elif results or self.has_neck:
+            self.read = outputs_read(results or self.maps, features)
+        else:  # heads with compiled operators, say, do not run on shapes alone
+            heads = [_configured_to_read(model.get(key), len(features)) for key in HEADS]
+            self.read = set().union(*heads) or set(range(len(features)))
+        main = {key: tensors for key, tensors in results.items() if key != 'auxiliary_head'}
+        if main and not self.has_neck:
+            read, last = outputs_read(main, features), max(self.read, default=0)
+            if last not in read:
+                raise ValueError(
+                    f'{self.name} is a whole network rather than a backbone: its main head reads '
+                    f'output {sorted(read)}, auxiliary heads read later ones up to {last}. Choose '
+                    'a config whose main head reads the last map, such as FCN, PSPNet or UPerNet.'
+                )
+
+    def _measure(self, cfg: dict) -> List[tuple]:
+        weights = ('init_cfg', 'pretrained')
+        try:
+            network = _build({key: cfg[key] for key in cfg if key not in weights})
+        except Exception as error:
+            raise ValueError(
+                f'Cannot build {self.name}, the backbone to be replaced, to measure its outputs '
+                f'({_one_line(error)}). Give them: outputs=[(channels, stride), ...], one pair for '
+                'each map.'
+            ) from error
+        parameters = inspect.signature(network.forward).parameters.values()
+        others = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        if others:
+            raise ValueError(
+                f'{self.name}.forward takes {", ".join(others)} beside the images, as backbones of '
+                'masked image modeling do. VisionLSTM takes images only and cannot replace it.'
+            )
+        self.frozen = not any(parameter.requires_grad for parameter in network.parameters())
+        image = (2, self.in_channels, *self.size)
+        try:
+            trained, tested = (_shapes(network, image, training) for training in (True, False))
+        except Exception as error:
+            raise ValueError(
+                f'Cannot run {self.name}, the backbone to be replaced, on images of shape {image} '
+                f'({_one_line(error)}). Give its outputs: outputs=[(channels, stride), ...].'
+            ) from error
+        if trained != tested:
+            raise ValueError(
+                f'{self.name} outputs {trained} in training and {tested} in testing, and its '
+                'heads are made for that: VisionLSTM cannot replace it.'
+            )
+        return trained
+
+    def _check_shapes(self) -> None:
+        plain = all(isinstance(shape[0], int) for shape in self.shapes)
+        maps = plain and all(len(shape) == 4 for shape in self.shapes)
+        if not maps and not (plain and self.pooled):
+            raise ValueError(
+                f'{self.name} outputs {self.shapes}, but VisionLSTM has neither class tokens nor '
+                'masks: it can replace backbones that output feature maps (B, C, H, W) or one '
+                'feature vector (B, C).'
+            )
+
+    @property
+    def strides(self) -> List[int]:
+        """Stride of each map, a power of two."""
+        return [2 ** round(math.log2(max(self.size) / max(shape[2:]))) for shape in self.shapes]
+
+
+def run_readers(model: dict, features: Sequence[Tensor]):
+    """Run the neck and the heads of a model on features.
+
+    Returns:
+        tuple: The heads' input (list[Tensor], None if the neck cannot be run), the outputs of each
+        kind of head (dict[str, list[Tensor]]), and why the heads cannot be run (str | None).
+    """
+    try:
+        maps = list(_build(model['neck'])(tuple(features))) if model.get('neck') else features
+    except Exception as error:
+        return None, {}, f'neck: {_one_line(error)}'
+    results = {}
+    for key in HEADS:
+        previous = None
+        for cfg in as_list(model.get(key)):
+            try:
+                head = _build(cfg).eval()
+                known = dict(prev_output=previous, batch_data_samples=_samples(features[0]))
+                parameters = inspect.signature(head.forward).parameters
+                previous = head(tuple(maps), **{k: known[k] for k in parameters if k in known})
+            except Exception as error:
+                return maps, {}, f'{key}: {_one_line(error)}'
+            results.setdefault(key, []).extend(_tensors(previous))
+    return maps, results, None if results else 'it has none of ' + ', '.join(HEADS)
+
+
+def outputs_read(results, features: Sequence[Tensor]) -> set:
+    """Indices of the features on which tensors, nested in any way, depend."""
+    total = sum(tensor.sum() for tensor in _tensors(results) if tensor.requires_grad)
+    grads = torch.autograd.grad(total, features, allow_unused=True, retain_graph=True)
+    return {index for index, grad in enumerate(grads) if grad is not None}
+
+
+def _configured_to_read(node, number: int) -> set:
+    """Indices of a number of features that a head reads according to its config."""
+    if isinstance(node, (list, tuple)):
+        return set().union(*(_configured_to_read(each, number) for each in node))
+    read = set()
+    if isinstance(node, dict):
+        if 'in_channels' in node:
+            last = isinstance(node.in_channels, int)
+            index = node.get('in_index', -1 if last else range(number))
+            read = {each % number for each in as_list(index)}
+            read |= {0} if node.get('c1_in_channels') else set()
+        for child in node.values():
+            if isinstance(child, dict) and 'in_index' in child:
+                read |= _configured_to_read(child, number)
+    return read
+
+
+def _build(cfg) -> nn.Module:
+    """Build a part of a model with shapes but without values."""
+    try:
+        with torch.device('meta'):
+            module = MODELS.build(copy.deepcopy(cfg))
+    except Exception:  # constructors that read values, such as rates of stochastic depth
+        module = MODELS.build(copy.deepcopy(cfg)).to('meta')
+    # torch's SyncBatchNorm refuses other devices than GPUs.
+    return revert_sync_batchnorm(module)
+
+
+def _samples(feature: Tensor) -> list:
+    """Stand-ins for data samples, from which some heads read the image size."""
+    shape = tuple(4 * side for side in feature.shape[2:])
+    meta = dict(img_shape=shape, batch_input_shape=shape, pad_shape=shape)
+    return [BaseDataElement(metainfo=meta) for _ in feature]
+
+
+def _shapes(network: nn.Module, image: tuple, training: bool) -> list:
+    """Shapes of a network's outputs for images of a shape."""
+    network.train(training)
+    with torch.no_grad():
+        try:
+            features = network(torch.zeros(image, device='meta'))
+        except (NotImplementedError, RuntimeError):  # some operators need values
+            features = network.to_empty(device='cpu')(torch.zeros(image))
+    return _shape_of(features if isinstance(features, (list, tuple)) else [features])
+
+
+def _shape_of(features) -> Union[list, tuple]:
+    if isinstance(features, Tensor):
+        return tuple(features.shape)
+    if isinstance(features, (list, tuple)):
+        return [_shape_of(feature) for feature in features]
+    return [type(features).__name__]
+
+
+def _tensors(node) -> List[Tensor]:
+    """Tensors inside nested tuples, lists and dicts."""
+    if isinstance(node, Tensor):
+        return [node]
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        return [tensor for each in node for tensor in _tensors(each)]
+    return []
+
+
+def channels(tensors) -> List[Optional[int]]:
+    """Channels of each tensor (B, C, ...); None for what is no such tensor."""
+    return [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in tensors]
+
+
+def as_list(node) -> list:
+    """A sequence as a list, another value as a list of one, None as an empty one."""
+    if node is None:
+        return []
+    return list(node) if isinstance(node, (list, tuple, range)) else [node]
+
+
+def type_name(cfg) -> str:
+    """Type of a config without its scope; configs in the new style hold classes."""
+    kind = cfg.get('type', '') if isinstance(cfg, dict) else ''
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]

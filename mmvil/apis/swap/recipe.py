@@ -1,0 +1,98 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Weights, optimizer and schedule of a config whose backbone is replaced."""
+
+import copy
+from typing import List
+
+from mmengine.config import Config, ConfigDict
+
+from ..models import package_root
+from .probe import HEADS, as_list, type_name
+
+
+def drop_old_weights(cfg: Config) -> List[str]:
+    """Drop the old network's weights, in place, and return notes on what was dropped."""
+    notes, model = [], cfg.model
+    for node, name in ((cfg, 'load_from'), (model, 'pretrained')):
+        if node.get(name):
+            notes.append(f'{name}={node[name]!r} is dropped')
+            node[name] = None
+    old = model.backbone.get('init_cfg')
+    if isinstance(old, dict) and old.get('checkpoint'):
+        notes.append(f'the checkpoint {old.checkpoint!r} of the old backbone is dropped')
+    blanket = model.pop('init_cfg', None)
+    if blanket:
+        notes.append(
+            "model.init_cfg is dropped: it would initialize ViL's layers anew, gates included"
+        )
+        pretrained = any(each.get('type') == 'Pretrained' for each in as_list(blanket))
+        # A head that relied on it keeps it.
+        for node in [node for key in ('neck', *HEADS) for node in as_list(model.get(key))]:
+            if 'init_cfg' in node and node.init_cfg is None and not pretrained:
+                node.init_cfg = copy.deepcopy(blanket)
+    frozen = model.backbone.get('frozen_stages', -1)
+    if isinstance(frozen, int) and frozen >= 0:
+        notes.append(
+            f'frozen_stages={frozen} of the old backbone: ViL is frozen if all of it was, '
+            'else not at all; frozen_stages=... chooses'
+        )
+    return notes
+
+
+def replace_constructor(cfg: Config) -> List[str]:
+    """Replace a layer decay of mmseg or mmdet, which know their own backbones only, by ours at the
+    same rate.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    constructor = str(wrapper.get('constructor', ''))
+    if 'Decay' not in constructor or cfg.get('default_scope') == 'mmpretrain':
+        return []
+    options = wrapper.get('paramwise_cfg') or {}
+    rate = options.get('layer_decay_rate', options.get('decay_rate', 1.0))
+    wrapper.constructor = 'mmvil.LayerDecayOptimWrapperConstructor'
+    wrapper.paramwise_cfg = ConfigDict(layer_decay_rate=rate, flat_decay_mult=0.0)
+    return [f'{constructor} is replaced by {wrapper.constructor}, layer_decay_rate={rate}']
+
+
+def use_recipe(cfg: Config) -> List[str]:
+    """Set our optimizer and schedule, over as many iterations or epochs as the config has.
+
+    Raises:
+        ValueError: If the model is a self-supervised one of mmpretrain.
+    """
+    scope, kind = cfg.get('default_scope'), type_name(cfg.model)
+    if scope == 'mmpretrain' and not kind.endswith('Classifier'):
+        raise ValueError(
+            f'There is no recipe of ours to train {kind} with: leave optim (--backbone-optim) out.'
+        )
+    loop = cfg.train_cfg
+    by_epoch = 'max_epochs' in loop
+    total = loop['max_epochs' if by_epoch else 'max_iters']
+    name = 'imagenet_400e' if scope == 'mmpretrain' else 'ade20k_160k'
+    recipe = Config.fromfile(package_root() / 'configs' / '_base_' / 'schedules' / f'{name}.py')
+
+    warm_up, cosine = recipe.param_scheduler
+    share = warm_up.end / cosine.end
+    end = warm_up.end if warm_up.by_epoch == by_epoch else round(share * total)
+    end = min(end, total // 10)
+    if end == 0:  # too short to warm up
+        recipe.param_scheduler = [cosine]
+    for part, begin, until in ((warm_up, 0, end), (cosine, end, total)):
+        part.update(by_epoch=by_epoch, begin=begin, end=until)
+        if by_epoch:
+            part.convert_to_iter_based = True
+
+    batch, old = recipe.auto_scale_lr.base_batch_size, cfg.get('auto_scale_lr') or {}
+    recipe.auto_scale_lr = {**recipe.auto_scale_lr, **old}
+    factor = recipe.auto_scale_lr.base_batch_size / batch
+    recipe.optim_wrapper.optimizer.lr *= factor
+    if 'eta_min' in cosine:
+        cosine.eta_min *= factor
+    for key in ('optim_wrapper', 'param_scheduler', 'auto_scale_lr'):
+        cfg[key] = recipe[key]
+    optimizer = recipe.optim_wrapper.optimizer
+    return [
+        f'optimizer and schedule are those of {name}: {optimizer.type}, lr {optimizer.lr:g} for '
+        f'batches of {recipe.auto_scale_lr.base_batch_size}, {total} '
+        f'{"epochs" if by_epoch else "iterations"}, {end} of them warm-up'
+    ]

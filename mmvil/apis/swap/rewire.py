@@ -1,0 +1,214 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Fit ViL, necks and heads to each other."""
+
+import copy
+from typing import List, Sequence, Tuple, Union
+
+import torch
+from mmengine.config import ConfigDict
+from torch import Tensor
+
+from ...backbones import VisionLSTM
+from .probe import HEADS, BackboneProbe, channels, outputs_read, run_readers, type_name
+
+# Names of the width of a module's input in configs.
+INPUT_WIDTHS = ('in_channels', 'embed_dim', 'input_features')
+# Nothing in ViL is finer than its patches; heads resize to the labels themselves.
+FINEST_STRIDE = 4
+
+
+class RewireError(Exception):
+    """A way to connect ViL does not work; the message says why."""
+
+
+def rewire(
+    model: ConfigDict, old: BackboneProbe, backbone: dict, keep_channels: bool
+) -> Tuple[ConfigDict, List[str]]:
+    """Connect ViL with the neck and the heads.
+
+    Args:
+        model (ConfigDict): Config of the model.
+        old (BackboneProbe): Its backbone.
+        backbone (dict): Config of ViL; its options win over what fits the old backbone.
+        keep_channels (bool): Keep the old widths rather than rewrite ``in_channels``.
+
+    Returns:
+        tuple[ConfigDict, list[str]]: The new model, and the changes.
+
+    Raises:
+        ValueError: If neither way works.
+    """
+    notes, reason = [], 'leave keep_channels out'
+    if not keep_channels:
+        try:
+            return _rewrite_model(model, old, backbone)
+        except RewireError as error:
+            reason = f'in_channels cannot be rewritten ({error})'
+            notes.append(f'{reason}, so the old widths are kept')
+    if len(old.shapes[0]) != 4:
+        raise ValueError(
+            f'{old.name} outputs a feature vector, whose width {old.widths[0]} VisionLSTM can '
+            f'replace only with a head of other in_channels: {reason}.'
+        )
+    new = copy.deepcopy(model)
+    new.backbone = ConfigDict({**backbone, **_map_options(model, old, backbone, keep=True)})
+    try:
+        _check_runs(new, old, _run_vil(new.backbone, old.size))
+    except RewireError as error:
+        raise ValueError(f'VisionLSTM cannot replace {old.name} here: {error}.') from error
+    return new, [*notes, _describe(old, new.backbone)]
+
+
+def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
+    """The model with ``in_channels`` of necks and heads set to ViL's widths."""
+    new, notes = copy.deepcopy(model), []
+    if old.pooled:
+        concat = backbone.get('version', 2) == 2
+        backbone = {'out_type': 'bilateral_concat' if concat else 'bilateral_avg', **backbone}
+        if old.neck_pools:
+            new.neck = None
+            notes.append(
+                f'neck {type_name(model.neck)} is gone: ViL pools itself, '
+                f'as its classifiers were trained (out_type={backbone["out_type"]!r})'
+            )
+    else:
+        backbone = {**backbone, **_map_options(model, old, backbone)}
+    new.backbone = ConfigDict(backbone)
+    features = _run_vil(backbone, old.size)
+
+    if new.get('neck'):
+        _rewrite(new.neck, old.widths, channels(features), 'neck', notes)
+    maps, _, failure = run_readers(dict(neck=new.get('neck')), features)
+    if maps is None:
+        raise RewireError(failure)
+    if old.maps is None:
+        raise RewireError('the old neck cannot be run here')
+    before, after = channels(old.maps), channels(maps)
+    if before != after and old.has_heads:
+        if old.failure:
+            raise RewireError(f'the heads cannot be run here on shapes alone, {old.failure}')
+        for key in HEADS:
+            _rewrite(new.get(key), before, after, key, notes)
+    _check_runs(new, old, features)
+    return new, [_describe(old, backbone), *notes]
+
+
+def _rewrite(node, old: Sequence[int], new: Sequence[int], where: str, notes: List[str]) -> None:
+    """Change the input widths of a neck or head in place."""
+    if isinstance(node, (list, tuple)):
+        # Of several necks the first one reads the backbone, of several heads each one does.
+        for number, each in enumerate(node[:1] if where == 'neck' else node):
+            _rewrite(each, old, new, f'{where}[{number}]', notes)
+        return
+    if not isinstance(node, dict):
+        return
+    expected = {key: node.get('in_index') for key in INPUT_WIDTHS if key in node}
+    if node.get('c1_in_channels'):  # DeepLabV3+ takes its details from the first map
+        expected['c1_in_channels'] = 0
+    for key, index in expected.items():
+        value = node[key]
+        if isinstance(value, (list, tuple)):
+            index = range(len(value)) if index is None else index
+            was, becomes = (type(value)(widths[i] for i in index) for widths in (old, new))
+        else:
+            index = -1 if index is None else index
+            was, becomes = old[index], new[index]
+        if value != was:
+            raise RewireError(f'{where}.{key} is {value}, but its input has {was} channels')
+        node[key] = becomes
+        if was != becomes:
+            notes.append(f'{where}.{key}: {was} -> {becomes}')
+    for key, child in node.items():  # heads made of heads, such as K-Net's
+        if isinstance(child, dict) and 'in_index' in child:
+            _rewrite(child, old, new, f'{where}.{key}', notes)
+
+
+# ----------------------------------------------------------------------------------- options of ViL
+
+
+def count_blocks(arch: Union[str, dict]) -> int:
+    """Number of blocks of an architecture; raises ValueError if it is unknown."""
+    with torch.device('meta'):
+        return len(VisionLSTM(arch).layers)
+
+
+def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = False) -> dict:
+    """Options of ViL for as many maps as the old backbone has, at the same strides.
+
+    Maps that nobody reads stay at the stride of the patches, without parameters of their own,
+    which would never get a gradient. Batch norms are synchronized if the old model has such.
+    """
+    plain = backbone.get('stride') or backbone.get('patch_size', 16)
+    strides = [
+        max(stride, FINEST_STRIDE) if index in old.read else plain
+        for index, stride in enumerate(old.strides)
+    ]
+    if old.to_pool:  # averages over all patches lose nothing
+        strides = [plain]
+    if not old.has_neck:  # blocks behind the last map that is read would be in vain
+        strides = strides[: max(old.read, default=0) + 1]
+    options = {}
+    if len(strides) > 1:
+        indices = choose_out_indices(len(strides), count_blocks(backbone['arch']))
+        options.update(out_indices=indices, final_norm=False)
+    if keep or any(stride != plain for stride in strides):
+        options['pyramid'] = pyramid = dict(strides=tuple(strides))
+        if keep:
+            pyramid['out_channels'] = tuple(
+                width if index in old.read else None
+                for index, width in enumerate(old.widths[: len(strides)])
+            )
+        if 'SyncBN' in str(model):
+            pyramid['norm_cfg'] = dict(type='SyncBN')
+    return {key: value for key, value in options.items() if key not in backbone}
+
+
+def choose_out_indices(number: int, depth: int) -> Tuple[int, ...]:
+    """Blocks to tap: the published ones for four maps, else evenly spaced; after whole pairs."""
+    marks = (2, 3, 4, 6) if number == 4 else range(1, number + 1)
+    ends = [depth * mark / marks[-1] for mark in marks]
+    pairs = [2 * round(end / 2) for end in ends[:-1]] + [depth]
+    ends = pairs if sorted({0, *pairs}) == [0, *pairs] else [round(end) for end in ends]
+    return tuple(end - 1 for end in ends)
+
+
+def _describe(old: BackboneProbe, backbone: dict) -> str:
+    if 'pyramid' in backbone:
+        width = backbone['pyramid'].get('out_channels')
+        outputs = f'maps at strides {backbone["pyramid"]["strides"]}'
+        outputs += f' of {width} channels' if width else ''
+    elif old.pooled and 'out_type' in backbone:
+        outputs = f'{backbone["out_type"]} features'
+    else:
+        outputs = 'maps at the stride of its patches'
+    return f'VisionLSTM {backbone["arch"]!r} stands in for {old.name}, with {outputs}'
+
+
+# ----------------------------------------------------------------------------------------- checking
+
+
+def _run_vil(backbone: dict, size: Tuple[int, int]) -> List[Tensor]:
+    """ViL's features, on shapes alone."""
+    options = {key: value for key, value in backbone.items() if key not in ('type', 'init_cfg')}
+    with torch.device('meta'):
+        network = VisionLSTM(**options).eval()
+        with torch.no_grad():
+            features = network(torch.zeros(2, network.in_channels, *size))
+    return [feature.detach().requires_grad_() for feature in features]
+
+
+def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> None:
+    """Raise if necks and heads do not run on the new features as they did on the old ones."""
+    if old.maps is None:
+        return
+    maps, results, failure = run_readers(new, features)
+    if maps is None or (failure and not old.failure):
+        raise RewireError(failure)
+    if results and outputs_read(results, features) != old.read:
+        raise RewireError(
+            f'outputs {sorted(outputs_read(results, features))} are read, before it was '
+            f'{sorted(old.read)}'
+        )
+    widths = {key: channels(tensors) for key, tensors in results.items()}
+    if not old.failure and widths != old.results:
+        raise RewireError(f'heads output {widths} channels instead of {old.results}')
