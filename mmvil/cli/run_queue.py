@@ -189,3 +189,51 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}')
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def work(protocol, train, say):
+    """Do open runs until none is left, neither here nor elsewhere."""
+    failed = set()  # since the last success
+    waiting = False
+    while True:
+        states = protocol.runs()
+        open_runs = [job for job, state in states.items() if state in ('open', 'again')]
+        claim = None
+        for job in open_runs:
+            claim = protocol.claims.claim(job.name)
+            if claim is not None:
+                break
+        if claim is None:
+            if not open_runs and 'running' not in states.values():
+                return
+            if not waiting:
+                say('The rest is being done by other processes; waiting for them.')
+            waiting = True
+            time.sleep(min(5.0, protocol.claims.heartbeat))
+            continue
+
+        waiting = False
+        start = time.monotonic()
+        try:
+            accuracy = train(job, claim)
+            seconds = time.monotonic() - start
+            claim.finish(dict(accuracy=accuracy, seconds=round(seconds, 1)))
+            failed.clear()
+            say(f'{job}: {accuracy:.2f} % in {_duration(seconds)}; {progress(protocol)}')
+        except ClaimLost:
+            claim.release()
+            say(f'{job}: out of touch for too long, another process does it')
+        except Exception:
+            trace = traceback.format_exc()
+            claim.fail(trace)
+            failed.add(job)
+            reason = _short(trace.strip().splitlines()[-1])
+            say(f'{job}: FAILED (attempt {claim.attempt}), {reason}')
+            if len(failed) == 3:
+                raise UserError(
+                    'stopped, because three runs in a row failed; that is hardly the fault of the '
+                    f'runs. The last one: {reason}. Traces: {protocol.claims.folder}/*.error'
+                ) from None
+        except BaseException:  # Ctrl-C, SIGTERM
+            claim.release()
+            raise
