@@ -6,56 +6,73 @@ python tools/demo.py drive.mp4 configs/upernet_vil_t_ade20k.py checkpoint.pth --
 python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import cv2
-import numpy as np
-from mmengine.config import DictAction
 from mmengine.device import get_device
 
 from mmvil.cli.config import load_config
+from mmvil.cli.drawing import make_artist
 from mmvil.cli.errors import UserError
-from mmvil.cli.images import ImageReader
-from mmvil.cli.inference import build_model, find_images, predict
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.inference import ImageReader, build_model, find_images
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main():
+    args = parse_args(make_demo_parser())
+    if args.every < 1:
+        raise UserError(f'--every must be at least 1, but is {args.every}')
+    cfg = load_config(args.config, args.cfg_options)
+    webcam = args.input.isdigit() and not Path(args.input).exists()
+    video = webcam or Path(args.input).suffix.lower() in VIDEOS
+    if video and not webcam and not Path(args.input).is_file():
+        raise UserError(f'video not found: {Path(args.input).absolute()}')
+    images = None if video else find_images(args.input)
+    reader = ImageReader(cfg)
+    model = build_model(cfg, args.checkpoint, args.device or get_device())
+    if model.dataset_meta['classes'] is None:
+        raise UserError(
+            f'neither {args.checkpoint} nor the test_dataloader of the config names classes'
+        )
+    draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
+
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if video:
+        source = int(args.input) if webcam else args.input
+        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
+        if not webcam and out_file.resolve() == Path(source).resolve():
+            raise UserError(f'{out_file} is the input; choose another --out-dir')
+        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
+    else:
+        draw_images(images, reader.load, draw, out_dir)
+
+
+def make_demo_parser():
+    parser = make_parser(__doc__)
     parser.add_argument('input', help='image, folder of images, video, or number of a webcam')
-    parser.add_argument('config', help='config file that the checkpoint was trained with')
+    add_config_arguments(parser, 'config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)'
     )
     parser.add_argument(
-        '--opacity', type=float, default=0.5, help='of the classes over the image, 0 to 1'
+        '--opacity', type=float, default=0.5, help='opacity of the classes over the image, 0 to 1'
     )
     parser.add_argument('--no-legend', action='store_true', help='do not write names of classes')
     parser.add_argument(
-        '--every', type=int, default=1, metavar='N', help='of a video, take each Nth frame'
+        '--every', type=int, default=1, metavar='N', help='take every Nth frame of a video'
     )
-    parser.add_argument('--max-frames', type=int, help='of a video or webcam, stop after that many')
+    parser.add_argument('--max-frames', type=int, help='stop a video or webcam after that many')
     parser.add_argument(
         '--show', action='store_true', help='show video or webcam in a window too; q stops'
     )
     parser.add_argument('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
-    )
-    parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
     return parser
-
-
-# -- Prediction ------------------------------------------------------------------------------------
-
-
-# -- Inputs and outputs ----------------------------------------------------------------------------
 
 
 def draw_images(images, load, draw, out_dir):
@@ -76,9 +93,9 @@ def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
 
     Args:
         source (str | int): File, or number of a webcam.
-        draw (Callable): Of :func:`make_artist`.
+        draw (Callable): From :func:`mmvil.cli.drawing.make_artist`.
         out_file (Path): Video to write.
-        every (int): Take each Nth frame. Default: 1.
+        every (int): Take every Nth frame. Default: 1.
         max_frames (int, optional): Stop after that many.
         show (bool): Show the frames in a window. Default: False.
     """
@@ -133,36 +150,6 @@ def open_writer(out_file, fps, size):
     if not writer.isOpened():
         raise UserError(f'OpenCV cannot write the video {out_file}')
     return writer
-
-
-def main():
-    args = parse_args(make_parser())
-    if args.every < 1:
-        raise UserError(f'--every must be at least 1, but is {args.every}')
-    cfg = load_config(args.config, args.cfg_options)
-    webcam = args.input.isdigit() and not Path(args.input).exists()
-    video = webcam or Path(args.input).suffix.lower() in VIDEOS
-    if video and not webcam and not Path(args.input).is_file():
-        raise UserError(f'video not found: {Path(args.input).absolute()}')
-    images = None if video else find_images(args.input)
-    reader = ImageReader(cfg)
-    model = build_model(cfg, args.checkpoint, args.device or get_device())
-    if model.dataset_meta['classes'] is None:
-        raise UserError(
-            f'neither {args.checkpoint} nor the test_dataloader of the config names classes'
-        )
-    draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
-
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if video:
-        source = int(args.input) if webcam else args.input
-        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
-        if not webcam and out_file.resolve() == Path(source).resolve():
-            raise UserError(f'{out_file} is the input; choose another --out-dir')
-        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
-    else:
-        draw_images(images, reader.load, draw, out_dir)
 
 
 if __name__ == '__main__':

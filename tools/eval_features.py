@@ -1,30 +1,50 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Judge frozen features by k-nearest neighbours and a linear probe, on any folder of images.
+"""Evaluate frozen features by k-nearest neighbours and a linear probe, on any folder of images.
 
 python tools/eval_features.py configs/vil_t_imagenet.py vil2_tiny16_e800_in1k.th --data-root flowers
 
-The data root holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features are what the classifier's
-linear layer would see; the images are prepared as in the config's test.
+The data root holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features are the input of the
+classifier's linear layer; the images are prepared by the config's test pipeline.
 """
 
 import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from rich.progress import track
-from torch import Tensor
 
+from mmvil.apis.feature_probes import accuracy, knn, linear_probe
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_checkpoint
 
 
-def add_arguments(parser):
+def main():
+    args = parse_args(make_eval_parser())
+    if args.data_root is None:
+        raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
+    kept = get_features(args)
+    device = get_device()
+    train, train_labels = (tensor.to(device) for tensor in kept['train'])
+    val, val_labels = (tensor.to(device) for tensor in kept['val'])
+    if args.k > len(train):
+        raise UserError(f'--k {args.k} is more than the {len(train)} training images')
+
+    print(f'{len(train)} training and {len(val)} validation images, {train.shape[1]} features')
+    for name, temperature in (('weighted', args.temperature), ('plain', None)):
+        found = knn(train, train_labels, val, args.k, temperature)
+        print(f'{args.k}-NN, {name}: {accuracy(found, val_labels):.2f} %')
+    found, penalty = linear_probe(train, train_labels, val)
+    print(f'linear probe: {accuracy(found, val_labels):.2f} % (penalty {penalty:g})')
+
+
+def make_eval_parser():
+    parser = make_parser(__doc__)
+    add_runner_arguments(parser)
     parser.add_argument('checkpoint', help="weights: mmvil's or the authors'")
     parser.add_argument('--k', type=int, default=20, help='number of neighbours (default: 20)')
     parser.add_argument(
@@ -41,61 +61,8 @@ def add_arguments(parser):
     return parser
 
 
-# -- Features --------------------------------------------------------------------------------------
-
-
-def build_backbone(cfg, checkpoint):
-    """The backbone with its weights, in evaluation mode."""
-    check_checkpoint(checkpoint)
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = MODELS.build(cfg.model.backbone)
-    backbone.init_weights()
-    return backbone.eval()
-
-
-def make_dataloader(cfg, args, split):
-    folder = Path(args.data_root, split)
-    if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f'data not found: expected {folder.absolute()}/CLASS/IMAGE')
-    return Runner.build_dataloader(
-        dict(
-            batch_size=args.batch_size,
-            num_workers=args.workers,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(
-                type='CustomDataset',
-                data_root=args.data_root,
-                data_prefix=split,
-                pipeline=cfg.test_dataloader.dataset.pipeline,
-            ),
-        )
-    )
-
-
-@torch.no_grad()
-def extract(backbone, preprocessor, dataloader, amp):
-    """Features of all images.
-
-    Returns:
-        tuple[Tensor, Tensor]: Features (images, channels), float32, and labels (images,).
-    """
-    device = get_device()
-    backbone, preprocessor = backbone.to(device), preprocessor.to(device)
-    features, labels = [], []
-    for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):
-        batch = preprocessor(batch)
-        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=amp):
-            output = backbone(batch['inputs'])[-1]
-        if output.dim() == 4:  # feature maps of a backbone without pooling
-            output = output.mean((2, 3))
-        features.append(output.float().cpu())
-        labels += [sample.gt_label.item() for sample in batch['data_samples']]
-    return torch.cat(features), torch.tensor(labels)
-
-
 def get_features(args):
-    """Features and labels of both splits, from the file or from the images."""
+    """Features and labels of both splits, from the file of --features or from the images."""
     source = dict(
         config=os.path.abspath(args.config),
         checkpoint=args.checkpoint,
@@ -128,29 +95,54 @@ def get_features(args):
     return kept
 
 
-# -- k-nearest neighbours --------------------------------------------------------------------------
+def make_dataloader(cfg, args, split):
+    folder = Path(args.data_root, split)
+    if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
+        raise UserError(f'data not found: expected {folder.absolute()}/CLASS/IMAGE')
+    return Runner.build_dataloader(
+        dict(
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=dict(
+                type='CustomDataset',
+                data_root=args.data_root,
+                data_prefix=split,
+                pipeline=cfg.test_dataloader.dataset.pipeline,
+            ),
+        )
+    )
 
 
-# -- Linear probe ----------------------------------------------------------------------------------
+def build_backbone(cfg, checkpoint):
+    """The backbone with its weights, in evaluation mode."""
+    check_checkpoint(checkpoint)
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    return backbone.eval()
 
 
-def main():
-    args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    if args.data_root is None:
-        raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
-    kept = get_features(args)
+@torch.no_grad()
+def extract(backbone, preprocessor, dataloader, amp):
+    """Compute features of all images.
+
+    Returns:
+        tuple[Tensor, Tensor]: Features (images, channels), float32, and labels (images,).
+    """
     device = get_device()
-    train, train_labels = (tensor.to(device) for tensor in kept['train'])
-    val, val_labels = (tensor.to(device) for tensor in kept['val'])
-    if args.k > len(train):
-        raise UserError(f'--k {args.k} is more than the {len(train)} training images')
-
-    print(f'{len(train)} training and {len(val)} validation images, {train.shape[1]} features')
-    for name, temperature in (('weighted', args.temperature), ('plain', None)):
-        found = knn(train, train_labels, val, args.k, temperature)
-        print(f'{args.k}-NN, {name}: {accuracy(found, val_labels):.2f} %')
-    found, penalty = linear_probe(train, train_labels, val)
-    print(f'linear probe: {accuracy(found, val_labels):.2f} % (penalty {penalty:g})')
+    backbone, preprocessor = backbone.to(device), preprocessor.to(device)
+    features, labels = [], []
+    for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):
+        batch = preprocessor(batch)
+        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=amp):
+            output = backbone(batch['inputs'])[-1]
+        if output.dim() == 4:  # feature maps of a backbone without pooling
+            output = output.mean((2, 3))
+        features.append(output.float().cpu())
+        labels += [sample.gt_label.item() for sample in batch['data_samples']]
+    return torch.cat(features), torch.tensor(labels)
 
 
 if __name__ == '__main__':

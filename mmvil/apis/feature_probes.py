@@ -1,15 +1,23 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Classify by frozen features: k-nearest neighbours and a linear probe."""
+"""k-nearest neighbours and linear probe on frozen features."""
+
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 PENALTIES = [10.0**exponent for exponent in range(-8, 1)]
 
 
-def knn(train, train_labels, test, k, temperature=None, chunk=1024) -> Tensor:
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    k: int,
+    temperature: Optional[float] = None,
+    chunk: int = 1024,
+) -> Tensor:
     """Classify by the k training images with the most similar features.
 
     Args:
@@ -17,9 +25,9 @@ def knn(train, train_labels, test, k, temperature=None, chunk=1024) -> Tensor:
         train_labels (Tensor): Shape (N,).
         test (Tensor): Features, shape (M, C).
         k (int): Number of neighbours.
-        temperature (float, optional): A neighbour votes with exp(cosine / temperature); without,
-            all votes count 1.
-        chunk (int): Images at a time.
+        temperature (float, optional): Neighbours vote with weight exp(cosine / temperature).
+            Default: None, equal weights.
+        chunk (int): Images at a time. Default: 1024.
 
     Returns:
         Tensor: Labels, shape (M,).
@@ -37,17 +45,19 @@ def knn(train, train_labels, test, k, temperature=None, chunk=1024) -> Tensor:
     return torch.cat(predictions)
 
 
-def fit_linear(features, labels, penalty, max_iter=200):
-    """Multinomial logistic regression by L-BFGS.
+def fit_linear(
+    features: Tensor, labels: Tensor, penalty: float, max_iter: int = 200
+) -> Tuple[Tensor, Tensor]:
+    """Fit multinomial logistic regression by L-BFGS.
 
     Args:
         features (Tensor): Shape (N, C).
         labels (Tensor): Shape (N,).
         penalty (float): Half of it times the squared norm of the weight is added to the mean loss.
-        max_iter (int): Iterations at most.
+        max_iter (int): Maximum number of iterations. Default: 200.
 
     Returns:
-        Tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
+        tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
     """
     classes = int(labels.max()) + 1
     weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
@@ -67,18 +77,20 @@ def fit_linear(features, labels, penalty, max_iter=200):
     return weight.detach(), bias.detach()
 
 
-def linear_probe(train, train_labels, test, penalties=PENALTIES):
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, penalties: Sequence[float] = PENALTIES
+) -> Tuple[Tensor, float]:
     """Classify by logistic regression on standardized features. The penalty on the weight is chosen
-    on a fifth of the training images; the test images have no part in it.
+    on a held-out fifth of the training images.
 
     Args:
         train (Tensor): Features, shape (N, C).
         train_labels (Tensor): Shape (N,).
         test (Tensor): Features, shape (M, C).
-        penalties (Sequence[float]): To choose from.
+        penalties (Sequence[float]): Candidates.
 
     Returns:
-        Tuple[Tensor, float]: Labels (M,), and the penalty that was chosen.
+        tuple[Tensor, float]: Labels (M,) and the chosen penalty.
     """
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
@@ -94,6 +106,6 @@ def linear_probe(train, train_labels, test, penalties=PENALTIES):
     return (test @ weight + bias).argmax(1), best
 
 
-def accuracy(predictions, labels) -> float:
-    """Top-1 accuracy in percent."""
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Compute the top-1 accuracy in percent."""
     return 100 * (predictions == labels).float().mean().item()

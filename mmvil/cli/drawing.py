@@ -1,25 +1,32 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Draw predictions over images."""
 
+from typing import Callable, List, Optional, Sequence, Tuple
+
 import cv2
 import numpy as np
+from torch import nn
+
+from .inference import ImageReader, predict
 
 
-def make_artist(model, reader, opacity, legend):
-    """What draws a prediction.
+def make_artist(
+    model: nn.Module, reader: ImageReader, opacity: float = 0.5, legend: bool = True
+) -> Callable:
+    """Build a function that predicts an image and draws the prediction.
 
     Args:
-        model (nn.Module): Of :func:`_models.build_model`.
-        reader (ImageReader): Of its config.
-        opacity (float): Of the classes over the image.
-        legend (bool): Write the names of classes.
+        model (nn.Module): Segmentor or classifier from :func:`mmvil.cli.inference.build_model`.
+        reader (ImageReader): Reads images as its config does.
+        opacity (float): Opacity of the classes over the image. Default: 0.5.
+        legend (bool): Write the names of classes. Default: True.
 
     Returns:
-        Callable: From what ``reader.load`` returns, or a frame (H, W, 3) uint8 in BGR, to the drawn
-        frame in BGR and what was found in it.
+        Callable: Takes a result of ``reader.load``, or a frame (H, W, 3) uint8 in BGR; returns the
+        drawn frame in BGR and a line on the classes that were found.
     """
 
-    def look_at(loaded):
+    def frame_and_result(loaded):
         is_frame = isinstance(loaded, np.ndarray)
         frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
         return frame, predict(model, reader.prepare(loaded))
@@ -28,7 +35,7 @@ def make_artist(model, reader, opacity, legend):
     if not hasattr(model, 'decode_head'):
 
         def classify(loaded):
-            frame, result = look_at(loaded)
+            frame, result = frame_and_result(loaded)
             score, label = result.pred_score.max(0)
             found = f'{classes[label]} {score:.1%}'
             return (write_legend(frame, [(found, None)]) if legend else frame), found
@@ -40,7 +47,7 @@ def make_artist(model, reader, opacity, legend):
     colors = np.array(palette, np.float32)[:, ::-1]  # BGR
 
     def segment(loaded):
-        frame, result = look_at(loaded)
+        frame, result = frame_and_result(loaded)
         labels = result.pred_sem_seg.data[0].cpu().numpy()
         drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
         present, counts = np.unique(labels, return_counts=True)
@@ -55,12 +62,14 @@ def make_artist(model, reader, opacity, legend):
     return segment
 
 
-def write_legend(frame, entries):
+def write_legend(
+    frame: np.ndarray, entries: List[Tuple[str, Optional[Sequence[int]]]]
+) -> np.ndarray:
     """Write names, each with a patch of its color, into the lower left corner.
 
     Args:
         frame (ndarray): (H, W, 3) uint8, BGR; not changed.
-        entries (list[tuple]): Name and BGR color, or None for no patch; those that do not fit are
+        entries (list[tuple]): Name and BGR color, or None for no patch. Those that do not fit are
             left out.
 
     Returns:
@@ -74,7 +83,7 @@ def write_legend(frame, entries):
     sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] for name, _ in entries]
     patch = 0 if entries[0][1] is None else line
     top, right = height - line * len(entries) - 4, min(width, max(sizes) + patch + 10)
-    frame[max(top, 0) :, :right] //= 3  # a dark ground
+    frame[max(top, 0) :, :right] //= 3  # dark background
     for row, (name, color) in enumerate(entries):
         bottom = top + line * (row + 1)
         if color is not None:

@@ -1,4 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Former place of what reads and shows images."""
+"""Former place of parts of :mod:`mmvil.cli.inference`."""
 
-from .inference import ImageReader, build_pipeline, data_preprocessor, loads, loads_bgr, picture
+from .inference import ImageReader, data_preprocessor
+
+__all__ = ['ImageReader', 'data_preprocessor']

@@ -1,24 +1,91 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What the tools that use a trained model share: build it, load its weights, know its classes."""
+"""Build a trained model, read images as its config does, predict."""
 
 import warnings
 from pathlib import Path
 
-from mmengine.dataset import pseudo_collate
+import numpy as np
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
 from .config import build_lazily
-from .errors import UserError
+from .errors import UserError, one_line
 from .preflight import check_checkpoint, check_fit
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
+# -- Model -----------------------------------------------------------------------------------------
+
+
+def build_model(cfg, checkpoint, device='cpu'):
+    """Build the model of a config with the weights of a checkpoint, for inference.
+
+    Args:
+        cfg (Config): Of a segmentor or classifier.
+        checkpoint (str): File or URL.
+        device (str): Default: 'cpu'.
+
+    Returns:
+        nn.Module: In evaluation mode, with its ``dataset_meta``.
+
+    Raises:
+        UserError: If the checkpoint is missing, no checkpoint, or does not fit.
+    """
+    check_checkpoint(checkpoint)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model_cfg = {key: value for key, value in cfg.model.items() if key != 'train_cfg'}
+    if cfg.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the libraries' own deprecations
+            model = MODELS.build(model_cfg)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise UserError(f'cannot build the model: {error}') from error
+    model = revert_sync_batchnorm(model)
+    load_weights(model, checkpoint, cfg)
+    return model.to(device).eval()
+
+
+def load_weights(model, checkpoint, cfg):
+    """Load a checkpoint into a model, and names and colors of the classes into ``dataset_meta``.
+
+    They are those of the checkpoint, else those of the test dataset, else None.
+
+    Raises:
+        UserError: If the checkpoint does not fit.
+    """
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    check_fit(model, loaded, checkpoint)
+    state = loaded.get('state_dict', loaded)
+    model.load_state_dict(
+        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
+    )
+    meta = loaded.get('meta', {}).get('dataset_meta')
+    if meta is None and cfg.get('test_dataloader') is not None:
+        try:
+            dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
+        except UserError:  # its files may be elsewhere, and not all callers need the classes
+            dataset = None
+        meta = getattr(dataset, 'metainfo', None)
+    meta = meta or {}
+    model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+
+
+@no_grad()
+def predict(model, prepared):
+    """Data sample that a model returns for one prepared image, see :meth:`ImageReader.prepare`."""
+    return model.test_step(pseudo_collate([prepared]))[0]
+
+
+# -- Images ----------------------------------------------------------------------------------------
+
 
 def find_images(path):
-    """The image, or the images in the folder, sorted by name.
+    """List the image, or the images in the folder, sorted by name.
 
     Raises:
         UserError: If there is none.
@@ -34,68 +101,12 @@ def find_images(path):
     return images
 
 
-def build_model(cfg, checkpoint, device='cpu'):
-    """The model of a config with the weights of a checkpoint, for inference.
-
-    Args:
-        cfg (Config): Of a segmentor or classifier.
-        checkpoint (str): File or URL.
-        device (str): Default: 'cpu'.
-
-    Returns:
-        nn.Module: In evaluation mode, with its ``dataset_meta``.
-
-    Raises:
-        UserError: If the checkpoint is missing, no checkpoint, or does not fit.
-    """
-    check_checkpoint(checkpoint)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    cfg.model.pop('train_cfg', None)
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the libraries' own deprecations
-            model = MODELS.build(cfg.model)
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f'cannot build the model: {error}') from error
-    model = revert_sync_batchnorm(model)
-    load_weights(model, checkpoint, cfg)
-    return model.to(device).eval()
-
-
-def load_weights(model, checkpoint, cfg):
-    """Load a checkpoint into a model, and what it knows of the classes into ``dataset_meta``.
-
-    Raises:
-        UserError: If the checkpoint does not fit.
-    """
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
-    check_fit(model, loaded, checkpoint)
-    state = loaded.get('state_dict', loaded)
-    model.load_state_dict(
-        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
-    )
-    meta = loaded.get('meta', {}).get('dataset_meta')
-    if meta is None and cfg.get('test_dataloader') is not None:
-        dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
-        meta = getattr(dataset, 'metainfo', None)
-    meta = meta or {}
-    model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
-
-
-@no_grad()
-def predict(model, prepared):
-    """The data sample that a model returns for what :meth:`ImageReader.prepare` returns."""
-    return model.test_step(pseudo_collate([prepared]))[0]
-
-
 class ImageReader:
-    """The test pipeline of a config, for files that have no annotation.
+    """Test pipeline of a config, for files that have no annotation.
 
     Args:
-        cfg (Config): Of a segmentor or classifier. One without a test pipeline loads photographs,
-            but cannot prepare them for a model.
+        cfg (Config): Config of a segmentor or classifier. Without a test pipeline, photographs are
+            loaded, but cannot be prepared for a model.
 
     Raises:
         UserError: If the pipeline cannot be built.
@@ -114,7 +125,7 @@ class ImageReader:
         self.bgr = loads_bgr(pipeline)
 
     def load(self, path):
-        """What the loader of the config makes of a file: a dict with 'img', (H, W[, C]).
+        """Load a file as the config does: a dict with 'img', (H, W[, C]).
 
         Raises:
             UserError: If it cannot read the file.
@@ -124,20 +135,23 @@ class ImageReader:
         except Exception as error:
             raise UserError(f'cannot read the image {path}: {one_line(error)}') from error
         if results is None:
-            raise UserError(f"cannot read the image {path}: the config's loader leaves it out")
+            raise UserError(f"cannot read the image {path}: the config's loader skips it")
         return results
 
     def prepare(self, loaded):
-        """What the rest of the pipeline makes of it: 'inputs' (C, H, W) and 'data_samples'.
+        """Apply the rest of the pipeline.
 
         Args:
-            loaded (dict | ndarray): Of :meth:`load`, or an image as it would load it.
+            loaded (dict | ndarray): Result of :meth:`load`, or an image in the same layout.
+
+        Returns:
+            dict: 'inputs' (C, H, W) and 'data_samples'.
 
         Raises:
             UserError: If the config has no test pipeline, or it does not take the image.
         """
         if not self._complete:
-            raise UserError('the config has no test_dataloader with a pipeline, to prepare images')
+            raise UserError('the config has no test_dataloader with a pipeline to prepare images')
         if isinstance(loaded, np.ndarray):
             size = loaded.shape[:2]
             loaded = dict(img=loaded, img_shape=size, ori_shape=size)
@@ -150,7 +164,7 @@ class ImageReader:
             ) from error
 
     def picture(self, image):
-        """An image to look at, see :func:`picture`."""
+        """Convert an image for display, see :func:`picture`."""
         return picture(image, self.bgr)
 
 
@@ -161,14 +175,14 @@ def loads(step, what='image'):
 
 
 def loads_bgr(pipeline):
-    """Whether images of three channels come in the order BGR, which OpenCV and Pillow give."""
+    """Whether a pipeline loads three channels as BGR, as the OpenCV and Pillow backends do."""
     first = next((step for step in pipeline if loads(step)), {})
     is_standard = str(first.get('type')).endswith('LoadImageFromFile')
     return is_standard and first.get('imdecode_backend') != 'tifffile'
 
 
 def build_pipeline(steps):
-    """The steps as one function.
+    """Compose the steps of a pipeline.
 
     Raises:
         UserError: If one cannot be built.
@@ -180,16 +194,15 @@ def build_pipeline(steps):
 
 
 def picture(image, bgr=True):
-    """A picture of an image of any channels and range.
+    """Convert an image of any channels and range for display.
 
-    Photographs, uint8 with three channels, stay as they are. Of others, the first three channels
-    are shown as red, green and blue, or the first in gray where there are less than three; each
-    from its 2nd to its 98th percentile.
+    Photographs, uint8 with three channels, keep their values. Otherwise the first three channels
+    become red, green and blue, or the first one gray where there are fewer, each stretched from
+    its 2nd to its 98th percentile.
 
     Args:
         image (ndarray): (H, W) or (H, W, C).
-        bgr (bool): Three channels are blue, green and red, also before an alpha channel. Default:
-            True.
+        bgr (bool): Images of three or four channels are BGR or BGRA. Default: True.
 
     Returns:
         ndarray: (H, W, 3) uint8, RGB.
@@ -208,5 +221,5 @@ def picture(image, bgr=True):
 
 
 def data_preprocessor(cfg):
-    """The config of the data preprocessor, which normalizes images; empty if there is none."""
+    """Config of the data preprocessor, which normalizes images; empty if there is none."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
