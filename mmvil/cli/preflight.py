@@ -108,22 +108,25 @@ def check_data(cfg: Config, *names: str) -> None:
     Raises:
         UserError: If something is missing.
     """
-    check_folders(cfg, *names)
-    for name in filter(cfg.get, names):
-        for dataset_cfg in innermost_datasets(cfg[name].dataset):
-            check_annotations_are_there(build_lazily(dataset_cfg, cfg.get('default_scope')))
+    for dataset in check_folders(cfg, *names):
+        check_annotations(dataset)
 
 
-def check_folders(cfg: Config, *names: str) -> None:
+def check_folders(cfg: Config, *names: str) -> list:
     """Check that the folders that the named dataloaders read exist and hold images.
+
+    Returns:
+        list: Their datasets, see :func:`mmvil.cli.config.build_lazily`.
 
     Raises:
         UserError: If one is missing or empty.
     """
+    datasets = []
     for name in filter(cfg.get, names):
         for dataset_cfg in innermost_datasets(cfg[name].dataset):
             _check_folder(dataset_cfg.get('data_root'), name)
             dataset = build_lazily(dataset_cfg, cfg.get('default_scope'))
+            datasets.append(dataset)
             prefix = getattr(dataset, 'data_prefix', {})
             for folder in prefix.values():
                 _check_folder(folder, name)
@@ -132,6 +135,7 @@ def check_folders(cfg: Config, *names: str) -> None:
             folder = prefix.get('img_path') or ''
             if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
                 raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+    return datasets
 
 
 def _check_folder(folder: Optional[str], loader: str) -> None:
@@ -142,7 +146,7 @@ def _check_folder(folder: Optional[str], loader: str) -> None:
         )
 
 
-def check_annotations_are_there(dataset) -> None:
+def check_annotations(dataset) -> None:
     """Check that each image of a segmentation dataset has an annotation.
 
     Raises:
