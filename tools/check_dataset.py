@@ -50,15 +50,14 @@ def main():
 
 def make_check_parser():
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_config_arguments(parser)
-    parser.add_argument('--data-root', help="folder of the data, instead of the config's")
-    parser.add_argument(
-        '--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all that differ'
-    )
-    parser.add_argument(
+    add('--data-root', help="folder of the data, instead of the config's")
+    add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all that differ')
+    add(
         '-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)'
     )
-    parser.add_argument('--out', help='text file for the names of all files that were found')
+    add('--out', help='text file for the names of all files that were found')
     return parser
 
 

@@ -54,24 +54,17 @@ def main():
 
 def make_demo_parser():
     parser = make_parser(__doc__)
-    parser.add_argument('input', help='image, folder of images, video, or number of a webcam')
+    add = parser.add_argument
+    add('input', help='image, folder of images, video, or number of a webcam')
     add_config_arguments(parser, 'config file that the checkpoint was trained with')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)'
-    )
-    parser.add_argument(
-        '--opacity', type=float, default=0.5, help='opacity of the classes over the image, 0 to 1'
-    )
-    parser.add_argument('--no-legend', action='store_true', help='do not write names of classes')
-    parser.add_argument(
-        '--every', type=int, default=1, metavar='N', help='take every Nth frame of a video'
-    )
-    parser.add_argument('--max-frames', type=int, help='stop a video or webcam after that many')
-    parser.add_argument(
-        '--show', action='store_true', help='show video or webcam in a window too; q stops'
-    )
-    parser.add_argument('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
+    add('checkpoint', help='checkpoint file')
+    add('--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)')
+    add('--opacity', type=float, default=0.5, help='opacity of the classes over the image, 0 to 1')
+    add('--no-legend', action='store_true', help='do not write names of classes')
+    add('--every', type=int, default=1, metavar='N', help='take every Nth frame of a video')
+    add('--max-frames', type=int, help='stop a video or webcam after that many')
+    add('--show', action='store_true', help='show video or webcam in a window too; q stops')
+    add('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
     return parser
 
 

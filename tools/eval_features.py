@@ -44,20 +44,16 @@ def main():
 
 def make_eval_parser():
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_runner_arguments(parser)
-    parser.add_argument('checkpoint', help="weights: mmvil's or the authors'")
-    parser.add_argument('--k', type=int, default=20, help='number of neighbours (default: 20)')
-    parser.add_argument(
-        '--temperature', type=float, default=0.07,
-        help='of the weights exp(cosine / temperature) of the neighbours (default: 0.07)',
-    )  # fmt: skip
-    parser.add_argument('--batch-size', type=int, default=128, help='images at a time')
-    parser.add_argument('--workers', type=int, default=8, help='processes that read images')
-    parser.add_argument('--amp', action='store_true', help='extract features in mixed precision')
-    parser.add_argument(
-        '--features', metavar='FILE.pt',
-        help='keep the features in this file, or take them from it, if it exists',
-    )  # fmt: skip
+    add('checkpoint', help="weights: mmvil's or the authors'")
+    add('--k', type=int, default=20, help='number of neighbours (default: 20)')
+    weight = 'neighbours have the weight exp(cosine / temperature) (default: 0.07)'
+    add('--temperature', type=float, default=0.07, help=weight)
+    add('--batch-size', type=int, default=128, help='images at a time')
+    add('--workers', type=int, default=8, help='processes that read images')
+    add('--amp', action='store_true', help='extract features in mixed precision')
+    add('--features', metavar='FILE.pt', help='file to keep the features in, or to read them from')
     return parser
 
 

@@ -42,37 +42,21 @@ def main():
 
 def make_test_parser():
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_runner_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--out',
-        help='segmentation: folder for the predicted label maps (PNG); '
-        'classification: .pkl or .json file for the results',
-    )
-    parser.add_argument(
-        '--out-item',
-        choices=['pred', 'metrics'],
-        default='pred',
-        help='classification: what --out gets (default: pred)',
-    )
-    parser.add_argument('--dump', metavar='PKL', help='write all predictions to a pickle file')
-    parser.add_argument('--tta', action='store_true', help='multi-scale and flip, or flip only')
-    parser.add_argument(
-        '--precision',
-        choices=['float32', 'float16', 'bfloat16'],
-        default='float32',
-        help='test in this precision (default: float32); on a CPU, half precision is bfloat16',
-    )
-    parser.add_argument('--amp', action='store_true', help='the same as --precision float16')
-    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument(
-        '--show-dir',
-        help='folder for pictures of the predictions; segmentors write them to vis_data/vis_image',
-    )
-    parser.add_argument('--interval', type=int, default=1, help='draw each n-th image only')
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show shows a picture'
-    )
+    add('checkpoint', help='checkpoint file')
+    add('--out', help='label maps of a segmentor (folder) or results of a classifier (.pkl, .json)')
+    item = 'classification: what --out gets (default: pred)'
+    add('--out-item', choices=['pred', 'metrics'], default='pred', help=item)
+    add('--dump', metavar='PKL', help='write all predictions to a pickle file')
+    add('--tta', action='store_true', help='multi-scale and flip, or flip only')
+    types = dict(choices=['float32', 'float16', 'bfloat16'], default='float32')
+    add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
+    add('--amp', action='store_true', help='the same as --precision float16')
+    add('--show', action='store_true', help='show the predictions in a window')
+    add('--show-dir', help='folder for pictures; segmentors write them to vis_data/vis_image in it')
+    add('--interval', type=int, default=1, help='draw each n-th image only')
+    add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser
 
 

@@ -39,47 +39,24 @@ def main():
 
 def make_train_parser():
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_runner_arguments(parser)
-    parser.add_argument(
-        '--checkpoint', help="with --backbone: weights of ViL to start from, ours or the authors'"
+    add('--checkpoint', help="with --backbone: weights to start from, ours or the authors'")
+    recipe = "with --backbone: replace the config's optimizer and schedule by ViL's recipe"
+    add('--backbone-optim', action='store_true', help=recipe)
+    resume = 'continue from a checkpoint, or by default from the newest good one in the work dir'
+    add('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=resume)
+    amp = (
+        'train in mixed precision, float16 unless optim_wrapper.dtype says bfloat16; slow on a CPU'
     )
-    parser.add_argument(
-        '--backbone-optim',
-        action='store_true',
-        help="with --backbone: replace the config's optimizer and schedule by ViL's recipe",
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='continue from a checkpoint, or without a name from the newest good one in the work '
-        'dir',
-    )
-    parser.add_argument(
-        '--amp',
-        action='store_true',
-        help='train with mixed precision, float16 unless optim_wrapper.dtype says bfloat16; on a '
-        'CPU this is slow, and only shows whether the numbers overflow',
-    )
-    parser.add_argument(
-        '--precision',
-        choices=['float32', 'float16', 'bfloat16'],
-        help="train in this precision instead of the config's",
-    )
-    parser.add_argument(
-        '--no-validate', action='store_true', help='do not evaluate during training'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help="scale the learning rate by the batch size over all processes / the config's",
-    )
-    parser.add_argument(
-        '--no-persistent-workers',
-        action='store_true',
-        help='start the worker processes of the dataloaders anew for each epoch',
-    )
+    add('--amp', action='store_true', help=amp)
+    types = ['float32', 'float16', 'bfloat16']
+    add('--precision', choices=types, help="train in this precision instead of the config's")
+    add('--no-validate', action='store_true', help='do not evaluate during training')
+    scale = "scale the learning rate by the batch size over all processes / the config's"
+    add('--auto-scale-lr', action='store_true', help=scale)
+    anew = 'start the worker processes of the dataloaders anew for each epoch'
+    add('--no-persistent-workers', action='store_true', help=anew)
     return parser
 
 

@@ -85,32 +85,22 @@ def main():
 
 def make_vtab_parser():
     parser = make_parser(__doc__)
-    parser.add_argument('data_root', help='folder with one folder per dataset')
-    parser.add_argument('checkpoint', help="pre-trained classifier: mmvil's or the authors'")
-    parser.add_argument(
-        '--work-dir', help='folder that all processes share (default: work_dirs/vtab1k/CHECKPOINT)'
-    )
-    parser.add_argument(
-        '--datasets', nargs='+', choices=DATASETS, default=DATASETS, metavar='NAME',
-        help=f'only these of {", ".join(DATASETS)}',
-    )  # fmt: skip
-    parser.add_argument(
-        '--lrs', nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR',
-        help='learning rates to choose from (default: the published five)',
-    )  # fmt: skip
-    parser.add_argument('--seeds', type=int, default=5, help='number of seeds (default: 5)')
+    add = parser.add_argument
+    add('data_root', help='folder with one folder per dataset')
+    add('checkpoint', help="pre-trained classifier: mmvil's or the authors'")
+    add('--work-dir', help='folder of all processes (default: work_dirs/vtab1k/CHECKPOINT)')
+    names = dict(nargs='+', choices=DATASETS, default=DATASETS, metavar='NAME')
+    add('--datasets', help=f'only these of {", ".join(DATASETS)}', **names)
+    lrs = dict(nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR')
+    add('--lrs', help='learning rates to choose from (default: the published five)', **lrs)
+    add('--seeds', type=int, default=5, help='number of seeds (default: 5)')
     add_cfg_options(parser)
-    parser.add_argument('--check', action='store_true', help='only check that all is in place')
-    parser.add_argument('--status', action='store_true', help='only show the progress')
-    parser.add_argument('--retry', action='store_true', help='try failed runs again')
-    parser.add_argument(
-        '--max-attempts', type=int, default=3, help='attempts at a run (default: 3)'
-    )
-    parser.add_argument(
-        '--stale-after', type=float, default=300, metavar='SECONDS',
-        help='time without a heartbeat after which a process counts as killed and others take over '
-        'its run (default: 300)',
-    )  # fmt: skip
+    add('--check', action='store_true', help='only check that all is in place')
+    add('--status', action='store_true', help='only show the progress')
+    add('--retry', action='store_true', help='try failed runs again')
+    add('--max-attempts', type=int, default=3, help='attempts at a run (default: 3)')
+    stale = dict(type=float, default=300, metavar='SECONDS')
+    add('--stale-after', help='take a run over after so long a silence (default: 300)', **stale)
     add_trust_checkpoint(parser)
     return parser
 

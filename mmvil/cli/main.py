@@ -114,32 +114,16 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
         'config file, such as configs/upernet_vil_t_ade20k.py; or one that an installed library '
         'brings along, such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
     )
-    parser.add_argument(
-        '--backbone',
-        metavar='VIL',
-        help="replace the config's backbone by ViL: vil-t, vil-s or vil-b",
-    )
-    parser.add_argument(
-        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)'
-    )
-    parser.add_argument('--data-root', help="folder of the data, instead of the config's")
-    parser.add_argument(
-        '--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off'
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes were started',
-    )
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
-    )
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='only check that config, data and checkpoints are in place',
-    )
+    add = parser.add_argument
+    add('--backbone', metavar='VIL', help="replace the config's backbone by vil-t, vil-s or vil-b")
+    add('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)')
+    add('--data-root', help="folder of the data, instead of the config's")
+    add('--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off')
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    add('--launcher', choices=launchers, default='none', help='how the processes were started')
+    add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
+    check = 'only check that config, data and checkpoints are in place'
+    add('--check', action='store_true', help=check)
     add_trust_checkpoint(parser)
 
 

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import scandir
 
 from ..checkpoints import find_official, is_official, vil_to_mmvil
 from ..checkpoints.sharded import is_sharded
@@ -133,7 +134,7 @@ def check_folders(cfg: Config, *names: str) -> list:
             # On an empty dataset mmengine's InfiniteSampler waits for ever.
             suffix = getattr(dataset, 'img_suffix', '')
             folder = prefix.get('img_path') or ''
-            if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
+            if os.path.isdir(folder) and not any(scandir(folder, suffix, recursive=True)):
                 raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
     return datasets
 
@@ -168,11 +169,7 @@ def check_annotations(dataset) -> None:
 
 def stems(folder: str, suffix: str) -> set:
     """Files under a folder that end in a suffix, without it, relative to the folder."""
-    found = set()
-    for parent, _, files in os.walk(folder, followlinks=True):
-        inside = os.path.relpath(parent, folder)
-        found.update(os.path.join(inside, f[: -len(suffix)]) for f in files if f.endswith(suffix))
-    return {os.path.normpath(name) for name in found}
+    return {name.removesuffix(suffix) for name in scandir(folder, suffix, recursive=True)}
 
 
 def check_checkpoint(path: str) -> None:

@@ -1,10 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Parts of a config that several modules look for."""
+"""Walk through configs."""
+
+from typing import Iterator, List
 
 from mmengine.config import Config
 
 
-def dicts(node):
+def dicts(node) -> Iterator[dict]:
     """Every dict inside a config."""
     if isinstance(node, (dict, Config)):
         if isinstance(node, dict):
@@ -16,13 +18,14 @@ def dicts(node):
             yield from dicts(value)
 
 
-def loaders(cfg: Config) -> list:
+def loaders(cfg: Config) -> List[dict]:
+    """Configs of the dataloaders."""
     names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return [cfg[name] for name in names if cfg.get(name) is not None]
 
 
-def innermost_datasets(dataset: dict):
-    """The innermost datasets: wrappers such as RepeatDataset and ConcatDataset hold others."""
+def innermost_datasets(dataset: dict) -> Iterator[dict]:
+    """Configs of datasets inside wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get('datasets') or [dataset[key] for key in ('dataset',) if key in dataset]
     if not inner:
         yield dataset

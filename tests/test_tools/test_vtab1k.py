@@ -31,7 +31,7 @@ OPTIONS = (
 
 
 def write_standin(folder, datasets, sizes):
-    """Digits in the files and folders of VTAB-1K, under the names of some of its data sets."""
+    """Digits in the files and folders of VTAB-1K, under the names of some of its datasets."""
     digits = pytest.importorskip('sklearn.datasets').load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     ends = np.cumsum(list(sizes.values()))
