@@ -3,6 +3,7 @@
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -23,17 +24,22 @@ SUPPORTED = {
 def check_versions() -> None:
     """Report clashes between mmvil and the installed torch and OpenMMLab packages.
 
-    Reads the metadata of the installed distributions and imports none of them. A package that is
-    absent is no clash: mmvil needs mmseg only for segmentation, mmpretrain for classification.
+    Reads the metadata of the installed distributions and imports none of them. Packages other than
+    mmengine may be absent: mmvil needs mmseg only for segmentation, mmpretrain for classification.
 
     Raises:
-        ImportError: If a package is older or newer than mmvil supports. The message names every
-            such package, the supported range and the command that installs it.
+        ImportError: If a package is older or newer than mmvil supports, or mmengine is missing.
+            The message names every such package, the supported range and the command that installs
+            it.
 
     Warns:
         UserWarning: If two distributions of one module are installed, which overwrite each other.
     """
     clashes = []
+    if find_spec('mmengine') is None:
+        clashes.append(
+            f"mmvil {__version__} needs mmengine: pip install '.[onedl]', or see README.md"
+        )
     for module, distributions in SUPPORTED.items():
         installed = {name: found for name in distributions if (found := _installed_version(name))}
         if len(installed) > 1:

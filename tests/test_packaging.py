@@ -74,6 +74,12 @@ def test_check_versions_refuses_the_first_version_that_is_too_new(installed):
         version.check_versions()
 
 
+def test_check_versions_names_a_missing_mmengine(installed, monkeypatch):
+    monkeypatch.setattr(version, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r"needs mmengine: pip install '.*\[onedl\]'"):
+        version.check_versions()
+
+
 def test_check_versions_warns_of_two_distributions_of_one_module(installed):
     installed.update({'mmsegmentation': '1.2.2', 'onedl-mmsegmentation': '1.4.2'})
     with pytest.warns(UserWarning, match="overwrite each other.*'mmseg'|'mmseg'.*overwrite"):

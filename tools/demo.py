@@ -6,137 +6,66 @@ python tools/demo.py drive.mp4 configs/upernet_vil_t_ade20k.py checkpoint.pth --
 python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import cv2
-import numpy as np
-from mmengine.config import DictAction
 from mmengine.device import get_device
 
 from mmvil.cli.config import load_config
+from mmvil.cli.drawing import make_artist
 from mmvil.cli.errors import UserError
-from mmvil.cli.images import ImageReader
-from mmvil.cli.inference import build_model, find_images, predict
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.inference import ImageReader, build_model, find_images
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('input', help='image, folder of images, video, or number of a webcam')
-    parser.add_argument('config', help='config file that the checkpoint was trained with')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)'
-    )
-    parser.add_argument(
-        '--opacity', type=float, default=0.5, help='of the classes over the image, 0 to 1'
-    )
-    parser.add_argument('--no-legend', action='store_true', help='do not write names of classes')
-    parser.add_argument(
-        '--every', type=int, default=1, metavar='N', help='of a video, take each Nth frame'
-    )
-    parser.add_argument('--max-frames', type=int, help='of a video or webcam, stop after that many')
-    parser.add_argument(
-        '--show', action='store_true', help='show video or webcam in a window too; q stops'
-    )
-    parser.add_argument('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
-    )
-    parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
+def main():
+    args = parse_args(make_demo_parser())
+    if args.every < 1:
+        raise UserError(f'--every must be at least 1, but is {args.every}')
+    cfg = load_config(args.config, args.cfg_options)
+    webcam = args.input.isdigit() and not Path(args.input).exists()
+    video = webcam or Path(args.input).suffix.lower() in VIDEOS
+    if video and not webcam and not Path(args.input).is_file():
+        raise UserError(f'video not found: {Path(args.input).absolute()}')
+    images = None if video else find_images(args.input)
+    reader = ImageReader(cfg)
+    model = build_model(cfg, args.checkpoint, args.device or get_device())
+    if model.dataset_meta['classes'] is None:
+        raise UserError(
+            f'neither {args.checkpoint} nor the test_dataloader of the config names classes'
+        )
+    draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
+
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if video:
+        source = int(args.input) if webcam else args.input
+        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
+        if not webcam and out_file.resolve() == Path(source).resolve():
+            raise UserError(f'{out_file} is the input; choose another --out-dir')
+        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
+    else:
+        draw_images(images, reader.load, draw, out_dir)
+
+
+def make_demo_parser():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add('input', help='image, folder of images, video, or number of a webcam')
+    add_config_arguments(parser, 'config file that the checkpoint was trained with')
+    add('checkpoint', help='checkpoint file')
+    add('--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)')
+    add('--opacity', type=float, default=0.5, help='opacity of the classes over the image, 0 to 1')
+    add('--no-legend', action='store_true', help='do not write names of classes')
+    add('--every', type=int, default=1, metavar='N', help='take every Nth frame of a video')
+    add('--max-frames', type=int, help='stop a video or webcam after that many')
+    add('--show', action='store_true', help='show video or webcam in a window too; q stops')
+    add('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
     return parser
-
-
-# -- Prediction ------------------------------------------------------------------------------------
-
-
-def make_artist(model, reader, opacity, legend):
-    """What draws a prediction.
-
-    Args:
-        model (nn.Module): Of :func:`_models.build_model`.
-        reader (ImageReader): Of its config.
-        opacity (float): Of the classes over the image.
-        legend (bool): Write the names of classes.
-
-    Returns:
-        Callable: From what ``reader.load`` returns, or a frame (H, W, 3) uint8 in BGR, to the drawn
-        frame in BGR and what was found in it.
-    """
-
-    def look_at(loaded):
-        is_frame = isinstance(loaded, np.ndarray)
-        frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
-        return frame, predict(model, reader.prepare(loaded))
-
-    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    if not hasattr(model, 'decode_head'):
-
-        def classify(loaded):
-            frame, result = look_at(loaded)
-            score, label = result.pred_score.max(0)
-            found = f'{classes[label]} {score:.1%}'
-            return (write_legend(frame, [(found, None)]) if legend else frame), found
-
-        return classify
-
-    if palette is None:
-        palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
-    colors = np.array(palette, np.float32)[:, ::-1]  # BGR
-
-    def segment(loaded):
-        frame, result = look_at(loaded)
-        labels = result.pred_sem_seg.data[0].cpu().numpy()
-        drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
-        present, counts = np.unique(labels, return_counts=True)
-        order = np.argsort(-counts)[:12]
-        largest = [
-            (classes[present[i]], counts[i] / labels.size, colors[present[i]]) for i in order
-        ]
-        if legend:
-            drawn = write_legend(drawn, [(name, color) for name, _, color in largest])
-        return drawn, ', '.join(f'{name} {share:.0%}' for name, share, _ in largest[:5])
-
-    return segment
-
-
-def write_legend(frame, entries):
-    """Write names, each with a patch of its color, into the lower left corner.
-
-    Args:
-        frame (ndarray): (H, W, 3) uint8, BGR; not changed.
-        entries (list[tuple]): Name and BGR color, or None for no patch; those that do not fit are
-            left out.
-
-    Returns:
-        ndarray: (H, W, 3) uint8.
-    """
-    frame = frame.copy()
-    height, width = frame.shape[:2]
-    scale = max(0.35, min(height, width) / 900)
-    line = round(26 * scale) + 4
-    entries = entries[: max(1, (height - 4) // line)]
-    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] for name, _ in entries]
-    patch = 0 if entries[0][1] is None else line
-    top, right = height - line * len(entries) - 4, min(width, max(sizes) + patch + 10)
-    frame[max(top, 0) :, :right] //= 3  # a dark ground
-    for row, (name, color) in enumerate(entries):
-        bottom = top + line * (row + 1)
-        if color is not None:
-            corners = (4, bottom - line + 4), (line - 2, bottom - 2)
-            cv2.rectangle(frame, *corners, color=[int(x) for x in color], thickness=-1)
-        place = (patch + 5, bottom - line // 4)
-        white = (255, 255, 255)
-        cv2.putText(frame, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, white, 1, cv2.LINE_AA)
-    return frame
-
-
-# -- Inputs and outputs ----------------------------------------------------------------------------
 
 
 def draw_images(images, load, draw, out_dir):
@@ -157,9 +86,9 @@ def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
 
     Args:
         source (str | int): File, or number of a webcam.
-        draw (Callable): Of :func:`make_artist`.
+        draw (Callable): From :func:`mmvil.cli.drawing.make_artist`.
         out_file (Path): Video to write.
-        every (int): Take each Nth frame. Default: 1.
+        every (int): Take every Nth frame. Default: 1.
         max_frames (int, optional): Stop after that many.
         show (bool): Show the frames in a window. Default: False.
     """
@@ -214,36 +143,6 @@ def open_writer(out_file, fps, size):
     if not writer.isOpened():
         raise UserError(f'OpenCV cannot write the video {out_file}')
     return writer
-
-
-def main():
-    args = parse_args(make_parser())
-    if args.every < 1:
-        raise UserError(f'--every must be at least 1, but is {args.every}')
-    cfg = load_config(args.config, args.cfg_options)
-    webcam = args.input.isdigit() and not Path(args.input).exists()
-    video = webcam or Path(args.input).suffix.lower() in VIDEOS
-    if video and not webcam and not Path(args.input).is_file():
-        raise UserError(f'video not found: {Path(args.input).absolute()}')
-    images = None if video else find_images(args.input)
-    reader = ImageReader(cfg)
-    model = build_model(cfg, args.checkpoint, args.device or get_device())
-    if model.dataset_meta['classes'] is None:
-        raise UserError(
-            f'neither {args.checkpoint} nor the test_dataloader of the config names classes'
-        )
-    draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
-
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if video:
-        source = int(args.input) if webcam else args.input
-        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
-        if not webcam and out_file.resolve() == Path(source).resolve():
-            raise UserError(f'{out_file} is the input; choose another --out-dir')
-        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
-    else:
-        draw_images(images, reader.load, draw, out_dir)
 
 
 if __name__ == '__main__':

@@ -27,8 +27,8 @@ else
 fi
 
 PYTHON=${PYTHON:-python}
-SCRIPT=$(dirname "$0")/train.py
-# What is missing is said once and in one line here, by every process and by torchrun later.
+SCRIPT=$(dirname "$0")/${MMVIL_TOOL:-train.py}
+# Report errors in one line here; later every process and torchrun would add theirs.
 "$PYTHON" "$SCRIPT" "$CONFIG" --check "$@" > /dev/null
 
 exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node="$N" \

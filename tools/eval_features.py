@@ -1,103 +1,64 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Judge frozen features by k-nearest neighbours and a linear probe, on any folder of images.
+"""Evaluate frozen features by k-nearest neighbours and a linear probe, on any folder of images.
 
 python tools/eval_features.py configs/vil_t_imagenet.py vil2_tiny16_e800_in1k.th --data-root flowers
 
-The data root holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features are what the classifier's
-linear layer would see; the images are prepared as in the config's test.
+The data root holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features are the input of the
+classifier's linear layer; the images are prepared by the config's test pipeline.
 """
 
 import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from rich.progress import track
-from torch import Tensor
 
+from mmvil.apis.feature_probes import accuracy, knn, linear_probe
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_checkpoint
 
-PENALTIES = [10.0**exponent for exponent in range(-8, 1)]
+
+def main():
+    args = parse_args(make_eval_parser())
+    if args.data_root is None:
+        raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
+    kept = get_features(args)
+    device = get_device()
+    train, train_labels = (tensor.to(device) for tensor in kept['train'])
+    val, val_labels = (tensor.to(device) for tensor in kept['val'])
+    if args.k > len(train):
+        raise UserError(f'--k {args.k} is more than the {len(train)} training images')
+
+    print(f'{len(train)} training and {len(val)} validation images, {train.shape[1]} features')
+    for name, temperature in (('weighted', args.temperature), ('plain', None)):
+        found = knn(train, train_labels, val, args.k, temperature)
+        print(f'{args.k}-NN, {name}: {accuracy(found, val_labels):.2f} %')
+    found, penalty = linear_probe(train, train_labels, val)
+    print(f'linear probe: {accuracy(found, val_labels):.2f} % (penalty {penalty:g})')
 
 
-def add_arguments(parser):
-    parser.add_argument('checkpoint', help="weights: mmvil's or the authors'")
-    parser.add_argument('--k', type=int, default=20, help='number of neighbours (default: 20)')
-    parser.add_argument(
-        '--temperature', type=float, default=0.07,
-        help='of the weights exp(cosine / temperature) of the neighbours (default: 0.07)',
-    )  # fmt: skip
-    parser.add_argument('--batch-size', type=int, default=128, help='images at a time')
-    parser.add_argument('--workers', type=int, default=8, help='processes that read images')
-    parser.add_argument('--amp', action='store_true', help='extract features in mixed precision')
-    parser.add_argument(
-        '--features', metavar='FILE.pt',
-        help='keep the features in this file, or take them from it, if it exists',
-    )  # fmt: skip
+def make_eval_parser():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_runner_arguments(parser)
+    add('checkpoint', help="weights: mmvil's or the authors'")
+    add('--k', type=int, default=20, help='number of neighbours (default: 20)')
+    weight = 'neighbours have the weight exp(cosine / temperature) (default: 0.07)'
+    add('--temperature', type=float, default=0.07, help=weight)
+    add('--batch-size', type=int, default=128, help='images at a time')
+    add('--workers', type=int, default=8, help='processes that read images')
+    add('--amp', action='store_true', help='extract features in mixed precision')
+    add('--features', metavar='FILE.pt', help='file to keep the features in, or to read them from')
     return parser
 
 
-# -- Features --------------------------------------------------------------------------------------
-
-
-def build_backbone(cfg, checkpoint):
-    """The backbone with its weights, in evaluation mode."""
-    check_checkpoint(checkpoint)
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = MODELS.build(cfg.model.backbone)
-    backbone.init_weights()
-    return backbone.eval()
-
-
-def make_dataloader(cfg, args, split):
-    folder = Path(args.data_root, split)
-    if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
-        raise UserError(f'data not found: expected {folder.absolute()}/CLASS/IMAGE')
-    return Runner.build_dataloader(
-        dict(
-            batch_size=args.batch_size,
-            num_workers=args.workers,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(
-                type='CustomDataset',
-                data_root=args.data_root,
-                data_prefix=split,
-                pipeline=cfg.test_dataloader.dataset.pipeline,
-            ),
-        )
-    )
-
-
-@torch.no_grad()
-def extract(backbone, preprocessor, dataloader, amp):
-    """Features of all images.
-
-    Returns:
-        tuple[Tensor, Tensor]: Features (images, channels), float32, and labels (images,).
-    """
-    device = get_device()
-    backbone, preprocessor = backbone.to(device), preprocessor.to(device)
-    features, labels = [], []
-    for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):
-        batch = preprocessor(batch)
-        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=amp):
-            output = backbone(batch['inputs'])[-1]
-        if output.dim() == 4:  # feature maps of a backbone without pooling
-            output = output.mean((2, 3))
-        features.append(output.float().cpu())
-        labels += [sample.gt_label.item() for sample in batch['data_samples']]
-    return torch.cat(features), torch.tensor(labels)
-
-
 def get_features(args):
-    """Features and labels of both splits, from the file or from the images."""
+    """Features and labels of both splits, from the file of --features or from the images."""
     source = dict(
         config=os.path.abspath(args.config),
         checkpoint=args.checkpoint,
@@ -130,119 +91,54 @@ def get_features(args):
     return kept
 
 
-# -- k-nearest neighbours --------------------------------------------------------------------------
-
-
-def knn(train, train_labels, test, k, temperature=None, chunk=1024) -> Tensor:
-    """Classify by the k training images with the most similar features.
-
-    Args:
-        train (Tensor): Features, shape (N, C).
-        train_labels (Tensor): Shape (N,).
-        test (Tensor): Features, shape (M, C).
-        k (int): Number of neighbours.
-        temperature (float, optional): A neighbour votes with exp(cosine / temperature); without,
-            all votes count 1.
-        chunk (int): Images at a time.
-
-    Returns:
-        Tensor: Labels, shape (M,).
-    """
-    classes = int(train_labels.max()) + 1
-    train = F.normalize(train, dim=1)
-    predictions = []
-    for part in F.normalize(test, dim=1).split(chunk):
-        cosine, nearest = (part @ train.T).topk(k, dim=1)
-        # Relative to the nearest, so that no exponential overflows.
-        votes = 1 if temperature is None else ((cosine - cosine[:, :1]) / temperature).exp()
-        counts = part.new_zeros(len(part), classes)
-        counts.scatter_add_(1, train_labels[nearest], votes * torch.ones_like(cosine))
-        predictions.append(counts.argmax(1))
-    return torch.cat(predictions)
-
-
-# -- Linear probe ----------------------------------------------------------------------------------
-
-
-def fit_linear(features, labels, penalty, max_iter=200):
-    """Multinomial logistic regression by L-BFGS.
-
-    Args:
-        features (Tensor): Shape (N, C).
-        labels (Tensor): Shape (N,).
-        penalty (float): Half of it times the squared norm of the weight is added to the mean loss.
-        max_iter (int): Iterations at most.
-
-    Returns:
-        Tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
-    """
-    classes = int(labels.max()) + 1
-    weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
-    bias = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, line_search_fn='strong_wolfe'
+def make_dataloader(cfg, args, split):
+    folder = Path(args.data_root, split)
+    if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
+        raise UserError(f'data not found: expected {folder.absolute()}/CLASS/IMAGE')
+    return Runner.build_dataloader(
+        dict(
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=dict(
+                type='CustomDataset',
+                data_root=args.data_root,
+                data_prefix=split,
+                pipeline=cfg.test_dataloader.dataset.pipeline,
+            ),
+        )
     )
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weight + bias, labels)
-        loss = loss + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
 
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
+def build_backbone(cfg, checkpoint):
+    """The backbone with its weights, in evaluation mode."""
+    check_checkpoint(checkpoint)
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    return backbone.eval()
 
 
-def linear_probe(train, train_labels, test, penalties=PENALTIES):
-    """Classify by logistic regression on standardized features. The penalty on the weight is chosen
-    on a fifth of the training images; the test images have no part in it.
-
-    Args:
-        train (Tensor): Features, shape (N, C).
-        train_labels (Tensor): Shape (N,).
-        test (Tensor): Features, shape (M, C).
-        penalties (Sequence[float]): To choose from.
+@torch.no_grad()
+def extract(backbone, preprocessor, dataloader, amp):
+    """Compute features of all images.
 
     Returns:
-        Tuple[Tensor, float]: Labels (M,), and the penalty that was chosen.
+        tuple[Tensor, Tensor]: Features (images, channels), float32, and labels (images,).
     """
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
-    held_out, rest = order[: len(train) // 5], order[len(train) // 5 :]
-    scores = {}
-    for penalty in penalties:
-        weight, bias = fit_linear(train[rest], train_labels[rest], penalty)
-        found = (train[held_out] @ weight + bias).argmax(1)
-        scores[penalty] = accuracy(found, train_labels[held_out])
-    best = max(penalties, key=lambda penalty: (scores[penalty], penalty))
-    weight, bias = fit_linear(train, train_labels, best)
-    return (test @ weight + bias).argmax(1), best
-
-
-def accuracy(predictions, labels) -> float:
-    """Top-1 accuracy in percent."""
-    return 100 * (predictions == labels).float().mean().item()
-
-
-def main():
-    args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    if args.data_root is None:
-        raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
-    kept = get_features(args)
     device = get_device()
-    train, train_labels = (tensor.to(device) for tensor in kept['train'])
-    val, val_labels = (tensor.to(device) for tensor in kept['val'])
-    if args.k > len(train):
-        raise UserError(f'--k {args.k} is more than the {len(train)} training images')
-
-    print(f'{len(train)} training and {len(val)} validation images, {train.shape[1]} features')
-    for name, temperature in (('weighted', args.temperature), ('plain', None)):
-        found = knn(train, train_labels, val, args.k, temperature)
-        print(f'{args.k}-NN, {name}: {accuracy(found, val_labels):.2f} %')
-    found, penalty = linear_probe(train, train_labels, val)
-    print(f'linear probe: {accuracy(found, val_labels):.2f} % (penalty {penalty:g})')
+    backbone, preprocessor = backbone.to(device), preprocessor.to(device)
+    features, labels = [], []
+    for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):
+        batch = preprocessor(batch)
+        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=amp):
+            output = backbone(batch['inputs'])[-1]
+        if output.dim() == 4:  # feature maps of a backbone without pooling
+            output = output.mean((2, 3))
+        features.append(output.float().cpu())
+        labels += [sample.gt_label.item() for sample in batch['data_samples']]
+    return torch.cat(features), torch.tensor(labels)
 
 
 if __name__ == '__main__':

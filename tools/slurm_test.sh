@@ -3,32 +3,12 @@
 #
 #   tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]
 #
-# GPUS (8 in all), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and PORT (29500) may be set in the
-# environment, SRUN_ARGS holds more arguments of srun, PYTHON names the interpreter.
+# See slurm_train.sh for the environment.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of test.py]" >&2
     exit 2
 fi
-PARTITION=$1
-JOB_NAME=$2
-CONFIG=$3
-CHECKPOINT=$4
-shift 4
-
-GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
-export MASTER_PORT=${PORT:-29500}
-read -r -a MORE <<< "${SRUN_ARGS:-}"
-
-exec srun \
-    --partition="$PARTITION" \
-    --job-name="$JOB_NAME" \
-    --gres=gpu:"$GPUS_PER_NODE" \
-    --ntasks="$GPUS" \
-    --ntasks-per-node="$GPUS_PER_NODE" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
-    --kill-on-bad-exit=1 \
-    ${MORE[@]+"${MORE[@]}"} \
-    "${PYTHON:-python}" -u "$(dirname "$0")/test.py" "$CONFIG" "$CHECKPOINT" --launcher slurm "$@"
+MMVIL_TOOL=test.py
+source "$(dirname "$0")/slurm_train.sh" "$@"

@@ -30,4 +30,4 @@ exec srun \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
     ${MORE[@]+"${MORE[@]}"} \
-    "${PYTHON:-python}" -u "$(dirname "$0")/train.py" "$CONFIG" --launcher slurm "$@"
+    "${PYTHON:-python}" -u "$(dirname "$0")/${MMVIL_TOOL:-train.py}" "$CONFIG" --launcher slurm "$@"

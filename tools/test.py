@@ -9,10 +9,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from mmengine.fileio import dump
 
-from mmvil.cli.config import apply_common_args, load_config
+from mmvil.cli.config import read_runner_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import (
     CheckFitHook,
     build_runner,
@@ -20,45 +21,48 @@ from mmvil.cli.preflight import (
     check_checkpoint,
     check_data,
 )
-from mmvil.engine.cpu import fit_to_cpu
 
 
-def add_arguments(parser):
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--out',
-        help='segmentation: folder for the predicted label maps (PNG); '
-        'classification: .pkl or .json file for the results',
-    )
-    parser.add_argument(
-        '--out-item',
-        choices=['pred', 'metrics'],
-        default='pred',
-        help='classification: what goes to --out (default: pred)',
-    )
-    parser.add_argument('--dump', metavar='PKL', help='write all predictions to a pickle file')
-    parser.add_argument('--tta', action='store_true', help='multi-scale and flip, or flip only')
-    parser.add_argument(
-        '--precision',
-        choices=['float32', 'float16', 'bfloat16'],
-        default='float32',
-        help='test in this precision (default: float32); on a CPU, half precision is bfloat16',
-    )
-    parser.add_argument('--amp', action='store_true', help='the same as --precision float16')
-    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument(
-        '--show-dir',
-        help='folder for pictures of the predictions, which segmentors put into vis_data/vis_image',
-    )
-    parser.add_argument('--interval', type=int, default=1, help='draw each n-th image only')
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show shows a picture'
-    )
+def main():
+    args = parse_args(make_test_parser())
+    cfg = read_config(args)
+    check_backbone(cfg)
+    check_data(cfg, 'test_dataloader')
+    check_checkpoint(args.checkpoint)
+    if args.check:
+        print('Config, data and checkpoints are in place.')
+        return
+
+    runner = build_runner(cfg)
+    runner.register_hook(CheckFitHook())
+    metrics = runner.test()
+    if args.out is not None and args.out_item == 'metrics':
+        dump(metrics, args.out)
+
+
+def make_test_parser():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_runner_arguments(parser)
+    add('checkpoint', help='checkpoint file')
+    add('--out', help='label maps of a segmentor (folder) or results of a classifier (.pkl, .json)')
+    item = 'classification: what --out gets (default: pred)'
+    add('--out-item', choices=['pred', 'metrics'], default='pred', help=item)
+    add('--dump', metavar='PKL', help='write all predictions to a pickle file')
+    add('--tta', action='store_true', help='multi-scale and flip, or flip only')
+    types = dict(choices=['float32', 'float16', 'bfloat16'], default='float32')
+    add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
+    add('--amp', action='store_true', help='the same as --precision float16')
+    add('--show', action='store_true', help='show the predictions in a window')
+    add('--show-dir', help='folder for pictures; segmentors write them to vis_data/vis_image in it')
+    add('--interval', type=int, default=1, help='draw each n-th image only')
+    add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser
 
 
-def apply_args(cfg, args):
-    apply_common_args(cfg, args)
+def read_config(args):
+    """The config with what the command line changes."""
+    cfg = read_runner_config(args)
     cfg.load_from = args.checkpoint
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
@@ -70,9 +74,8 @@ def apply_args(cfg, args):
     if args.tta:
         use_tta(cfg, is_classifier)
 
-    evaluators = (
-        cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-    )
+    evaluators = cfg.test_evaluator
+    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     if args.out is not None and not is_classifier:
         for evaluator in evaluators:
             evaluator.output_dir = args.out
@@ -83,10 +86,11 @@ def apply_args(cfg, args):
             raise UserError(f'predictions are written to a .pkl file, but {path} was asked for')
         evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
     cfg.test_evaluator = evaluators
+    return cfg
 
 
 def draw(cfg, args, is_classifier):
-    """Let mmseg's or mmpretrain's hook draw the predictions."""
+    """Let the hook of mmseg or mmpretrain draw the predictions."""
     if 'visualization' not in cfg.default_hooks:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     hook = cfg.default_hooks.visualization
@@ -112,26 +116,6 @@ def use_tta(cfg, is_classifier):
         cfg.tta_model = dict(type='mmpretrain.AverageClsScoreTTA')
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
-
-
-def main():
-    args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    cfg = load_config(args.config, args.cfg_options, args.backbone)
-    apply_args(cfg, args)
-    check_backbone(cfg)
-    check_data(cfg, 'test_dataloader')
-    check_checkpoint(args.checkpoint)
-    if args.check:
-        print('Config, data and checkpoints are in place.')
-        return
-
-    runner = build_runner(cfg, notes=fit_to_cpu(cfg))
-    runner.register_hook(CheckFitHook())
-    metrics = runner.test()
-    if args.out is not None and args.out_item == 'metrics':
-        from mmengine.fileio import dump
-
-        dump(metrics, args.out)
 
 
 if __name__ == '__main__':

@@ -6,81 +6,71 @@ python tools/train.py configs/upernet_vil_t_ade20k.py
 
 from mmengine.device import get_device
 
-from mmvil.cli.config import apply_common_args, load_config
-from mmvil.cli.errors import UserError, is_first_process
-from mmvil.cli.main import make_parser, parse_args, run
-from mmvil.cli.preflight import (
-    CheckFitHook,
-    build_runner,
-    check_backbone,
-    check_config_checkpoints,
-    check_data,
-    check_work_dir,
-)
+from mmvil.cli.config import read_runner_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
+from mmvil.cli.preflight import CheckFitHook, build_runner, check_training
 from mmvil.cli.work_dir import (
-    choose_checkpoint,
+    check_complete,
+    find_resumable,
     lock_work_dir,
-    refuse_shards_of_others,
-    save_safely,
+    refuse_shards,
+    save_atomically,
 )
-from mmvil.engine import (
-    AdaptInputChannelsHook,
-)
-from mmvil.engine.cpu import fit_to_cpu
+from mmvil.engine import AdaptInputChannelsHook
 
 
-def add_arguments(parser):
-    parser.add_argument(
-        '--checkpoint', help="with --backbone: weights of ViL to start from, ours or the authors'"
+def main():
+    args = parse_args(make_train_parser())
+    cfg = read_config(args)
+    check_training(cfg)
+    if args.check:
+        print('Config, data and checkpoints are in place.')
+        return
+
+    with lock_work_dir(cfg.work_dir):
+        notes = save_atomically(cfg)
+        if cfg.get('resume'):
+            notes += choose_checkpoint(cfg, args)
+        runner = build_runner(cfg, notes)
+        runner.register_hook(CheckFitHook() if cfg.get('resume') else AdaptInputChannelsHook())
+        runner.train()
+
+
+def make_train_parser():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_runner_arguments(parser)
+    add('--checkpoint', help="with --backbone: weights to start from, ours or the authors'")
+    recipe = "with --backbone: replace the config's optimizer and schedule by ViL's recipe"
+    add('--backbone-optim', action='store_true', help=recipe)
+    resume = 'continue from a checkpoint, or by default from the newest good one in the work dir'
+    add('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=resume)
+    amp = (
+        'train in mixed precision, float16 unless optim_wrapper.dtype says bfloat16; slow on a CPU'
     )
-    parser.add_argument(
-        '--backbone-optim',
-        action='store_true',
-        help="with --backbone: replace the config's optimizer and schedule by ViL's recipe",
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='go on from a checkpoint, or without a name from the newest good one in the work dir',
-    )
-    parser.add_argument(
-        '--amp',
-        action='store_true',
-        help='train with mixed precision, float16 unless optim_wrapper.dtype says bfloat16; on a '
-        'CPU this is slow, and only shows whether the numbers overflow',
-    )
-    parser.add_argument(
-        '--precision',
-        choices=['float32', 'float16', 'bfloat16'],
-        help="train in this precision instead of the config's",
-    )
-    parser.add_argument(
-        '--no-validate', action='store_true', help='do not evaluate during training'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help="scale the learning rate by the batch size over all processes / the config's",
-    )
-    parser.add_argument(
-        '--no-persistent-workers',
-        action='store_true',
-        help='start the worker processes of the dataloaders anew for each epoch',
-    )
+    add('--amp', action='store_true', help=amp)
+    types = ['float32', 'float16', 'bfloat16']
+    add('--precision', choices=types, help="train in this precision instead of the config's")
+    add('--no-validate', action='store_true', help='do not evaluate during training')
+    scale = "scale the learning rate by the batch size over all processes / the config's"
+    add('--auto-scale-lr', action='store_true', help=scale)
+    anew = 'start the worker processes of the dataloaders anew for each epoch'
+    add('--no-persistent-workers', action='store_true', help=anew)
     return parser
 
 
-def apply_args(cfg, args):
-    apply_common_args(cfg, args)
+def read_config(args):
+    """The config with what the command line changes."""
+    if args.backbone is None and (args.checkpoint or args.backbone_optim):
+        raise UserError('--checkpoint and --backbone-optim need --backbone')
+    swap = dict(checkpoint=args.checkpoint, optim=args.backbone_optim) if args.backbone else {}
+    cfg = read_runner_config(args, **swap)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.no_persistent_workers:
-        for loader in (cfg.train_dataloader, cfg.get('val_dataloader')):
-            if loader is not None:
-                loader.persistent_workers = False
-
+        for loader in filter(None, (cfg.train_dataloader, cfg.get('val_dataloader'))):
+            loader.persistent_workers = False
     if args.resume is not None:
         cfg.resume = True
         if args.resume != 'auto':
@@ -101,34 +91,21 @@ def apply_args(cfg, args):
                 '--cfg-options auto_scale_lr.base_batch_size=16, or as the case may be'
             )
         cfg.auto_scale_lr.enable = True
+    return cfg
 
 
-def main():
-    args = parse_args(add_arguments(make_parser(__doc__.splitlines()[0])))
-    if args.backbone is None and (args.checkpoint or args.backbone_optim):
-        raise UserError('--checkpoint and --backbone-optim need --backbone')
-    swap = dict(checkpoint=args.checkpoint, optim=args.backbone_optim) if args.backbone else {}
-    cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
-    apply_args(cfg, args)
-    check_backbone(cfg)
-    check_work_dir(cfg)
-    check_data(cfg, 'train_dataloader', 'val_dataloader')
-    check_config_checkpoints(cfg)
-    if args.check:
-        print('Config, data and checkpoints are in place.')
-        return
-
-    lock = lock_work_dir(cfg.work_dir) if is_first_process() else None
-    notes = save_safely(cfg)
-    notes += choose_checkpoint(cfg, args.resume, args.trust_checkpoint)
-    if cfg.get('resume'):
-        refuse_shards_of_others(cfg)
-    notes += fit_to_cpu(cfg)
-    runner = build_runner(cfg, notes=notes)
-    runner.register_hook(CheckFitHook() if cfg.get('resume') else AdaptInputChannelsHook())
-    runner.train()
-    if lock is not None:
-        lock.close()
+def choose_checkpoint(cfg, args):
+    """Set what to resume from: the checkpoint that was named, else the newest in the work dir."""
+    notes = []
+    if args.resume == 'auto' or cfg.get('load_from') is None:
+        newest, notes = find_resumable(cfg.work_dir, args.trust_checkpoint)
+        cfg.resume = newest is not None
+        cfg.load_from = newest or cfg.get('load_from')
+    else:
+        check_complete(cfg.load_from, args.trust_checkpoint)
+    if cfg.resume and cfg.get('strategy') is None:
+        refuse_shards(cfg.load_from)
+    return notes
 
 
 if __name__ == '__main__':

@@ -1,262 +1,119 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the VTAB-1K benchmark: the published protocol on 19 data sets.
+"""Run the VTAB-1K benchmark: the published protocol on 19 datasets.
 
 python tools/vtab1k.py data/vtab-1k vil2_tiny16_e800_in1k.th
 
-For each data set, 5 learning rates x 5 seeds train on train800; the learning rate with the best
+For each dataset, 5 learning rates x 5 seeds train on train800; the learning rate with the best
 mean accuracy on val200 then trains on train800val200 with 5 seeds, and the accuracy on test is
 reported. Start the same command on as many GPUs and machines as you like, if they share the work
-folder. Killed or stopped, start it again. Each run is done once.
+folder. After a kill or a stop, start it again: each run is done once.
 """
 
-import argparse
-import csv
 import gc
 import hashlib
-import io
 import json
 import os
 import signal
-import statistics
 import sys
 import time
-import traceback
-from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.runner import CheckpointLoader
 
+from mmvil.apis.vtab1k import DATASETS, Protocol, as_csv, as_markdown, check_data, summarize
 from mmvil.checkpoints import infer_architecture, is_official, vil_to_mmvil
-from mmvil.cli.config import CONFIGS, apply_common_args, load_config
+from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run
 from mmvil.cli.preflight import build_runner, check_checkpoint
-from mmvil.cli.run_queue import ClaimLost, Claims, write
-from mmvil.engine.cpu import fit_to_cpu
-
-GROUPS = dict(
-    natural=(
-        *('caltech101', 'cifar', 'dtd', 'oxford_flowers102', 'oxford_iiit_pet', 'svhn'),
-        'sun397',
-    ),
-    specialized=('patch_camelyon', 'eurosat', 'resisc45', 'diabetic_retinopathy'),
-    structured=(
-        *('clevr_count', 'clevr_dist', 'dmlab', 'kitti', 'dsprites_loc', 'dsprites_ori'),
-        *('smallnorb_azi', 'smallnorb_ele'),
-    ),
-)
-DATASETS = [dataset for group in GROUPS.values() for dataset in group]
-
-# arXiv 2406.04303v3. The average is over the 19 data sets, not over the groups.
-PUBLISHED = {
-    'ViL-T, published': (73.6, 83.4, 56.1, 68.3),
-    'ViL-S, published': (75.3, 84.3, 58.3, 70.0),
-    'ViL-B, published': (76.6, 84.7, 59.1, 70.9),
-}
+from mmvil.cli.run_queue import ClaimLost, Claims, work, write
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training: of phase 'tune' (train800, evaluated on val200) or 'final' (train800val200,
-    evaluated on test).
-    """
+def main():
+    args = parse_args(make_vtab_parser())
+    stem = Path(args.checkpoint.replace('://', '/')).stem
+    args.work_dir = args.work_dir or os.path.join('work_dirs', 'vtab1k', stem)
+    claims = Claims(Path(args.work_dir, 'runs'), args.stale_after, args.max_attempts)
+    protocol = Protocol(claims, args.datasets, args.lrs, args.seeds)
+    if args.status:
+        print('\n'.join([*protocol.progress_by_dataset(), protocol.progress()]))
+        report(protocol, args)
+        return
 
-    dataset: str
-    phase: str
-    lr: float
-    seed: int
+    architecture = read_architecture(args.checkpoint)
+    for dataset in args.datasets:
+        classes = config_of(dataset).model.head.num_classes
+        for note in check_data(Path(args.data_root, dataset), classes):
+            print(f'note: {note}')
+    if args.check:
+        print(f'Data and checkpoint are in place: {protocol.size} runs.')
+        return
+    settings = dict(lrs=protocol.lrs, seeds=args.seeds, cfg_options=args.cfg_options)
+    if '://' in args.checkpoint:
+        settings.update(checkpoint=args.checkpoint)
+    else:
+        settings.update(checkpoint_sha256=sha256(args.checkpoint))
+    agree_on_settings(args.work_dir, settings)
+    if args.retry:
+        for job, state in protocol.runs().items():
+            if state == 'failed':
+                claims.forget_attempts(job.name)
 
-    @property
-    def name(self) -> str:
-        return f'{self.dataset}.{self.phase}.lr{self.lr:g}.seed{self.seed}'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # give the run back
+    screen = Screen()
+    screen.say(f'{protocol.progress()}; {args.work_dir}')
 
-    def __str__(self) -> str:
-        return f'{self.dataset} {self.phase} lr {self.lr:g} seed {self.seed}'
+    def describe(job, result):
+        time_taken = timedelta(seconds=round(result['seconds']))
+        return f'{job}: {result["accuracy"]:.2f} % in {time_taken}; {protocol.progress()}'
+
+    do = partial(train, args=args, architecture=architecture, show=screen.show)
+    try:
+        work(claims, protocol.runs, do, describe, screen.say)
+    except KeyboardInterrupt:
+        screen.say('stopped; the same command continues from here')
+        sys.exit(130)
+    if not report(protocol, args):
+        sys.exit(1)
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('data_root', help='folder with one folder per data set')
-    parser.add_argument('checkpoint', help="pre-trained classifier: mmvil's or the authors'")
-    parser.add_argument(
-        '--work-dir', help='folder that all processes share (default: work_dirs/vtab1k/CHECKPOINT)'
-    )
-    parser.add_argument(
-        '--datasets', nargs='+', choices=DATASETS, default=DATASETS, metavar='NAME',
-        help=f'only these of {", ".join(DATASETS)}',
-    )  # fmt: skip
-    parser.add_argument(
-        '--lrs', nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR',
-        help='learning rates to choose from (default: the published five)',
-    )  # fmt: skip
-    parser.add_argument('--seeds', type=int, default=5, help='number of seeds (default: 5)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-        help='override settings of the configs in configs/vtab1k, as tools/train.py does',
-    )  # fmt: skip
-    parser.add_argument('--check', action='store_true', help='only check that all is in place')
-    parser.add_argument('--status', action='store_true', help='only show how far it is')
-    parser.add_argument('--retry', action='store_true', help='try runs again that failed too often')
-    parser.add_argument(
-        '--max-attempts',
-        type=int,
-        default=3,
-        help='a run that failed so often is left (default: 3)',
-    )
-    parser.add_argument(
-        '--stale-after', type=float, default=300, metavar='SECONDS',
-        help='without a sign of life for so long, a process counts as killed, and others do its '
-        'run (default: 300)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--trust-checkpoint', action='store_true',
-        help='load the checkpoint even if it asks for functions that may run code',
-    )  # fmt: skip
-    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
+def make_vtab_parser():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add('data_root', help='folder with one folder per dataset')
+    add('checkpoint', help="pre-trained classifier: mmvil's or the authors'")
+    add('--work-dir', help='folder of all processes (default: work_dirs/vtab1k/CHECKPOINT)')
+    names = dict(nargs='+', choices=DATASETS, default=DATASETS, metavar='NAME')
+    add('--datasets', help=f'only these of {", ".join(DATASETS)}', **names)
+    lrs = dict(nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR')
+    add('--lrs', help='learning rates to choose from (default: the published five)', **lrs)
+    add('--seeds', type=int, default=5, help='number of seeds (default: 5)')
+    add_cfg_options(parser)
+    add('--check', action='store_true', help='only check that all is in place')
+    add('--status', action='store_true', help='only show the progress')
+    add('--retry', action='store_true', help='try failed runs again')
+    add('--max-attempts', type=int, default=3, help='attempts at a run (default: 3)')
+    stale = dict(type=float, default=300, metavar='SECONDS')
+    add('--stale-after', help='take a run over after so long a silence (default: 300)', **stale)
+    add_trust_checkpoint(parser)
     return parser
-
-
-# -- The protocol ----------------------------------------------------------------------------------
-
-
-class Protocol:
-    """What is to be done, given what has been done."""
-
-    def __init__(self, claims, datasets, lrs, seeds):
-        self.claims = claims
-        self.datasets = datasets
-        self.lrs = sorted(lrs)
-        self.seeds = range(seeds)
-        self.results = {}
-
-    @property
-    def size(self) -> int:
-        return len(self.datasets) * len(self.seeds) * (len(self.lrs) + 1)
-
-    def tuning(self, dataset):
-        return [Job(dataset, 'tune', lr, seed) for lr in self.lrs for seed in self.seeds]
-
-    def runs(self):
-        """{run: state} of all runs that are known by now; the learning rate of final runs is known
-        when all runs of the search have ended.
-        """
-        tuning = {dataset: self.tuning(dataset) for dataset in self.datasets}
-        known = self._states([job for runs in tuning.values() for job in runs])
-        final = []
-        for dataset, runs in tuning.items():
-            if all(known[job] in ('done', 'failed') for job in runs):
-                lr = self.best_lr(dataset)
-                if lr is not None:
-                    final += [Job(dataset, 'final', lr, seed) for seed in self.seeds]
-        known.update(self._states(final))
-        # Data set by data set, so that complete rows of the table come early; what has failed
-        # before comes last.
-        order = {dataset: i for i, dataset in enumerate(self.datasets)}
-        return dict(
-            sorted(known.items(), key=lambda item: (order[item[0].dataset], item[1] == 'again'))
-        )
-
-    def best_lr(self, dataset):
-        """The learning rate with the best mean accuracy on val200, of equal ones the smallest. One
-        that lacks a seed, because its run failed, is not considered.
-        """
-        means = {}
-        for lr in self.lrs:
-            found = [self.accuracy(Job(dataset, 'tune', lr, seed)) for seed in self.seeds]
-            if None not in found:
-                means[lr] = statistics.mean(found)
-        return max(means, key=means.get) if means else None
-
-    def accuracy(self, job):
-        """Accuracy that a finished run has reached, else None."""
-        if job not in self.results:
-            result = self.claims.result(job.name)
-            if result is None:
-                return None
-            self.results[job] = result
-        return self.results[job]['accuracy']
-
-    def _states(self, runs):
-        states = self.claims.states([job.name for job in runs])
-        return {job: states[job.name] for job in runs}
-
-
-def work(protocol, train, say):
-    """Do open runs until none is left, neither here nor elsewhere."""
-    failed = set()  # since the last success
-    waiting = False
-    while True:
-        states = protocol.runs()
-        open_runs = [job for job, state in states.items() if state in ('open', 'again')]
-        claim = None
-        for job in open_runs:
-            claim = protocol.claims.claim(job.name)
-            if claim is not None:
-                break
-        if claim is None:
-            if not open_runs and 'running' not in states.values():
-                return
-            if not waiting:
-                say('The rest is being done by other processes; waiting for them.')
-            waiting = True
-            time.sleep(min(5.0, protocol.claims.heartbeat))
-            continue
-
-        waiting = False
-        start = time.monotonic()
-        try:
-            accuracy = train(job, claim)
-            seconds = time.monotonic() - start
-            claim.finish(dict(accuracy=accuracy, seconds=round(seconds, 1)))
-            failed.clear()
-            say(f'{job}: {accuracy:.2f} % in {_duration(seconds)}; {progress(protocol)}')
-        except ClaimLost:
-            claim.release()
-            say(f'{job}: out of touch for too long, another process does it')
-        except Exception:
-            trace = traceback.format_exc()
-            claim.fail(trace)
-            failed.add(job)
-            reason = _short(trace.strip().splitlines()[-1])
-            say(f'{job}: FAILED (attempt {claim.attempt}), {reason}')
-            if len(failed) == 3:
-                raise UserError(
-                    'stopped, because three runs in a row failed; that is hardly the fault of the '
-                    f'runs. The last one: {reason}. Traces: {protocol.claims.folder}/*.error'
-                ) from None
-        except BaseException:  # Ctrl-C, SIGTERM
-            claim.release()
-            raise
-
-
-def progress(protocol) -> str:
-    """How far all processes together are, and how long it will take."""
-    states = protocol.runs()
-    count = Counter(states.values())
-    for job, state in states.items():
-        if state == 'done':
-            protocol.accuracy(job)
-    left = protocol.size - count['done'] - count['failed']
-    seconds = [result['seconds'] for result in protocol.results.values()]
-    text = f'{count["done"]} of {protocol.size} runs'
-    if count['failed']:
-        text += f', {count["failed"]} failed'
-    if left and seconds:
-        workers = count['running'] + 1
-        text += f', about {_duration(left * statistics.mean(seconds) / workers)} left'
-        text += f' with {workers} processes' if workers > 1 else ''
-    return text
 
 
 # -- One run ---------------------------------------------------------------------------------------
 
 
+def config_of(dataset) -> Config:
+    return load_config(str(CONFIGS / 'vtab1k' / f'{dataset}.py'), {})
+
+
 class Watch(Hook):
-    """Shows the epochs, keeps the final accuracy, and ends a run that another process does."""
+    """Show the epochs, keep the final accuracy, end a run that another process has taken over."""
 
     def __init__(self, job, claim, show):
         self.job = job
@@ -268,20 +125,18 @@ class Watch(Hook):
         if self.claim.lost:
             raise ClaimLost(self.job.name)
 
+    after_val_iter = after_train_iter
+
     def after_train_epoch(self, runner):
         self.show(f'{self.job}: epoch {runner.epoch + 1} of {runner.max_epochs}')
-
-    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if self.claim.lost:
-            raise ClaimLost(self.job.name)
 
     def after_val_epoch(self, runner, metrics=None):
         self.accuracy = metrics['accuracy/top1']
 
 
 def make_config(job, args, architecture) -> Config:
-    """The config of a run: that of the data set, with what depends on run and checkpoint."""
-    cfg = load_config(str(CONFIGS / 'vtab1k' / f'{job.dataset}.py'), {})
+    """The config of a run: that of its dataset, adapted to run and checkpoint."""
+    cfg = config_of(job.dataset)
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
         version=architecture['version'],
@@ -300,19 +155,20 @@ def make_config(job, args, architecture) -> Config:
     cfg.randomness = dict(seed=job.seed)
     cfg.train_cfg.val_interval = cfg.train_cfg.max_epochs
     cfg.default_hooks.checkpoint = None
-    cfg.experiment_name = f'{job.name}_{os.getpid()}_{time.time_ns()}'  # mmengine wants it unique
-    options = dict(work_dir=os.path.join(args.work_dir, 'logs', job.name), launcher='none')
-    options.update(data_root=os.path.join(args.data_root, job.dataset), no_pin_memory=False)
-    apply_common_args(cfg, argparse.Namespace(config=job.name, **options))
+    # mmengine accepts each name once.
+    cfg.experiment_name = f'{job.name}_{os.getpid()}_{time.time_ns()}'
+    cfg.launcher = 'none'
+    cfg.work_dir = os.path.join(args.work_dir, 'logs', job.name)
+    set_data_root(cfg, os.path.join(args.data_root, job.dataset))
     return cfg
 
 
-def train_once(job, claim, args, architecture, show) -> float:
-    """Train, evaluate after the last epoch, return the accuracy in percent."""
+def train(job, claim, args, architecture, show) -> dict:
+    """Train, and evaluate after the last epoch."""
+    start = time.monotonic()
     watch = Watch(job, claim, show)
     with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        cfg = make_config(job, args, architecture)
-        runner = build_runner(cfg, notes=fit_to_cpu(cfg))
+        runner = build_runner(make_config(job, args, architecture))
         try:
             runner.register_hook(watch)
             runner.train()
@@ -323,18 +179,16 @@ def train_once(job, claim, args, architecture, show) -> float:
             del runner
             gc.collect()
             torch.cuda.empty_cache()
-    return watch.accuracy
+    return dict(accuracy=watch.accuracy, seconds=round(time.monotonic() - start, 1))
 
 
-# -- Checks ----------------------------------------------------------------------------------------
+# -- Before and after the runs ---------------------------------------------------------------------
 
 
 def read_architecture(path) -> dict:
     """Sizes of the model in a checkpoint."""
-    from mmengine.runner.checkpoint import _load_checkpoint
-
     check_checkpoint(path)
-    state = _load_checkpoint(path, map_location='cpu')
+    state = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     state = state.get('state_dict', state)
     try:
         return infer_architecture(vil_to_mmvil(state) if is_official(state) else state)
@@ -342,34 +196,16 @@ def read_architecture(path) -> dict:
         raise UserError(f'{path} is no Vision-LSTM classifier: {error}') from error
 
 
-def check_dataset(data_root, dataset):
-    """Make sure that lists and images are there and labels are in range. Returns warnings."""
-    folder = Path(data_root, dataset)
-    classes = load_config(str(CONFIGS / 'vtab1k' / f'{dataset}.py'), {})
-    classes = classes.model.head.num_classes
-    notes = []
-    for split, size in dict(train800=800, val200=200, train800val200=1000, test=None).items():
-        path = folder / f'{split}.txt'
-        if not path.is_file():
-            raise UserError(f'data not found: {path.absolute()}. See docs/transfer.md.')
-        lines = path.read_text().split('\n')
-        try:
-            rows = [line.rsplit(' ', 1) for line in filter(str.strip, lines)]
-            labels = {int(label) for _, label in rows}
-        except ValueError:
-            raise UserError(f'{path}: lines must read "images/… label"') from None
-        if not rows or min(labels) < 0 or max(labels) >= classes:
-            raise UserError(f'{path}: expected labels from 0 to {classes - 1}')
-        for image in {rows[0][0], rows[-1][0]}:
-            if not (folder / image).is_file():
-                raise UserError(f'{path} names {image}, which is not in {folder}')
-        if size not in (None, len(rows)):
-            notes.append(f'{path} has {len(rows)} images instead of {size}')
-    return notes
+def sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def agree_on_settings(folder, settings):
-    """All processes that share a folder have to do the same."""
+    """Raise unless the processes that share a folder have the same settings."""
     path = Path(folder, 'settings.json')
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -383,81 +219,8 @@ def agree_on_settings(folder, settings):
             )
 
 
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# -- Results ---------------------------------------------------------------------------------------
-
-
-def summarize(protocol, name):
-    """Results so far.
-
-    Returns:
-        tuple[dict, dict]: {row: {column: number or None}} of the groups, ours and published; and
-        {data set: (learning rate, mean on val200, mean on test, standard deviation on test)}.
-    """
-    details = {}
-    for dataset in protocol.datasets:
-        lr = protocol.best_lr(dataset)
-        if lr is None:
-            continue
-        final = [protocol.accuracy(Job(dataset, 'final', lr, seed)) for seed in protocol.seeds]
-        if None in final:
-            continue
-        tuned = [protocol.accuracy(Job(dataset, 'tune', lr, seed)) for seed in protocol.seeds]
-        spread = statistics.stdev(final) if len(final) > 1 else None
-        details[dataset] = lr, statistics.mean(tuned), statistics.mean(final), spread
-    test = {dataset: row[2] for dataset, row in details.items()}
-
-    def mean(datasets):
-        if not all(dataset in test for dataset in datasets):
-            return None
-        return statistics.mean(test[dataset] for dataset in datasets)
-
-    ours = {group: mean(datasets) for group, datasets in GROUPS.items()}
-    ours['average'] = mean(DATASETS)
-    rows = {name: {**ours, **test}}
-    for published, numbers in PUBLISHED.items():
-        rows[published] = dict(zip((*GROUPS, 'average'), numbers))
-    return rows, details
-
-
-def as_markdown(rows, details) -> str:
-    columns = (*GROUPS, 'average')
-    lines = ['| VTAB-1K, top-1 accuracy on test in % | ' + ' | '.join(columns) + ' |']
-    lines.append('|---|' + '---:|' * len(columns))
-    for name, numbers in rows.items():
-        lines.append(f'| {name} | ' + ' | '.join(_number(numbers[key]) for key in columns) + ' |')
-    if any(rows[name][key] is None for name in rows for key in columns):
-        lines += ['', '– : not all data sets of the group are complete.']
-    if details:
-        lines += ['', '| data set | group | learning rate | val200 | test | std of test |']
-        lines.append('|---|---|---:|---:|---:|---:|')
-    for group, datasets in GROUPS.items():
-        for dataset in filter(details.get, datasets):
-            lr, val, test, spread = details[dataset]
-            numbers = ' | '.join(map(_number, (val, test, spread)))
-            lines.append(f'| {dataset} | {group} | {lr:g} | {numbers} |')
-    return '\n'.join(lines) + '\n'
-
-
-def as_csv(rows) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ['model', *GROUPS, 'average', *DATASETS], lineterminator='\n')
-    writer.writeheader()
-    for name, numbers in rows.items():
-        shown = {key: f'{value:.2f}' for key, value in numbers.items() if value is not None}
-        writer.writerow(dict(model=name, **shown))
-    return text.getvalue()
-
-
 def report(protocol, args) -> bool:
-    """Write and show the tables, and name what failed. Returns whether nothing has."""
+    """Write and print the tables, and name failed runs. Returns whether there are none."""
     rows, details = summarize(protocol, Path(args.checkpoint).stem)
     table = as_markdown(rows, details)
     write(Path(args.work_dir, 'results.md'), table)
@@ -467,38 +230,12 @@ def report(protocol, args) -> bool:
     if failed:
         print(f'\nFailed runs: {len(failed)}. --retry tries them again.')
         for job in failed:
-            print(f'  {job}: {_short(protocol.claims.last_error(job.name))}')
+            print(f'  {job}: {protocol.claims.last_error(job.name):.200}')
     return not failed
 
 
-def show_status(protocol):
-    """One line per data set."""
-    states = protocol.runs()
-    total = len(protocol.seeds) * (len(protocol.lrs) + 1)
-    for dataset in protocol.datasets:
-        count = Counter(state for job, state in states.items() if job.dataset == dataset)
-        rest = ', '.join(f'{count[key]} {key}' for key in ('running', 'failed') if count[key])
-        print(f'{dataset:22} {count["done"]:3} of {total} runs' + (f', {rest}' if rest else ''))
-    print(progress(protocol))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:199] + '…'
-
-
-def _number(value) -> str:
-    return '–' if value is None else f'{value:.1f}'
-
-
-def _duration(seconds: float) -> str:
-    seconds = round(seconds)
-    if seconds < 3600:
-        return f'{seconds // 60}:{seconds % 60:02} min'
-    return f'{seconds // 3600}:{seconds % 3600 // 60:02} h'
-
-
 class Screen:
-    """Lines that stay, and on a terminal one that changes."""
+    """Lines of a log, and on a terminal a status line below that is overwritten."""
 
     def __init__(self):
         self.stream = sys.stdout
@@ -511,51 +248,6 @@ class Screen:
     def show(self, text):
         if self.is_terminal:
             print(f'\r\033[K{text}', end='', file=self.stream, flush=True)
-
-
-def main():
-    args = parse_args(make_parser())
-    stem = Path(args.checkpoint.replace('://', '/')).stem
-    args.work_dir = args.work_dir or os.path.join('work_dirs', 'vtab1k', stem)
-    claims = Claims(Path(args.work_dir, 'runs'), args.stale_after, args.max_attempts)
-    protocol = Protocol(claims, args.datasets, args.lrs, args.seeds)
-    if args.status:
-        show_status(protocol)
-        report(protocol, args)
-        return
-
-    architecture = read_architecture(args.checkpoint)
-    for dataset in args.datasets:
-        for note in check_dataset(args.data_root, dataset):
-            print(f'note: {note}')
-    if args.check:
-        print(f'Data and checkpoint are in place: {protocol.size} runs.')
-        return
-    settings = dict(lrs=protocol.lrs, seeds=args.seeds, cfg_options=args.cfg_options)
-    if '://' in args.checkpoint:
-        settings.update(checkpoint=args.checkpoint)
-    else:
-        settings.update(checkpoint_sha256=sha256(args.checkpoint))
-    agree_on_settings(args.work_dir, settings)
-    if args.retry:
-        for job, state in protocol.runs().items():
-            if state == 'failed':
-                claims.forget_attempts(job.name)
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # give the run back
-    screen = Screen()
-    screen.say(f'{progress(protocol)}; {args.work_dir}')
-
-    def train(job, claim):
-        return train_once(job, claim, args, architecture, screen.show)
-
-    try:
-        work(protocol, train, screen.say)
-    except KeyboardInterrupt:
-        screen.say('stopped; the same command goes on from here')
-        sys.exit(130)
-    if not report(protocol, args):
-        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Read a config, merge the command line into it, walk through it."""
+"""Read a config, merge the command line into it, build its datasets."""
 
 import argparse
 import difflib
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -25,16 +26,15 @@ def load_config(path: str, options: dict, backbone: Optional[str] = None, **swap
 
     Args:
         path (str): The file, or ``LIBRARY::PATH`` for a config of an installed library.
-        options (dict): To be merged.
-        backbone (str, optional): A ViL to put in the place of the config's backbone first.
+        options (dict): Settings to merge, by dotted name.
+        backbone (str, optional): ViL that replaces the config's backbone first.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
 
     Raises:
         UserError: If the file is missing or broken, or needs a library that is not installed.
     """
-    library, scoped, inside = path.partition('::')
-    if scoped and (spec := importlib.util.find_spec(library)):
-        path = str(Path(spec.origin).parent / '.mim' / 'configs' / inside)
+    if '::' in path:
+        path = _config_of_library(*path.split('::', 1))
     if not os.path.isfile(path):
         known = {config.name: config for config in CONFIGS.glob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
@@ -42,55 +42,86 @@ def load_config(path: str, options: dict, backbone: Optional[str] = None, **swap
         raise UserError(f'config not found: {path}. {hint}')
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:
+    except Exception as error:  # a config is Python
         raise UserError(f'cannot read {path}: {one_line(error)}') from error
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
     try:
         cfg.merge_from_dict(options)
-    except Exception as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'--cfg-options do not fit {path}: {one_line(error)}') from error
 
-    libraries = {cfg.get('default_scope', 'mmengine')}
-    libraries.update(node['type'].partition('.')[0] for node in dicts(cfg) if has_scope(node))
-    for library in sorted(libraries):
-        if importlib.util.find_spec(library) is None:
-            raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
+    types = [node.get('type') for node in dicts(cfg)]
+    scoped = {name.partition('.')[0] for name in types if isinstance(name, str) and '.' in name}
+    for library in sorted({cfg.get('default_scope', 'mmengine'), *scoped}):
+        _require(library, path)
     return cfg
 
 
-def apply_common_args(cfg: Config, args: argparse.Namespace) -> None:
-    """Merge the arguments of ``make_parser`` into a config."""
+def _config_of_library(library: str, path: str) -> str:
+    """Path of a config inside an installed library.
+
+    ``mmengine.hub.get_config`` looks for the distribution mmsegmentation where the maintained
+    onedl-mmsegmentation is installed, and would install it over that one.
+    """
+    package = _require(library, f'{library}::{path}')
+    return str(Path(package.origin).parent / '.mim' / 'configs' / path)
+
+
+def _require(library: str, path: str):
+    package = importlib.util.find_spec(library)
+    if package is None:
+        raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
+    return package
+
+
+def read_runner_config(args: argparse.Namespace, **swap) -> Config:
+    """Read the config that the arguments of ``add_runner_arguments`` describe.
+
+    Args:
+        args (Namespace): The arguments.
+        **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
+
+    Raises:
+        UserError: See :func:`load_config`.
+    """
+    cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
-
-    for loader in loaders(cfg):
-        if args.no_pin_memory:
+    if args.no_pin_memory:
+        for loader in loaders(cfg):
             loader.pin_memory = False
-        if loader.get('num_workers', 0) == 0:  # else torch refuses persistent workers
-            loader.persistent_workers = False
     set_data_root(cfg, args.data_root)
+    return cfg
 
 
-def set_data_root(cfg: Config, data_root) -> None:
-    """Let all data sets of a config read from a folder, unless it is None."""
+def set_data_root(cfg: Config, data_root: Optional[str]) -> None:
+    """Let all datasets of a config read from a folder, unless it is None."""
     if data_root is not None:
         for loader in loaders(cfg):
             for dataset in innermost_datasets(loader.dataset):
                 dataset.data_root = data_root
 
 
-def has_scope(node: dict) -> bool:
-    return isinstance(node.get('type'), str) and '.' in node['type']
+def build_lazily(dataset_cfg: dict, scope: Optional[str]):
+    """Dataset object with ``lazy_init`` and no ``pipeline``: it knows its paths, but has not read
+    its list of files.
 
+    Returns:
+        The dataset, or None where its class does not have these two options.
 
-def build_lazily(dataset_cfg: dict, scope: str):
-    """The dataset object, which knows its paths, without reading its list of files."""
+    Raises:
+        UserError: If the class refuses its arguments.
+    """
     with DATASETS.switch_scope_and_registry(scope) as registry:
         try:
             return registry.build({**dataset_cfg, 'lazy_init': True, 'pipeline': []})
-        except Exception:  # it will be built again in earnest, and complain then
-            return None
+        except (AssertionError, KeyError, TypeError, ValueError, OSError) as error:
+            if re.search("unexpected keyword argument '(lazy_init|pipeline)'", str(error)):
+                return None
+            raise UserError(
+                f'cannot build the dataset {dataset_cfg.get("type")}: {one_line(error)}'
+            ) from error

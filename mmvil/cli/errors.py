@@ -1,39 +1,42 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Errors that a user can put right, told in one line."""
+"""Errors that a user can fix, reported in one line."""
 
 import errno
 import os
 import traceback
 from pathlib import Path
+from typing import Optional
 
 import mmvil
 
 from ..checkpoints.safe_load import UntrustedCheckpointError
 from ..engine import SampleError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was wrong and what to do."""
+    """Error that the user can fix. The message says what was wrong and what to do."""
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a training that speaks. Known before processes connect."""
+    """Whether this is rank 0, read from the launcher's environment, before processes connect."""
     return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
 
 
-def explain(error: Exception):
-    """One line for what the user can put right, None for anything else."""
+def explain(error: Exception) -> Optional[str]:
+    """One line for an error that the user can fix, None for any other."""
     if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
     if isinstance(error, UntrustedCheckpointError):
         return f'{error}. If you trust its source, add --trust-checkpoint.'
     if isinstance(error, OSError) and error.errno is not None:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if error.errno not in DISK_ERRORS:
             return None
         file = f' while writing {error.filename}' if error.filename else ''
         return (
-            f'{error.strerror}{file}. Checkpoints written before are complete; go on with --resume '
-            'when there is room.'
+            f'{error.strerror}{file}. Checkpoints written before are complete; continue with '
+            '--resume when there is room.'
         )
     if isinstance(error, (UserError, FloatingPointError)) or _raised_in_mmvil(error):
         return str(error)
@@ -46,4 +49,5 @@ def _raised_in_mmvil(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
+    """Type and message of an exception in one line."""
     return f'{type(error).__name__}: {" ".join(str(error).split())}'

@@ -1,24 +1,91 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What the tools that use a trained model share: build it, load its weights, know its classes."""
+"""Build a trained model, read images as its config does, predict."""
 
 import warnings
 from pathlib import Path
 
-from mmengine.dataset import pseudo_collate
+import numpy as np
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
 from .config import build_lazily
-from .errors import UserError
+from .errors import UserError, one_line
 from .preflight import check_checkpoint, check_fit
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
+# -- Model -----------------------------------------------------------------------------------------
+
+
+def build_model(cfg, checkpoint, device='cpu'):
+    """Build the model of a config with the weights of a checkpoint, for inference.
+
+    Args:
+        cfg (Config): Of a segmentor or classifier.
+        checkpoint (str): File or URL.
+        device (str): Default: 'cpu'.
+
+    Returns:
+        nn.Module: In evaluation mode, with its ``dataset_meta``.
+
+    Raises:
+        UserError: If the checkpoint is missing, no checkpoint, or does not fit.
+    """
+    check_checkpoint(checkpoint)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model_cfg = {key: value for key, value in cfg.model.items() if key != 'train_cfg'}
+    if cfg.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the libraries' own deprecations
+            model = MODELS.build(model_cfg)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise UserError(f'cannot build the model: {error}') from error
+    model = revert_sync_batchnorm(model)
+    load_weights(model, checkpoint, cfg)
+    return model.to(device).eval()
+
+
+def load_weights(model, checkpoint, cfg):
+    """Load a checkpoint into a model, and names and colors of the classes into ``dataset_meta``.
+
+    They are those of the checkpoint, else those of the test dataset, else None.
+
+    Raises:
+        UserError: If the checkpoint does not fit.
+    """
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    check_fit(model, loaded, checkpoint)
+    state = loaded.get('state_dict', loaded)
+    model.load_state_dict(
+        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
+    )
+    meta = loaded.get('meta', {}).get('dataset_meta')
+    if meta is None and cfg.get('test_dataloader') is not None:
+        try:
+            dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
+        except UserError:  # its files may be elsewhere, and not all callers need the classes
+            dataset = None
+        meta = getattr(dataset, 'metainfo', None)
+    meta = meta or {}
+    model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+
+
+@no_grad()
+def predict(model, prepared):
+    """Data sample that a model returns for one prepared image, see :meth:`ImageReader.prepare`."""
+    return model.test_step(pseudo_collate([prepared]))[0]
+
+
+# -- Images ----------------------------------------------------------------------------------------
+
 
 def find_images(path):
-    """The image, or the images in the folder, sorted by name.
+    """List the image, or the images in the folder, sorted by name.
 
     Raises:
         UserError: If there is none.
@@ -34,57 +101,125 @@ def find_images(path):
     return images
 
 
-def build_model(cfg, checkpoint, device='cpu'):
-    """The model of a config with the weights of a checkpoint, for inference.
+class ImageReader:
+    """Test pipeline of a config, for files that have no annotation.
 
     Args:
-        cfg (Config): Of a segmentor or classifier.
-        checkpoint (str): File or URL.
-        device (str): Default: 'cpu'.
+        cfg (Config): Config of a segmentor or classifier. Without a test pipeline, photographs are
+            loaded, but cannot be prepared for a model.
+
+    Raises:
+        UserError: If the pipeline cannot be built.
+    """
+
+    def __init__(self, cfg):
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        loaders = [cfg.get(f'{split}_dataloader') for split in ('test', 'val')]
+        pipelines = [loader.dataset.get('pipeline') for loader in loaders if loader]
+        self._complete = any(pipelines)
+        pipeline = next(filter(None, pipelines), [dict(type='LoadImageFromFile')])
+        pipeline = [step for step in pipeline if not loads(step, 'annotation')]
+        last = max((i for i, step in enumerate(pipeline) if loads(step)), default=-1)
+        self._load = build_pipeline(pipeline[: last + 1])
+        self._prepare = build_pipeline(pipeline[last + 1 :])
+        self.bgr = loads_bgr(pipeline)
+
+    def load(self, path):
+        """Load a file as the config does: a dict with 'img', (H, W[, C]).
+
+        Raises:
+            UserError: If it cannot read the file.
+        """
+        try:
+            results = self._load(dict(img_path=str(path)))
+        except Exception as error:
+            raise UserError(f'cannot read the image {path}: {one_line(error)}') from error
+        if results is None:
+            raise UserError(f"cannot read the image {path}: the config's loader skips it")
+        return results
+
+    def prepare(self, loaded):
+        """Apply the rest of the pipeline.
+
+        Args:
+            loaded (dict | ndarray): Result of :meth:`load`, or an image in the same layout.
+
+        Returns:
+            dict: 'inputs' (C, H, W) and 'data_samples'.
+
+        Raises:
+            UserError: If the config has no test pipeline, or it does not take the image.
+        """
+        if not self._complete:
+            raise UserError('the config has no test_dataloader with a pipeline to prepare images')
+        if isinstance(loaded, np.ndarray):
+            size = loaded.shape[:2]
+            loaded = dict(img=loaded, img_shape=size, ori_shape=size)
+        try:
+            return self._prepare(loaded)
+        except Exception as error:
+            path = loaded.get('img_path', 'the frame')
+            raise UserError(
+                f"{path} cannot pass the config's pipeline: {one_line(error)}"
+            ) from error
+
+    def picture(self, image):
+        """Convert an image for display, see :func:`picture`."""
+        return picture(image, self.bgr)
+
+
+def loads(step, what='image'):
+    """Whether a step of a pipeline loads an image, or an annotation."""
+    name = str(step.get('type')).rpartition('.')[2]
+    return name.startswith('Load') and ('Annotation' in name) == (what == 'annotation')
+
+
+def loads_bgr(pipeline):
+    """Whether a pipeline loads three channels as BGR, as the OpenCV and Pillow backends do."""
+    first = next((step for step in pipeline if loads(step)), {})
+    is_standard = str(first.get('type')).endswith('LoadImageFromFile')
+    return is_standard and first.get('imdecode_backend') != 'tifffile'
+
+
+def build_pipeline(steps):
+    """Compose the steps of a pipeline.
+
+    Raises:
+        UserError: If one cannot be built.
+    """
+    try:
+        return Compose(steps)
+    except Exception as error:
+        raise UserError(f'cannot build the pipeline: {one_line(error)}') from error
+
+
+def picture(image, bgr=True):
+    """Convert an image of any channels and range for display.
+
+    Photographs, uint8 with three channels, keep their values. Otherwise the first three channels
+    become red, green and blue, or the first one gray where there are fewer, each stretched from
+    its 2nd to its 98th percentile.
+
+    Args:
+        image (ndarray): (H, W) or (H, W, C).
+        bgr (bool): Images of three or four channels are BGR or BGRA. Default: True.
 
     Returns:
-        nn.Module: In evaluation mode, with its ``dataset_meta``.
-
-    Raises:
-        UserError: If the checkpoint is missing, no checkpoint, or does not fit.
+        ndarray: (H, W, 3) uint8, RGB.
     """
-    check_checkpoint(checkpoint)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    cfg.model.pop('train_cfg', None)
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the libraries' own deprecations
-            model = MODELS.build(cfg.model)
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f'cannot build the model: {error}') from error
-    model = revert_sync_batchnorm(model)
-    load_weights(model, checkpoint, cfg)
-    return model.to(device).eval()
+    image = image.reshape(*image.shape[:2], -1)
+    channels = image.shape[2]
+    shown = image[..., :3] if channels >= 3 else image[..., :1]
+    if image.dtype != np.uint8 or channels != 3:
+        shown = np.where(np.isfinite(shown), shown, np.nan).astype(np.float32)
+        low, high = np.nanpercentile(shown, [2, 98], axis=(0, 1))
+        shown = (shown - low) / np.maximum(high - low, 1e-12) * 255
+        shown = np.nan_to_num(shown).clip(0, 255).astype(np.uint8)
+    if bgr and channels in (3, 4):
+        shown = shown[..., ::-1]
+    return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)))
 
 
-def load_weights(model, checkpoint, cfg):
-    """Load a checkpoint into a model, and what it knows of the classes into ``dataset_meta``.
-
-    Raises:
-        UserError: If the checkpoint does not fit.
-    """
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
-    check_fit(model, loaded, checkpoint)
-    state = loaded.get('state_dict', loaded)
-    model.load_state_dict(
-        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
-    )
-    meta = loaded.get('meta', {}).get('dataset_meta')
-    if meta is None and cfg.get('test_dataloader') is not None:
-        dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
-        meta = getattr(dataset, 'metainfo', None)
-    meta = meta or {}
-    model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
-
-
-@no_grad()
-def predict(model, prepared):
-    """The data sample that a model returns for what :meth:`ImageReader.prepare` returns."""
-    return model.test_step(pseudo_collate([prepared]))[0]
+def data_preprocessor(cfg):
+    """Config of the data preprocessor, which normalizes images; empty if there is none."""
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}

@@ -1,10 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Entry point and arguments that all command lines share."""
+"""Entry point and shared arguments of the command lines."""
 
 import argparse
 import gc
 import os
 import sys
+from typing import Callable, Optional, Sequence
 
 import torch
 from mmengine.config import DictAction
@@ -15,7 +16,7 @@ from ..engine import SampleError
 from .errors import UserError, explain, is_first_process
 
 
-def run(main) -> None:
+def run(main: Callable[[], None], argv: Optional[Sequence[str]] = None) -> None:
     """Call ``main``; report what the user can put right in one line and exit with status 2.
 
     That is a ``UserError``, or a ``ValueError`` that mmvil itself raises about a value it was
@@ -23,17 +24,22 @@ def run(main) -> None:
     ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace.
 
     Checkpoints are loaded without running code that they contain, unless ``--trust-checkpoint``.
+
+    Args:
+        main (Callable): Parses the command line and does the work.
+        argv (Sequence[str], optional): The command line. Default: that of this process.
     """
-    if '--trust-checkpoint' not in sys.argv:
+    argv = sys.argv[1:] if argv is None else argv
+    if '--trust-checkpoint' not in argv:
         register_safe_loaders()
     try:
         main()
     except (UserError, ValueError, FloatingPointError, OSError) as error:
         message = explain(error)
-        wants_trace = '--traceback' in sys.argv or os.environ.get('MMVIL_TRACEBACK', '0') != '0'
+        wants_trace = '--traceback' in argv or os.environ.get('MMVIL_TRACEBACK', '0') != '0'
         if wants_trace or message is None:
             raise
-        # Every process knows the same, but each its own samples.
+        # All ranks report the same errors, but each its own samples.
         if is_first_process() or isinstance(error, SampleError):
             print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
@@ -41,36 +47,46 @@ def run(main) -> None:
 
 
 def leave_process_group() -> None:
-    """End the threads by which CPU processes communicate, while Python still runs.
+    """Destroy the process group while Python still runs.
 
-    Gloo's may still hold a tensor that another process has received already. To free it they need
-    Python, and one that finds Python gone aborts the process, after all its work was done.
+    A thread of gloo may hold a tensor until after the last collective. To free it the thread needs
+    the interpreter; where that is gone, it aborts a process that has done all its work.
     """
     if is_distributed():
         gc.collect()  # the model's wrapper holds the group, too
         torch.distributed.destroy_process_group()
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that training and testing have in common."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        'config',
-        help='config file, such as configs/upernet_vil_t_ade20k.py; or one that an installed '
-        'library brings along, such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
-    )
-    parser.add_argument(
-        '--backbone',
-        metavar='VIL',
-        help="put ViL in the place of the config's backbone: vil-t, vil-s or vil-b",
-    )
-    parser.add_argument(
-        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)'
-    )
-    parser.add_argument('--data-root', help="folder of the data, instead of the config's")
-    parser.add_argument(
-        '--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off'
-    )
+# -- Arguments -------------------------------------------------------------------------------------
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """Parser with the arguments of every tool.
+
+    Args:
+        doc (str): Docstring of the tool; its first line is the description.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition('\n')[0])
+    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
+    return parser
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    help: str = 'config file, such as configs/upernet_vil_t_ade20k.py',
+) -> None:
+    """Add ``config`` and ``--cfg-options``.
+
+    Args:
+        parser (ArgumentParser): Positional arguments that it has come before the config.
+        help (str): Text for the config.
+    """
+    parser.add_argument('config', help=help)
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, which overrides settings of a config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -80,33 +96,43 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help='override settings of the config: model.backbone.arch=base key="[a,b]" key=a,b '
         'key="[(a,b),(c,d)]"; quotes are needed, white space is not allowed',
     )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes were started',
-    )
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help='set by launchers'
-    )
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='only check that config, data and checkpoints are in place',
-    )
+
+
+def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-checkpoint``, which :func:`run` looks for."""
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
         help='load checkpoints even if they ask for functions that may run code',
     )
-    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
-    return parser
 
 
-def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line and pass the local rank on where mmengine looks for it."""
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what training, testing and feature evaluation have in common, the config first."""
+    add_config_arguments(
+        parser,
+        'config file, such as configs/upernet_vil_t_ade20k.py; or one that an installed library '
+        'brings along, such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
+    )
+    add = parser.add_argument
+    add('--backbone', metavar='VIL', help="replace the config's backbone by vil-t, vil-s or vil-b")
+    add('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)')
+    add('--data-root', help="folder of the data, instead of the config's")
+    add('--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off')
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    add('--launcher', choices=launchers, default='none', help='how the processes were started')
+    add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
+    check = 'only check that config, data and checkpoints are in place'
+    add('--check', action='store_true', help=check)
+    add_trust_checkpoint(parser)
+
+
+def parse_args(
+    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None
+) -> argparse.Namespace:
+    """Parse a command line, and export the local rank as mmengine expects it."""
     try:
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
     except ValueError:  # from DictAction
         parser.error('--cfg-options wants KEY=VALUE pairs without white space')
     if hasattr(args, 'local_rank'):

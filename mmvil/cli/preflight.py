@@ -1,10 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Checks before the work starts, of what would go wrong later with a worse message or with none."""
+"""Checks before a run, of what would fail later with a worse message or with none."""
 
+import copy
 import difflib
 import inspect
 import os
 from pathlib import Path
+from typing import Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -12,21 +14,33 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import scandir
 
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
-from ..engine.config_nodes import dicts, innermost_datasets, strategy_name
+from ..engine.config_nodes import dicts, innermost_datasets, loaders, strategy_name
+from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
 from .errors import UserError, one_line
 
 
-def build_runner(cfg: Config, notes=()) -> Runner:
-    """Build the runner that a config describes and write ``notes`` into its log.
+def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
+    """Build the runner that a config describes, on this machine.
+
+    Args:
+        cfg (Config): Not changed; the runner's own fits a machine without GPU, see
+            :func:`mmvil.engine.cpu.fit_to_cpu`.
+        notes (Sequence[str]): Warnings to write into the runner's log.
 
     Raises:
         UserError: If some part of the config is refused by the class that it configures, or
             cannot be compiled.
     """
+    cfg = copy.deepcopy(cfg)
+    notes = [*notes, *fit_to_cpu(cfg)]
+    for loader in loaders(cfg):
+        if loader.get('num_workers', 0) == 0:  # torch refuses persistent workers then
+            loader.persistent_workers = False
     compiles = cfg.get('compile') and cfg.get('strategy') is not None
     if compiles and strategy_name(cfg).startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
@@ -45,16 +59,29 @@ def build_runner(cfg: Config, notes=()) -> Runner:
     return runner
 
 
-def check_backbone(cfg: Config) -> None:
-    """Make sure that our backbones know the options that the config gives them.
+def check_training(cfg: Config) -> None:
+    """Check all that a training needs before it starts.
 
     Raises:
-        UserError: If one does not, with the option that was probably meant.
+        UserError: If an option of the backbone is unknown, the work dir cannot be written to, or
+            data or checkpoints are missing.
     """
+    check_backbone(cfg)
+    check_work_dir(cfg)
+    check_data(cfg, 'train_dataloader', 'val_dataloader')
+    check_config_checkpoints(cfg)
+
+
+def check_backbone(cfg: Config) -> None:
+    """Check that VisionLSTM knows the options that the config gives it.
+
+    Raises:
+        UserError: If it does not, with the option that was probably meant.
+    """
+    known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
         if str(node.get('type')).rpartition('.')[2] != 'VisionLSTM':
             continue
-        known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
         for key in set(node) - set(known) - {'type', '_scope_'}:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
@@ -62,7 +89,7 @@ def check_backbone(cfg: Config) -> None:
 
 
 def check_work_dir(cfg: Config) -> None:
-    """Make sure that the work dir, or the folder that it will be made in, can be written to.
+    """Check that the work dir, or the folder that it will be made in, can be written to.
 
     Raises:
         UserError: If it cannot.
@@ -76,44 +103,52 @@ def check_work_dir(cfg: Config) -> None:
         )
 
 
-def check_data(cfg: Config, *loaders: str) -> None:
-    """Make sure that what the named dataloaders read is there: folders, images, annotations.
+def check_data(cfg: Config, *names: str) -> None:
+    """Check that folders, images and annotations of the named dataloaders exist.
 
     Raises:
         UserError: If something is missing.
     """
-    check_folders(cfg, *loaders)
-    for loader in filter(cfg.get, loaders):
-        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
-            check_annotations_are_there(build_lazily(dataset_cfg, cfg.get('default_scope')))
+    for dataset in check_folders(cfg, *names):
+        check_annotations(dataset)
 
 
-def check_folders(cfg: Config, *loaders: str) -> None:
-    """Make sure that the folders which the named dataloaders read exist and hold images.
+def check_folders(cfg: Config, *names: str) -> list:
+    """Check that the folders that the named dataloaders read exist and hold images.
+
+    Returns:
+        list: Their datasets, see :func:`mmvil.cli.config.build_lazily`.
 
     Raises:
         UserError: If one is missing or empty.
     """
-    for loader in filter(cfg.get, loaders):
-        for dataset_cfg in innermost_datasets(cfg[loader].dataset):
-            root = dataset_cfg.get('data_root') or ''
+    datasets = []
+    for name in filter(cfg.get, names):
+        for dataset_cfg in innermost_datasets(cfg[name].dataset):
+            _check_folder(dataset_cfg.get('data_root'), name)
             dataset = build_lazily(dataset_cfg, cfg.get('default_scope'))
+            datasets.append(dataset)
             prefix = getattr(dataset, 'data_prefix', {})
-            for folder in filter(None, (root, *prefix.values())):
-                if '://' not in folder and not os.path.isdir(folder):
-                    raise UserError(
-                        f'data not found: {os.path.abspath(folder)} ({loader} of the config reads '
-                        'it). Put or link the data there, or name its folder by --data-root.'
-                    )
-            # An empty segmentation data set would make mmengine's InfiniteSampler wait for ever.
+            for folder in prefix.values():
+                _check_folder(folder, name)
+            # On an empty dataset mmengine's InfiniteSampler waits for ever.
             suffix = getattr(dataset, 'img_suffix', '')
             folder = prefix.get('img_path') or ''
-            if os.path.isdir(folder) and not any(Path(folder).rglob(f'*{suffix}')):
+            if os.path.isdir(folder) and not any(scandir(folder, suffix, recursive=True)):
                 raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+    return datasets
 
 
-def check_annotations_are_there(dataset) -> None:
-    """Make sure that each image of a segmentation data set has an annotation.
+def _check_folder(folder: Optional[str], loader: str) -> None:
+    if folder and '://' not in folder and not os.path.isdir(folder):
+        raise UserError(
+            f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '
+            'link the data there, or name its folder by --data-root.'
+        )
+
+
+def check_annotations(dataset) -> None:
+    """Check that each image of a segmentation dataset has an annotation.
 
     Raises:
         UserError: If one has none, as after half a download.
@@ -134,15 +169,11 @@ def check_annotations_are_there(dataset) -> None:
 
 def stems(folder: str, suffix: str) -> set:
     """Files under a folder that end in a suffix, without it, relative to the folder."""
-    found = set()
-    for parent, _, files in os.walk(folder, followlinks=True):
-        inside = os.path.relpath(parent, folder)
-        found.update(os.path.join(inside, f[: -len(suffix)]) for f in files if f.endswith(suffix))
-    return {os.path.normpath(name) for name in found}
+    return {name.removesuffix(suffix) for name in scandir(folder, suffix, recursive=True)}
 
 
 def check_checkpoint(path: str) -> None:
-    """Make sure that a path is a PyTorch checkpoint. URLs are taken on trust.
+    """Check that a path is a PyTorch checkpoint. URLs are not checked.
 
     Raises:
         UserError: If it is missing or something else.
@@ -154,8 +185,8 @@ def check_checkpoint(path: str) -> None:
         return
     if os.path.isdir(path):
         raise UserError(
-            f'{path} is a folder, but not one that FSDP training has written. The shards of '
-            'DeepSpeed become one file by tools/model_converters/merge_shards.py.'
+            f'{path} is a folder, but not one that FSDP training has written. Merge the shards of '
+            'DeepSpeed into one file by tools/model_converters/merge_shards.py.'
         )
     if not os.path.isfile(path):
         raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
@@ -167,24 +198,23 @@ def check_checkpoint(path: str) -> None:
 
 def check_config_checkpoints(cfg: Config) -> None:
     """Check the files that ``load_from`` and ``init_cfg`` name."""
-    named = [cfg.get('load_from')]
-    if strategy_name(cfg).startswith('DeepSpeed') and os.path.isdir(cfg.get('load_from') or ''):
-        named = []  # its own shards
-    named += [node.get('checkpoint') for node in dicts(cfg) if node.get('type') == 'Pretrained']
-    for path in named:
+    named = [node.get('checkpoint') for node in dicts(cfg) if node.get('type') == 'Pretrained']
+    load_from = cfg.get('load_from')
+    is_shards = strategy_name(cfg).startswith('DeepSpeed') and os.path.isdir(load_from or '')
+    for path in (*named, None if is_shards else load_from):
         if path is not None:
             check_checkpoint(path)
 
 
 def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
-    """Make sure that a checkpoint holds every tensor of a model in the right shape.
+    """Check that a checkpoint holds every tensor of a model in the right shape.
 
-    mmengine only warns about this, and goes on with random weights.
+    mmengine only warns of missing ones and keeps their random initialization.
 
     Raises:
         UserError: If it does not.
     """
-    # FSDP itself knows the whole tensors, inside are pieces; it tells them to the first process.
+    # FSDP itself knows the whole tensors, which it gives to rank 0; the module inside holds shards.
     sharded = hasattr(model, 'summon_full_params')
     while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
@@ -197,7 +227,7 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
 
 
 class CheckFitHook(Hook):
-    """Refuses a checkpoint that does not fit, when the runner loads it."""
+    """Refuse a checkpoint that does not fit, when the runner loads it."""
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')

@@ -1,18 +1,18 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Share runs among processes and machines by files in one folder, without a server.
+"""Distribute runs over processes and machines by files in one folder, without a server.
 
-A run has a name. Three kinds of files say how it stands:
+A run has a name. Three kinds of files hold its state:
 
-    NAME.json             its result. Complete as soon as it is there.
-    NAME.attempt-K        somebody has begun it, for the K-th time, and touches this file regularly.
+    NAME.json             its result, complete as soon as it exists.
+    NAME.attempt-K        the K-th attempt has begun; its process touches this file regularly.
     NAME.attempt-K.error  the K-th attempt failed; this is the trace.
 
 An attempt begins by creating its file exclusively, which a file system (NFS, too) grants to one
-process only. It is over when it has failed, or when its file was not touched for a while: then its
-process was killed, and anyone may begin attempt K + 1. No file is moved or used twice, so there is
-no moment at which two processes hold one run. Ages are told by the clock of the file system, so the
-clocks of the machines need not agree. And nobody is declared dead at first sight: after a pause of
-the whole machine everybody looks so, until the next sign of life.
+process only. It ends when it fails, or when its file was not touched for a while: then its process
+was killed, and any process may begin attempt K + 1. No file is moved or used twice, so that no two
+processes ever hold one run. Ages are measured by the clock of the file system, so that the clocks
+of the machines need not agree. No process is declared dead at first sight, because after a pause of
+the whole machine all of them look dead until their next heartbeat.
 """
 
 import json
@@ -20,26 +20,33 @@ import os
 import re
 import socket
 import tempfile
+import textwrap
 import threading
 import time
+import traceback
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Union
+
+from .errors import UserError, one_line
 
 
 class ClaimLost(Exception):
-    """This process was out of touch for so long that another one has taken its run over."""
+    """Another process has taken a run over, because this one gave no sign of life for too long."""
 
 
 class Claims:
-    """The runs in a folder.
+    """Runs in a shared folder.
 
     Args:
-        folder (str | Path): Created if need be.
-        stale_after (float): Seconds without a sign of life after which an attempt counts as killed.
-        max_attempts (int): How often a run is begun before it counts as failed.
+        folder (str | Path): Created if missing.
+        stale_after (float): Seconds without a heartbeat after which an attempt counts as killed.
+            Default: 300.
+        max_attempts (int): Attempts after which a run counts as failed. Default: 3.
     """
 
-    def __init__(self, folder, stale_after: float = 300.0, max_attempts: int = 3) -> None:
+    def __init__(
+        self, folder: Union[str, Path], stale_after: float = 300.0, max_attempts: int = 3
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stale_after = stale_after
@@ -48,14 +55,14 @@ class Claims:
         self._suspects = {}
 
     def states(self, names: List[str]) -> Dict[str, str]:
-        """How runs stand: 'done', 'running', 'failed', 'open', or 'again': open, but not new."""
+        """State of each run: 'done', 'running', 'failed', 'open', or 'again': open once more."""
         files = set(os.listdir(self.folder))
         attempts = self._attempts(files)
         now = self._now()
         return {name: self._state(name, files, attempts.get(name, 0), now) for name in names}
 
     def claim(self, name: str) -> Optional['Claim']:
-        """Begin a run, or return None where it is not open, or not any more."""
+        """Begin a run, or return None if it is not open."""
         files = set(os.listdir(self.folder))
         attempt = self._attempts(files).get(name, 0)
         if self._state(name, files, attempt, self._now()) not in ('open', 'again'):
@@ -75,14 +82,14 @@ class Claims:
         return claim
 
     def result(self, name: str) -> Optional[dict]:
-        """What a finished run wrote, else None."""
+        """Result of a finished run, else None."""
         try:
             return json.loads(self.result_path(name).read_text())
         except FileNotFoundError:
             return None
 
     def last_error(self, name: str) -> str:
-        """Last line of the last trace of a run."""
+        """Last line of the newest trace of a run."""
         traces = sorted(self.folder.glob(f'{name}.attempt-*.error'))
         lines = traces[-1].read_text().strip().splitlines() if traces else []
         return lines[-1] if lines else 'its process was killed'
@@ -110,7 +117,7 @@ class Claims:
         return 'failed' if attempt >= self.max_attempts else 'again'
 
     def _is_dead(self, name: str, attempt: int, touched: float, now: float) -> bool:
-        """Whether an attempt gives no sign of life, and gave none since it was first suspected."""
+        """Whether an attempt is stale and has been since two heartbeats ago, by our own clock."""
         if now - touched < self.stale_after:
             return False
         since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
@@ -132,7 +139,7 @@ class Claims:
 
 
 class Claim:
-    """One attempt at a run, kept alive by a thread until it ends in one of three ways."""
+    """One attempt at a run. A thread sends heartbeats until it is finished, failed or released."""
 
     def __init__(self, claims: Claims, name: str, attempt: int) -> None:
         self.claims = claims
@@ -156,17 +163,17 @@ class Claim:
         write(self.claims.result_path(self.name), json.dumps(result, indent=1) + '\n')
 
     def fail(self, trace: str) -> None:
-        """Note that the attempt failed, and why."""
+        """Publish that the attempt failed, and why."""
         self._end()
         write(self.path.with_name(self.path.name + '.error'), trace)
 
     def release(self) -> None:
-        """Give the run back as if it had not been begun."""
+        """Withdraw the attempt as if it had not begun."""
         self._end()
         self.path.unlink(missing_ok=True)
 
     def superseded(self) -> bool:
-        """Whether somebody has begun the next attempt."""
+        """Whether another process has begun the next attempt."""
         return self.path.with_name(f'{self.name}.attempt-{self.attempt + 1}').exists()
 
     def _keep_alive(self) -> None:
@@ -185,7 +192,67 @@ class Claim:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file so that others see all of it or nothing."""
+    """Write a file atomically: readers see all of it or nothing."""
     temporary = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}')
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def work(
+    claims: Claims,
+    states: Callable[[], dict],
+    do: Callable[[Any, Claim], dict],
+    describe: Callable[[Any, dict], str],
+    say: Callable[[str], None],
+) -> None:
+    """Do open runs until none is left, here or elsewhere.
+
+    Args:
+        claims (Claims): The shared folder.
+        states (Callable): Returns {run: state} of the runs known by now, see
+            :meth:`Claims.states`; each run has a ``name``.
+        do (Callable): Does a run and returns its result.
+        describe (Callable): One line on a run and its result, once it is published.
+        say (Callable): Reports a line.
+
+    Raises:
+        UserError: If three runs in a row have failed.
+    """
+    failed = set()  # since the last success
+    waiting = False
+    while True:
+        now = states()
+        open_runs = [run for run, state in now.items() if state in ('open', 'again')]
+        claimed = ((run, claims.claim(run.name)) for run in open_runs)
+        run, claim = next(((run, claim) for run, claim in claimed if claim), (None, None))
+        if claim is None:
+            if not open_runs and 'running' not in now.values():
+                return
+            if not waiting:
+                say('The rest is being done by other processes; waiting for them.')
+            waiting = True
+            time.sleep(min(5.0, claims.heartbeat))
+            continue
+
+        waiting = False
+        try:
+            result = do(run, claim)
+            claim.finish(result)
+            failed.clear()
+            say(describe(run, result))
+        except ClaimLost:
+            claim.release()
+            say(f'{run}: out of touch for too long, another process does it')
+        except Exception as error:
+            claim.fail(traceback.format_exc())
+            failed.add(run)
+            reason = textwrap.shorten(one_line(error), 200, placeholder='…')
+            say(f'{run}: FAILED (attempt {claim.attempt}), {reason}')
+            if len(failed) == 3:
+                raise UserError(
+                    'stopped, because three runs in a row failed; that is hardly the fault of the '
+                    f'runs. The last one: {reason}. Traces: {claims.folder}/*.error'
+                ) from None
+        except BaseException:  # Ctrl-C, SIGTERM
+            claim.release()
+            raise

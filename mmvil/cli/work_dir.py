@@ -1,23 +1,30 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The work dir of a training: its lock, its checkpoints, where to resume."""
+"""Work dir of a training: its lock, its checkpoints, where to resume."""
 
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Iterator, List, Optional, Tuple
+
+from mmengine.config import Config
 
 from ..checkpoints.atomic import ATOMIC, PARTIAL
 from ..checkpoints.resume import find_good_checkpoint, verify
 from ..checkpoints.safe_load import DamagedCheckpointError
 from ..checkpoints.sharded import is_sharded
-from .errors import UserError
+from .errors import UserError, is_first_process
 
 
-def save_safely(cfg):
-    """Let checkpoints on local disks appear when they are complete, whatever config they are of.
+def save_atomically(cfg: Config) -> List[str]:
+    """Let checkpoints on local disks appear when they are complete.
+
+    Args:
+        cfg (Config): Of a training; its checkpoint hook is changed.
 
     Returns:
-        list[str]: What was changed, for the log.
+        list[str]: Warnings for the log.
     """
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if hook and '://' not in str(hook.get('out_dir')) and 'file_client_args' not in hook:
@@ -28,82 +35,101 @@ def save_safely(cfg):
     return []
 
 
-def choose_checkpoint(cfg, resume, trusted):
-    """For --resume without a name: the newest checkpoint in the work dir that is complete.
+def find_resumable(work_dir: str, trusted: bool = False) -> Tuple[Optional[str], List[str]]:
+    """Find the newest complete checkpoint in a work dir.
+
+    Args:
+        work_dir (str): The folder.
+        trusted (bool): Checkpoints in it may run code. Default: False.
 
     Returns:
-        list[str]: What to say about it.
+        tuple: Its path, or None where there is no checkpoint; and warnings for the log.
+
+    Raises:
+        UserError: If there are checkpoints, but none is complete.
     """
-    if not cfg.get('resume'):
-        return []
-    if resume != 'auto' and cfg.get('load_from') is not None:
-        try:
-            if os.path.isfile(cfg.load_from):
-                verify(cfg.load_from, trusted)
-        except DamagedCheckpointError as error:
-            raise UserError(f'{error}; --resume without a name takes the newest good one') from None
-        return []
-    newest, complaints = find_good_checkpoint(cfg.work_dir, trusted)
+    newest, complaints = find_good_checkpoint(work_dir, trusted)
     if newest is not None:
-        cfg.load_from = newest
-        return [*complaints, f'resuming from {newest}']
+        return newest, [*complaints, f'resuming from {newest}']
     if complaints:
         raise UserError(
-            f'no checkpoint in {cfg.work_dir} is complete: {"; ".join(complaints)}. To begin anew, '
+            f'no checkpoint in {work_dir} is complete: {"; ".join(complaints)}. To begin anew, '
             'leave --resume out.'
         )
-    cfg.resume = False
-    return [f'nothing to resume in {cfg.work_dir}: training begins']
+    return None, [f'nothing to resume in {work_dir}: training begins']
 
 
-def refuse_shards_of_others(cfg):
-    """Only FSDP can share out the optimizer's state again.
+def check_complete(checkpoint: str, trusted: bool = False) -> None:
+    """Check that the checkpoint to resume from is complete. Folders and URLs are not checked.
 
     Raises:
-        UserError: If a plain training is to go on from a sharded one.
+        UserError: If it is damaged.
+        UntrustedCheckpointError: If it is not ``trusted`` and may run code.
     """
-    if is_sharded(cfg.load_from) and cfg.get('strategy') is None:
+    try:
+        if os.path.isfile(checkpoint):
+            verify(checkpoint, trusted)
+    except DamagedCheckpointError as error:
+        raise UserError(f'{error}; --resume without a name takes the newest good one') from None
+
+
+def refuse_shards(checkpoint: str) -> None:
+    """Raise if a training that is not sharded would resume from a sharded one.
+
+    Raises:
+        UserError: If it would: only FSDP can distribute the optimizer's state again.
+    """
+    if is_sharded(checkpoint):
         raise UserError(
-            f'{cfg.load_from} is of a sharded training: resume it with its own config. To start '
-            f'from its weights: --cfg-options load_from={cfg.load_from}, without --resume.'
+            f'{checkpoint} is of a sharded training: resume it with its own config. To start from '
+            f'its weights: --cfg-options load_from={checkpoint}, without --resume.'
         )
 
 
-def lock_work_dir(work_dir):
-    """Keep other trainings out of a work dir.
+@contextmanager
+def lock_work_dir(work_dir: str) -> Iterator[None]:
+    """Keep other trainings out of a work dir, and remove what a killed one left half written.
 
-    Returns:
-        The lock, or None where there are no locks. The operating system releases it when the
-        process ends, in whatever way.
+    Rank 0 holds the lock for all ranks. The operating system releases it when the process ends,
+    however it ends. Where the system or the file system has no locks, nothing is locked.
 
     Raises:
-        UserError: If a training is there already, or files cannot be made.
+        UserError: If another training is running there, or files cannot be made.
     """
+    if not is_first_process():
+        yield
+        return
     path = Path(work_dir, '.lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open('a+')
+        file = path.open('a+')
     except OSError as error:
         raise UserError(
             f'cannot write to the work dir {os.path.abspath(work_dir)}: {error.strerror}. Choose '
             'another by --work-dir.'
         ) from error
+    with file:
+        if _lock(file):
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}')
+            file.flush()
+            for leftover in path.parent.glob('*' + PARTIAL):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+
+
+def _lock(file: IO) -> bool:
     try:
         import fcntl
 
-        # Of this process alone: worker processes do not inherit it, and may outlive a killed one.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Unlike flock, not inherited by worker processes, which may outlive a killed training.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        lock.seek(0)
+        file.seek(0)
         raise UserError(
-            f'another training is running in {work_dir}: {lock.read().strip()}. Wait for it, or '
-            'choose another folder by --work-dir.'
+            f'another training is running in {os.path.dirname(file.name)}: {file.read().strip()}. '
+            'Wait for it, or choose another folder by --work-dir.'
         ) from None
     except (ImportError, OSError):  # not a POSIX system, or a file system without locks
-        return None
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}')
-    lock.flush()
-    for leftover in path.parent.glob('*' + PARTIAL):  # of a training that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    return lock
+        return False
+    return True

@@ -1,10 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Find parts of a config."""
+"""Walk through configs."""
+
+from typing import Iterator, List
 
 from mmengine.config import Config
 
 
-def dicts(node):
+def dicts(node) -> Iterator[dict]:
     """Iterate over all dicts inside a config."""
     if isinstance(node, (dict, Config)):
         if isinstance(node, dict):
@@ -16,13 +18,13 @@ def dicts(node):
             yield from dicts(value)
 
 
-def loaders(cfg: Config) -> list:
-    """List the configs of the data loaders."""
+def loaders(cfg: Config) -> List[dict]:
+    """List the configs of the dataloaders."""
     names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return [cfg[name] for name in names if cfg.get(name) is not None]
 
 
-def innermost_datasets(dataset: dict):
+def innermost_datasets(dataset: dict) -> Iterator[dict]:
     """Iterate over the innermost datasets inside wrappers such as RepeatDataset, ConcatDataset."""
     inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
     if not inner:

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""check_dataset.py finds what is wrong with the files of a data set, and names them."""
+"""check_dataset.py finds what is wrong with the files of a dataset, and names them."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def write(path, array):
 
 @pytest.fixture
 def camvid(tmp_path):
-    """A sound data set in the layout of CamVid: 4 training images, 1 validation image."""
+    """A sound dataset in the layout of CamVid: 4 training images, 1 validation image."""
     pytest.importorskip('mmseg')
     rng = np.random.default_rng(0)
     for split, number in (('training', 4), ('validation', 1)):
@@ -70,7 +70,7 @@ def test_check_dataset_finds_each_kind_of_bad_file(camvid):
     assert '9 problems' in said and str(cut) in said
 
 
-def test_check_dataset_counts_classes_and_passes_a_sound_data_set(camvid):
+def test_check_dataset_counts_classes_and_passes_a_sound_dataset(camvid):
     for path in camvid.rglob('*.png'):  # 0 is no label, 1 and 2 are sky and building
         write(path, np.repeat([[0, 1, 2, 2]], 48, 0).repeat(16, 1))
     said = check(CAMVID, camvid, status=0)
@@ -82,7 +82,7 @@ def test_check_dataset_counts_classes_and_passes_a_sound_data_set(camvid):
 def test_check_dataset_refuses_a_model_for_other_classes(camvid):
     options = ('--splits', 'val', '--cfg-options', 'model.decode_head.num_classes=12')
     said = check(CAMVID, camvid, *options, status=1)
-    assert 'num_classes=12 in UPerHead, but the data set has 11' in said
+    assert 'num_classes=12 in UPerHead, but the dataset has 11' in said
 
 
 def test_check_dataset_of_a_classifier_reads_every_image(tmp_path):
@@ -106,7 +106,7 @@ def test_check_dataset_of_a_classifier_reads_every_image(tmp_path):
     assert '1 × image cut off' in said and str(broken) in said
 
 
-def test_missing_data_set_is_one_line(tmp_path):
+def test_missing_dataset_is_one_line(tmp_path):
     pytest.importorskip('mmseg')
     said = check(CAMVID, tmp_path / 'nowhere', status=2)
     assert 'error: data not found' in said and 'Traceback' not in said

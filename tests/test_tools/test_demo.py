@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Videos, folders and the legend of tools/demo.py; single images: test_train_and_test.py."""
+"""Videos and folders in tools/demo.py; single images: test_train_and_test.py."""
 
 from pathlib import Path
 
@@ -81,21 +81,3 @@ def test_demo_says_what_is_wrong_with_the_input(tmp_path):
     (tmp_path / 'broken.mp4').write_text('no video')
     said = call_tool(DEMO, tmp_path / 'broken.mp4', config, checkpoint, status=2)
     assert 'error: cannot open the video' in said
-
-
-def test_legend_names_the_classes_and_keeps_the_size():
-    import sys
-
-    sys.path.insert(0, str(DEMO.parent))
-    try:
-        from demo import write_legend
-    finally:
-        sys.path.remove(str(DEMO.parent))
-    frame = np.full((200, 300, 3), 128, np.uint8)
-    color = (10, 200, 30)
-    drawn = write_legend(frame, [('sky', color), ('grass', (200, 10, 30))])
-    assert drawn.shape == frame.shape
-    assert (drawn == color).all(-1).sum() > 30
-    assert (drawn[:100] == 128).all() and (frame == 128).all()
-    tiny = write_legend(frame[:16, :16], [('a very long name of a class', color)] * 9)
-    assert tiny.shape == (16, 16, 3)

@@ -1,41 +1,25 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""What a user gets wrong is said in one line, and before anything long starts."""
+"""Errors of users are reported in one line, and before anything long starts."""
 
-import errno
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from PIL import Image
 from tool_process import call_tool
 
-from mmvil.cli import config, errors, main, preflight
-from mmvil.engine import cpu
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.cli.preflight import check_data
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools/train.py'
 CAMVID = ROOT / 'configs/upernet_vil_t_camvid.py'
-
-
-@pytest.fixture(scope='module')
-def common():
-    """The functions of mmvil.cli that these tests call."""
-    return SimpleNamespace(
-        run=main.run,
-        **{name: getattr(config, name) for name in ('load_config', 'build_lazily')},
-        **{name: value for name, value in vars(preflight).items() if name.startswith('check_')},
-        UserError=errors.UserError,
-        explain=errors.explain,
-        fit_to_cpu=cpu.fit_to_cpu,
-        leave_process_group=main.leave_process_group,
-    )
 
 
 def test_missing_config_is_one_line_and_status_2():
@@ -48,176 +32,6 @@ def test_missing_config_is_one_line_and_status_2():
 
 def test_traceback_flag_shows_the_trace():
     assert 'Traceback' in call_tool(TRAIN, 'none.py', '--traceback', status=1)
-
-
-def test_value_error_of_mmvil_is_one_line(common, capsys):
-    import mmvil
-
-    with pytest.raises(SystemExit) as exit_:
-        common.run(lambda: mmvil.VisionLSTM(arch='huge'))
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("error: Unknown arch 'huge'")
-
-
-def test_value_error_of_others_keeps_its_trace(common):
-    with pytest.raises(ValueError, match='invalid literal'):
-        common.run(lambda: int('x'))
-
-
-def test_broken_config_is_named(common, tmp_path):
-    config = tmp_path / 'broken.py'
-    config.write_text('model = dict(\n')
-    with pytest.raises(common.UserError, match='cannot read .*broken.py'):
-        common.load_config(str(config), {})
-
-
-def test_missing_library_is_named(common, tmp_path):
-    config = tmp_path / 'config.py'
-    config.write_text("default_scope = 'mmengine'\nmodel = dict(type='mmnothing.Model')\n")
-    with pytest.raises(common.UserError, match='needs mmnothing, which is not installed'):
-        common.load_config(str(config), {})
-
-
-def test_missing_data_is_named_with_what_to_do(common, tmp_path):
-    pytest.importorskip('mmseg')
-    cfg = common.load_config(str(CAMVID), {})
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        loader.dataset.data_root = str(tmp_path / 'camvid')
-    with pytest.raises(common.UserError, match='data not found: .*camvid .*--data-root'):
-        common.check_data(cfg, 'train_dataloader', 'val_dataloader')
-
-    (tmp_path / 'camvid/images/training').mkdir(parents=True)
-    with pytest.raises(common.UserError, match='data not found: .*annotations/training'):
-        common.check_data(cfg, 'train_dataloader')
-
-
-def test_empty_data_set_is_refused(common, tmp_path):
-    pytest.importorskip('mmseg')
-    for kind in ('images', 'annotations'):
-        (tmp_path / kind / 'training').mkdir(parents=True)
-    (tmp_path / 'images/training/a.png').touch()
-    cfg = common.load_config(str(CAMVID), {})
-    cfg.train_dataloader.dataset.data_root = str(tmp_path)
-    with pytest.raises(common.UserError, match=r'there is no \*\.jpg in'):
-        common.check_data(cfg, 'train_dataloader')
-
-
-def test_missing_or_foreign_checkpoint_is_refused(common, tmp_path):
-    with pytest.raises(common.UserError, match='checkpoint not found'):
-        common.check_checkpoint(str(tmp_path / 'none.pth'))
-    page = tmp_path / 'page.pth'
-    page.write_text('<html>not found</html>')
-    with pytest.raises(common.UserError, match='is not a PyTorch checkpoint'):
-        common.check_checkpoint(str(page))
-    for zipped in (True, False):
-        torch.save({}, tmp_path / 'good.pth', _use_new_zipfile_serialization=zipped)
-        common.check_checkpoint(str(tmp_path / 'good.pth'))
-    cfg = Config(dict(model=dict(init_cfg=dict(type='Pretrained', checkpoint=str(page)))))
-    with pytest.raises(common.UserError, match='is not a PyTorch checkpoint'):
-        common.check_config_checkpoints(cfg)
-
-
-def test_checkpoint_of_another_model_is_refused(common):
-    import mmvil
-
-    small, large = (
-        mmvil.VisionLSTM(arch=dict(embed_dims=width, depth=2), img_size=32) for width in (16, 32)
-    )
-    common.check_fit(small, dict(state_dict=small.state_dict()), 'a.pth')
-    wrapped = {f'module.{name}': value for name, value in small.state_dict().items()}
-    common.check_fit(small, dict(state_dict=wrapped), 'a.pth')
-    with pytest.raises(common.UserError, match='a.pth does not fit .* have another shape'):
-        common.check_fit(large, dict(state_dict=small.state_dict()), 'a.pth')
-    with pytest.raises(common.UserError, match='tensors are missing'):
-        common.check_fit(small, dict(state_dict={}), 'a.pth')
-
-
-def test_checkpoint_of_another_image_size_fits(common):
-    import mmvil
-
-    arch = dict(embed_dims=16, depth=2)
-    other = mmvil.VisionLSTM(arch=arch, img_size=64).state_dict()
-    common.check_fit(mmvil.VisionLSTM(arch=arch, img_size=32), dict(state_dict=other), 'a.pth')
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
-def test_cpu_replaces_mixed_precision_and_says_so(common):
-    cfg = common.load_config(str(ROOT / 'configs/upernet_vil_t_ade20k.py'), {})
-    cfg.launcher = 'none'
-    (note,) = common.fit_to_cpu(cfg)
-    assert 'float32' in note
-    assert cfg.optim_wrapper.type == 'OptimWrapper' and 'dtype' not in cfg.optim_wrapper
-    assert cfg.model.backbone.pyramid.norm_cfg.type == 'BN'
-    cfg.launcher = 'slurm'
-    with pytest.raises(ValueError, match='needs GPUs'):
-        common.fit_to_cpu(cfg)
-
-
-# -- Options, folders, disks -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'option, hint',
-    [
-        ('drop_path', 'Did you mean drop_path_rate?'),
-        ('out_indexes', 'Did you mean out_indices?'),
-        ('xyz', 'It has: arch, version, img_size'),
-    ],
-)
-def test_misspelt_option_of_the_backbone_is_named_with_the_one_meant(common, option, hint):
-    cfg = common.load_config(str(CAMVID), {f'model.backbone.{option}': 1})
-    with pytest.raises(common.UserError) as error:
-        common.check_backbone(cfg)
-    assert f'VisionLSTM has no option {option!r}. {hint}' in str(error.value)
-    common.check_backbone(common.load_config(str(CAMVID), {}))
-
-
-def test_work_dir_below_a_file_is_refused(common, tmp_path):
-    (tmp_path / 'file').touch()
-    with pytest.raises(common.UserError, match='cannot use the work dir .*/file: it is a file'):
-        common.check_work_dir(Config(dict(work_dir=str(tmp_path / 'file/work'))))
-
-
-def test_work_dir_without_permission_is_refused(common, tmp_path, monkeypatch):
-    work_dir = tmp_path / 'locked/work'
-    (tmp_path / 'locked').mkdir(mode=0o555)
-    if os.geteuid() == 0:  # who may write everywhere
-        monkeypatch.setattr(os, 'access', lambda path, mode: False)
-    with pytest.raises(common.UserError, match='locked: no permission to write. .*--work-dir'):
-        common.check_work_dir(Config(dict(work_dir=str(work_dir))))
-    assert not work_dir.exists()
-
-
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_line_that_names_the_file(common, capsys, number):
-    def main():
-        raise OSError(number, os.strerror(number), 'work/iter_10.pth')
-
-    with pytest.raises(SystemExit) as exit_:
-        common.run(main)
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f'error: {os.strerror(number)} while writing work/iter_10.pth.')
-    assert said.count('\n') == 1 and '--resume' in said
-
-
-def test_other_errors_of_the_system_keep_their_trace(common):
-    with pytest.raises(FileNotFoundError):
-        common.run(lambda: open('/does/not/exist'))
-
-
-def test_bad_sample_from_a_worker_process_is_one_line(common, capsys):
-    from mmvil.engine import SampleError
-
-    def main():  # what torch makes of it
-        raise SampleError(
-            'Caught SampleError in DataLoader worker process 0.\nOriginal Traceback:\n  File …\n'
-            'mmvil.engine.sampling.SampleError: cannot load a.jpg: OSError: cut off\n'
-        )
-
-    with pytest.raises(SystemExit):
-        common.run(main)
-    assert capsys.readouterr().err == 'error: cannot load a.jpg: OSError: cut off\n'
 
 
 # -- Data and checkpoints, in trainings ------------------------------------------------------------
@@ -269,11 +83,11 @@ def error_of(said):
     return line
 
 
-def test_half_downloaded_annotations_are_noticed_at_once(common, tiny):
+def test_half_downloaded_annotations_are_noticed_at_once(tiny):
     (tiny.parent / 'data/annotations/training/1.png').unlink()
-    cfg = common.load_config(str(tiny), {})
-    with pytest.raises(common.UserError, match=r'1 of 2 images in .* no annotation .*1\.png'):
-        common.check_data(cfg, 'train_dataloader')
+    cfg = load_config(str(tiny), {})
+    with pytest.raises(UserError, match=r'1 of 2 images in .* no annotation .*1\.png'):
+        check_data(cfg, 'train_dataloader')
 
 
 def slow(*values):
@@ -312,7 +126,7 @@ def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
 
 
 @pytest.mark.slow  # 15 seconds: two trainings
-def test_full_disk_leaves_the_checkpoints_before(tiny, common):
+def test_full_disk_leaves_the_checkpoints_before(tiny):
     """A limit on the size of files stands in for a full disk: a checkpoint is larger."""
     work_dir = tiny.parent / 'work'
     call_tool(TRAIN, tiny, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_iters=2')

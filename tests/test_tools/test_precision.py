@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+
+from mmvil.cli.main import parse_args
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -12,13 +13,9 @@ import test as test_tool  # noqa: E402
 import train as train_tool  # noqa: E402
 
 
-def apply(tool, monkeypatch, *arguments):
+def read(tool, make_parser, *arguments):
     config = ROOT / 'configs' / 'vil_t_imagenet.py'  # trains in bfloat16
-    monkeypatch.setattr(sys, 'argv', ['tool', str(config), *arguments])
-    args = tool.parse_args(tool.add_arguments(tool.make_parser('')))
-    cfg = Config.fromfile(config)
-    tool.apply_args(cfg, args)
-    return cfg
+    return tool.read_config(parse_args(make_parser(), [str(config), *arguments]))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +28,8 @@ def apply(tool, monkeypatch, *arguments):
         (['--precision', 'float32'], None),
     ],
 )
-def test_train_in_the_precision_asked_for(monkeypatch, arguments, dtype):
-    wrapper = apply(train_tool, monkeypatch, *arguments).optim_wrapper
+def test_train_in_the_precision_asked_for(arguments, dtype):
+    wrapper = read(train_tool, train_tool.make_train_parser, *arguments).optim_wrapper
     assert wrapper.get('dtype') == dtype
     assert ('Amp' in wrapper.type) == (dtype is not None)
 
@@ -44,7 +41,7 @@ def test_train_in_the_precision_asked_for(monkeypatch, arguments, dtype):
 def test_test_in_the_precision_asked_for(monkeypatch, arguments, half):
     asked = []
     monkeypatch.setattr(test_tool.torch, 'set_autocast_gpu_dtype', asked.append)
-    cfg = apply(test_tool, monkeypatch, 'checkpoint.pth', *arguments)
+    cfg = read(test_tool, test_tool.make_test_parser, 'checkpoint.pth', *arguments)
     assert cfg.test_cfg.get('fp16', False) is half
     dtype = test_tool.torch.bfloat16 if '--precision' in arguments else test_tool.torch.float16
     assert asked == [dtype] * half

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""A training that was killed goes on as if nothing had happened."""
+"""A training that was killed continues as if nothing had happened."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The robustness configs on data sets of one tiny image per class."""
+"""The robustness configs on datasets of one tiny image per class."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The command lines, as users call them, on data sets of a few small images."""
+"""The command lines, as users call them, on datasets of a few small images."""
 
 import json
 import os

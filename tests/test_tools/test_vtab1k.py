@@ -20,10 +20,6 @@ from tool_process import call_tool
 import mmvil
 
 TOOLS = Path(__file__).parents[2] / 'tools'
-sys.path.insert(0, str(TOOLS))
-
-from mmvil.cli import run_queue  # noqa: E402
-
 # A short training of a small network from scratch.
 OPTIONS = (
     *('model.backbone.img_size=16', 'optim_wrapper.paramwise_cfg.layer_decay_rate=1.0'),
@@ -35,7 +31,7 @@ OPTIONS = (
 
 
 def write_standin(folder, datasets, sizes):
-    """Digits in the files and folders of VTAB-1K, under the names of some of its data sets."""
+    """Digits in the files and folders of VTAB-1K, under the names of some of its datasets."""
     digits = pytest.importorskip('sklearn.datasets').load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     ends = np.cumsum(list(sizes.values()))
@@ -194,66 +190,3 @@ def test_vtab1k_checks_its_data(standin, tmp_path):
     (tmp_path / 'eurosat' / 'train800.txt').write_text('images/a.png 10\n')
     said = call_tool(*command((tmp_path, checkpoint), tmp_path, '--datasets', 'eurosat'), status=2)
     assert 'expected labels from 0 to 9' in said
-
-
-# -- Claims ----------------------------------------------------------------------------------------
-
-
-def test_claims_grant_a_run_once(tmp_path):
-    claims, others = run_queue.Claims(tmp_path), run_queue.Claims(tmp_path)
-    claim = claims.claim('a')
-    assert others.states(['a', 'b']) == dict(a='running', b='open')
-    assert others.claim('a') is None
-    claim.finish(dict(accuracy=1.0))
-    assert others.states(['a'])['a'] == 'done' and others.result('a') == dict(accuracy=1.0)
-    assert others.claim('a') is None
-
-
-def test_claims_of_the_dead_are_taken_over(tmp_path):
-    claims = run_queue.Claims(tmp_path, stale_after=1, max_attempts=2)
-    begun = tmp_path / 'a.attempt-1'
-    begun.touch()
-    os.utime(begun, (0, claims._now() - 100))
-    assert claims.states(['a'])['a'] == 'running'  # at first sight
-    time.sleep(0.3)
-    os.utime(begun, (0, claims._now() - 100))
-    assert claims.states(['a'])['a'] == 'running'  # it was touched since
-    time.sleep(0.3)
-    assert claims.states(['a'])['a'] == 'again'
-    claim = claims.claim('a')
-    assert claim.attempt == 2
-    claim.fail('Traceback\nValueError: no')
-    assert claims.states(['a'])['a'] == 'failed' and claims.last_error('a') == 'ValueError: no'
-    claims.forget_attempts('a')
-    assert claims.states(['a'])['a'] == 'open'
-
-
-def test_claims_keep_the_living_alive_and_notice_a_loss(tmp_path):
-    claims = run_queue.Claims(tmp_path, stale_after=0.5)
-    claim = claims.claim('a')
-    time.sleep(1)
-    assert claims.states(['a'])['a'] == 'running' and not claim.lost
-    (tmp_path / 'a.attempt-2').touch()  # as if this process had been suspended for long
-    time.sleep(0.5)
-    assert claim.lost
-    with pytest.raises(run_queue.ClaimLost):
-        claim.finish(dict(accuracy=1.0))
-    assert claims.result('a') is None
-
-
-def test_claims_released_leave_no_trace(tmp_path):
-    claims = run_queue.Claims(tmp_path)
-    claims.claim('a').release()
-    assert not os.listdir(tmp_path) and claims.claim('a').attempt == 1
-
-
-def test_claims_by_many_threads_at_once(tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
-
-    claims = run_queue.Claims(tmp_path)
-    names = [f'run{i}' for i in range(20)]
-    with ThreadPoolExecutor(8) as pool:
-        granted = list(pool.map(claims.claim, names * 8))
-    assert sum(claim is not None for claim in granted) == len(names)
-    for claim in filter(None, granted):
-        claim.release()

@@ -1,0 +1,111 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""k-nearest neighbours and linear probe on frozen features."""
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PENALTIES = [10.0**exponent for exponent in range(-8, 1)]
+
+
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    k: int,
+    temperature: Optional[float] = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Classify by the k training images with the most similar features.
+
+    Args:
+        train (Tensor): Features, shape (N, C).
+        train_labels (Tensor): Shape (N,).
+        test (Tensor): Features, shape (M, C).
+        k (int): Number of neighbours.
+        temperature (float, optional): Neighbours vote with weight exp(cosine / temperature).
+            Default: None, equal weights.
+        chunk (int): Images at a time. Default: 1024.
+
+    Returns:
+        Tensor: Labels, shape (M,).
+    """
+    classes = int(train_labels.max()) + 1
+    train = F.normalize(train, dim=1)
+    predictions = []
+    for part in F.normalize(test, dim=1).split(chunk):
+        cosine, nearest = (part @ train.T).topk(k, dim=1)
+        # Relative to the nearest, so that no exponential overflows.
+        votes = 1 if temperature is None else ((cosine - cosine[:, :1]) / temperature).exp()
+        counts = part.new_zeros(len(part), classes)
+        counts.scatter_add_(1, train_labels[nearest], votes * torch.ones_like(cosine))
+        predictions.append(counts.argmax(1))
+    return torch.cat(predictions)
+
+
+def fit_linear(
+    features: Tensor, labels: Tensor, penalty: float, max_iter: int = 200
+) -> Tuple[Tensor, Tensor]:
+    """Fit multinomial logistic regression by L-BFGS.
+
+    Args:
+        features (Tensor): Shape (N, C).
+        labels (Tensor): Shape (N,).
+        penalty (float): Half of it times the squared norm of the weight is added to the mean loss.
+        max_iter (int): Maximum number of iterations. Default: 200.
+
+    Returns:
+        tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
+    """
+    classes = int(labels.max()) + 1
+    weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, line_search_fn='strong_wolfe'
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(features @ weight + bias, labels)
+        loss = loss + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, penalties: Sequence[float] = PENALTIES
+) -> Tuple[Tensor, float]:
+    """Classify by logistic regression on standardized features. The penalty on the weight is chosen
+    on a held-out fifth of the training images.
+
+    Args:
+        train (Tensor): Features, shape (N, C).
+        train_labels (Tensor): Shape (N,).
+        test (Tensor): Features, shape (M, C).
+        penalties (Sequence[float]): Candidates.
+
+    Returns:
+        tuple[Tensor, float]: Labels (M,) and the chosen penalty.
+    """
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
+    held_out, rest = order[: len(train) // 5], order[len(train) // 5 :]
+    scores = {}
+    for penalty in penalties:
+        weight, bias = fit_linear(train[rest], train_labels[rest], penalty)
+        found = (train[held_out] @ weight + bias).argmax(1)
+        scores[penalty] = accuracy(found, train_labels[held_out])
+    best = max(penalties, key=lambda penalty: (scores[penalty], penalty))
+    weight, bias = fit_linear(train, train_labels, best)
+    return (test @ weight + bias).argmax(1), best
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Compute the top-1 accuracy in percent."""
+    return 100 * (predictions == labels).float().mean().item()

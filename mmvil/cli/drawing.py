@@ -1,0 +1,95 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Draw predictions over images."""
+
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+from torch import nn
+
+from .inference import ImageReader, predict
+
+
+def make_artist(
+    model: nn.Module, reader: ImageReader, opacity: float = 0.5, legend: bool = True
+) -> Callable:
+    """Build a function that predicts an image and draws the prediction.
+
+    Args:
+        model (nn.Module): Segmentor or classifier from :func:`mmvil.cli.inference.build_model`.
+        reader (ImageReader): Reads images as its config does.
+        opacity (float): Opacity of the classes over the image. Default: 0.5.
+        legend (bool): Write the names of classes. Default: True.
+
+    Returns:
+        Callable: Takes a result of ``reader.load``, or a frame (H, W, 3) uint8 in BGR; returns the
+        drawn frame in BGR and a line on the classes that were found.
+    """
+
+    def frame_and_result(loaded):
+        is_frame = isinstance(loaded, np.ndarray)
+        frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
+        return frame, predict(model, reader.prepare(loaded))
+
+    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
+    if not hasattr(model, 'decode_head'):
+
+        def classify(loaded):
+            frame, result = frame_and_result(loaded)
+            score, label = result.pred_score.max(0)
+            found = f'{classes[label]} {score:.1%}'
+            return (write_legend(frame, [(found, None)]) if legend else frame), found
+
+        return classify
+
+    if palette is None:
+        palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
+    colors = np.array(palette, np.float32)[:, ::-1]  # BGR
+
+    def segment(loaded):
+        frame, result = frame_and_result(loaded)
+        labels = result.pred_sem_seg.data[0].cpu().numpy()
+        drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
+        present, counts = np.unique(labels, return_counts=True)
+        order = np.argsort(-counts)[:12]
+        largest = [
+            (classes[present[i]], counts[i] / labels.size, colors[present[i]]) for i in order
+        ]
+        if legend:
+            drawn = write_legend(drawn, [(name, color) for name, _, color in largest])
+        return drawn, ', '.join(f'{name} {share:.0%}' for name, share, _ in largest[:5])
+
+    return segment
+
+
+def write_legend(
+    frame: np.ndarray, entries: List[Tuple[str, Optional[Sequence[int]]]]
+) -> np.ndarray:
+    """Write names, each with a patch of its color, into the lower left corner.
+
+    Args:
+        frame (ndarray): (H, W, 3) uint8, BGR; not changed.
+        entries (list[tuple]): Name and BGR color, or None for no patch. Those that do not fit are
+            left out.
+
+    Returns:
+        ndarray: (H, W, 3) uint8.
+    """
+    frame = frame.copy()
+    height, width = frame.shape[:2]
+    scale = max(0.35, min(height, width) / 900)
+    line = round(26 * scale) + 4
+    entries = entries[: max(1, (height - 4) // line)]
+    sizes = [cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] for name, _ in entries]
+    patch = 0 if entries[0][1] is None else line
+    top, right = height - line * len(entries) - 4, min(width, max(sizes) + patch + 10)
+    frame[max(top, 0) :, :right] //= 3  # dark background
+    for row, (name, color) in enumerate(entries):
+        bottom = top + line * (row + 1)
+        if color is not None:
+            corners = (4, bottom - line + 4), (line - 2, bottom - 2)
+            cv2.rectangle(frame, *corners, color=[int(x) for x in color], thickness=-1)
+        place = (patch + 5, bottom - line // 4)
+        white = (255, 255, 255)
+        cv2.putText(frame, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, white, 1, cv2.LINE_AA)
+    return frame

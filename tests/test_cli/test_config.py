@@ -1,0 +1,92 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+import argparse
+
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from mmvil.cli.config import build_lazily, load_config, read_runner_config, set_data_root
+from mmvil.cli.errors import UserError
+
+
+def test_broken_config_is_named(tmp_path):
+    config = tmp_path / 'broken.py'
+    config.write_text('model = dict(\n')
+    with pytest.raises(UserError, match='cannot read .*broken.py'):
+        load_config(str(config), {})
+
+
+def test_missing_library_is_named(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'mmengine'\nmodel = dict(type='mmnothing.Model')\n")
+    with pytest.raises(UserError, match='needs mmnothing, which is not installed'):
+        load_config(str(config), {})
+
+
+def test_config_of_a_missing_library_is_named():
+    with pytest.raises(UserError, match='mmnothing::a.py needs mmnothing, which is not installed'):
+        load_config('mmnothing::a.py', {})
+
+
+def test_options_that_do_not_fit_are_named(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'mmengine'\nlr = 1\n")
+    with pytest.raises(UserError, match='--cfg-options do not fit .*config.py'):
+        load_config(str(config), {'lr.value': 2})
+
+
+def test_read_runner_config_changes_what_the_arguments_say(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "default_scope = 'mmengine'\n"
+        "train_dataloader = dict(dataset=dict(type='RepeatDataset', dataset=dict(data_root='a')))\n"
+    )
+    arguments = dict(config=str(config), cfg_options={'seed': 1}, backbone=None, work_dir=None)
+    arguments.update(launcher='none', no_pin_memory=True, data_root='b')
+    cfg = read_runner_config(argparse.Namespace(**arguments))
+    assert cfg.seed == 1 and cfg.work_dir == 'work_dirs/config'
+    assert cfg.train_dataloader.pin_memory is False
+    assert cfg.train_dataloader.dataset.dataset.data_root == 'b'
+    arguments.update(work_dir='c')
+    assert read_runner_config(argparse.Namespace(**arguments)).work_dir == 'c'
+
+
+def test_set_data_root_of_none_keeps_the_config():
+    cfg = Config(dict(val_dataloader=dict(dataset=dict(data_root='a'))))
+    set_data_root(cfg, None)
+    assert cfg.val_dataloader.dataset.data_root == 'a'
+
+
+class Eager:
+    def __init__(self, number=1):
+        self.number = number
+
+
+@pytest.fixture
+def registered():
+    """Names of a dataset of mmengine and of one that knows no ``lazy_init``."""
+    classes = dict(LazyForTest=BaseDataset, EagerForTest=Eager)
+    for name, cls in classes.items():
+        DATASETS.register_module(name=name, module=cls)
+    yield
+    for name in classes:
+        DATASETS.module_dict.pop(name)
+
+
+def test_build_lazily_knows_paths_and_reads_nothing(registered):
+    cfg = dict(type='LazyForTest', data_root='/none', data_prefix=dict(img_path='images'))
+    assert build_lazily(cfg, 'mmengine').data_prefix == dict(img_path='/none/images')
+    assert build_lazily(dict(type='EagerForTest'), 'mmengine') is None
+
+
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        (dict(type='LazyForTest', data_rot='a'), 'data_rot'),
+        (dict(type='NoSuchDataset'), 'NoSuchDataset'),
+    ],
+)
+def test_build_lazily_says_what_the_class_refuses(registered, cfg, message):
+    with pytest.raises(UserError, match=f'cannot build the dataset {cfg["type"]}: .*{message}'):
+        build_lazily(cfg, 'mmengine')

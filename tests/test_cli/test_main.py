@@ -1,0 +1,102 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+import errno
+import os
+
+import pytest
+
+import mmvil
+from mmvil.cli import main as cli_main
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import add_config_arguments, add_runner_arguments, make_parser, parse_args, run
+from mmvil.engine import SampleError
+
+
+def test_value_error_of_mmvil_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: mmvil.VisionLSTM(arch='huge'))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("error: Unknown arch 'huge'")
+
+
+def test_value_error_of_others_keeps_its_trace():
+    with pytest.raises(ValueError, match='invalid literal'):
+        run(lambda: int('x'))
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_one_line_that_names_the_file(capsys, number):
+    def main():
+        raise OSError(number, os.strerror(number), 'work/iter_10.pth')
+
+    with pytest.raises(SystemExit) as exit_:
+        run(main)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f'error: {os.strerror(number)} while writing work/iter_10.pth.')
+    assert said.count('\n') == 1 and '--resume' in said
+
+
+def test_other_errors_of_the_system_keep_their_trace():
+    with pytest.raises(FileNotFoundError):
+        run(lambda: open('/does/not/exist'))
+
+
+def test_bad_sample_from_a_worker_process_is_one_line(capsys):
+    def main():  # what torch makes of it
+        raise SampleError(
+            'Caught SampleError in DataLoader worker process 0.\nOriginal Traceback:\n  File …\n'
+            'mmvil.engine.sampling.SampleError: cannot load a.jpg: OSError: cut off\n'
+        )
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == 'error: cannot load a.jpg: OSError: cut off\n'
+
+
+def fail():
+    raise UserError('wrong')
+
+
+def test_run_shows_the_trace_if_asked_on_the_command_line_or_by_the_environment(monkeypatch):
+    with pytest.raises(SystemExit):
+        run(fail, argv=[])
+    with pytest.raises(UserError):
+        run(fail, argv=['--traceback'])
+    monkeypatch.setenv('MMVIL_TRACEBACK', '1')
+    with pytest.raises(UserError):
+        run(fail, argv=[])
+
+
+def test_run_reports_an_error_of_all_ranks_once(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit):
+        run(fail, argv=[])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv, calls', [([], 1), (['--trust-checkpoint'], 0)])
+def test_run_loads_safely_unless_checkpoints_are_trusted(monkeypatch, argv, calls):
+    registered = []
+    monkeypatch.setattr(cli_main, 'load_safely_from_now_on', lambda: registered.append(1))
+    run(lambda: None, argv)
+    assert len(registered) == calls
+
+
+def test_parse_args_reads_a_given_command_line_and_exports_the_local_rank(monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    parser = make_parser('Train.\n\nmore')
+    add_runner_arguments(parser)
+    argv = ['a.py', '--local-rank', '3', '--cfg-options', 'model.depth=2', 'x=a,b']
+    args = parse_args(parser, argv)
+    assert parser.description == 'Train.'
+    assert (args.config, args.launcher, args.trust_checkpoint) == ('a.py', 'none', False)
+    assert args.cfg_options == {'model.depth': 2, 'x': ['a', 'b']}
+    assert os.environ.pop('LOCAL_RANK') == '3'
+
+
+def test_parse_args_says_how_options_of_the_config_are_written(capsys):
+    parser = make_parser('Check.')
+    add_config_arguments(parser)
+    with pytest.raises(SystemExit):
+        parse_args(parser, ['a.py', '--cfg-options', 'depth'])
+    assert 'KEY=VALUE pairs without white space' in capsys.readouterr().err

@@ -1,0 +1,138 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+import os
+
+import pytest
+import torch
+from mmengine.config import Config
+
+import mmvil
+from mmvil.cli import preflight
+from mmvil.cli.config import load_config
+from mmvil.cli.errors import UserError
+from mmvil.engine.cpu import fit_to_cpu
+from tests.conftest import ROOT
+
+CAMVID = ROOT / 'configs/upernet_vil_t_camvid.py'
+
+
+def test_missing_data_is_named_with_what_to_do(tmp_path):
+    pytest.importorskip('mmseg')
+    cfg = load_config(str(CAMVID), {})
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = str(tmp_path / 'camvid')
+    with pytest.raises(UserError, match='data not found: .*camvid .*--data-root'):
+        preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
+
+    (tmp_path / 'camvid/images/training').mkdir(parents=True)
+    with pytest.raises(UserError, match='data not found: .*annotations/training'):
+        preflight.check_data(cfg, 'train_dataloader')
+
+
+def test_empty_dataset_is_refused(tmp_path):
+    pytest.importorskip('mmseg')
+    for kind in ('images', 'annotations'):
+        (tmp_path / kind / 'training').mkdir(parents=True)
+    (tmp_path / 'images/training/a.png').touch()
+    cfg = load_config(str(CAMVID), {})
+    cfg.train_dataloader.dataset.data_root = str(tmp_path)
+    with pytest.raises(UserError, match=r'there is no \*\.jpg in'):
+        preflight.check_data(cfg, 'train_dataloader')
+
+
+def test_missing_or_foreign_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match='checkpoint not found'):
+        preflight.check_checkpoint(str(tmp_path / 'none.pth'))
+    page = tmp_path / 'page.pth'
+    page.write_text('<html>not found</html>')
+    with pytest.raises(UserError, match='is not a PyTorch checkpoint'):
+        preflight.check_checkpoint(str(page))
+    for zipped in (True, False):
+        torch.save({}, tmp_path / 'good.pth', _use_new_zipfile_serialization=zipped)
+        preflight.check_checkpoint(str(tmp_path / 'good.pth'))
+    cfg = Config(dict(model=dict(init_cfg=dict(type='Pretrained', checkpoint=str(page)))))
+    with pytest.raises(UserError, match='is not a PyTorch checkpoint'):
+        preflight.check_config_checkpoints(cfg)
+
+
+def test_checkpoint_of_another_model_is_refused():
+    small, large = (
+        mmvil.VisionLSTM(arch=dict(embed_dims=width, depth=2), img_size=32) for width in (16, 32)
+    )
+    preflight.check_fit(small, dict(state_dict=small.state_dict()), 'a.pth')
+    wrapped = {f'module.{name}': value for name, value in small.state_dict().items()}
+    preflight.check_fit(small, dict(state_dict=wrapped), 'a.pth')
+    with pytest.raises(UserError, match='a.pth does not fit .* have another shape'):
+        preflight.check_fit(large, dict(state_dict=small.state_dict()), 'a.pth')
+    with pytest.raises(UserError, match='tensors are missing'):
+        preflight.check_fit(small, dict(state_dict={}), 'a.pth')
+
+
+def test_checkpoint_of_another_image_size_fits():
+    arch = dict(embed_dims=16, depth=2)
+    other = mmvil.VisionLSTM(arch=arch, img_size=64).state_dict()
+    preflight.check_fit(mmvil.VisionLSTM(arch=arch, img_size=32), dict(state_dict=other), 'a.pth')
+
+
+@pytest.mark.parametrize(
+    'option, hint',
+    [
+        ('drop_path', 'Did you mean drop_path_rate?'),
+        ('out_indexes', 'Did you mean out_indices?'),
+        ('xyz', 'It has: arch, version, img_size'),
+    ],
+)
+def test_misspelt_option_of_the_backbone_is_named_with_the_one_meant(option, hint):
+    cfg = load_config(str(CAMVID), {f'model.backbone.{option}': 1})
+    with pytest.raises(UserError) as error:
+        preflight.check_backbone(cfg)
+    assert f'VisionLSTM has no option {option!r}. {hint}' in str(error.value)
+    preflight.check_backbone(load_config(str(CAMVID), {}))
+
+
+def test_work_dir_below_a_file_is_refused(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot use the work dir .*/file: it is a file'):
+        preflight.check_work_dir(Config(dict(work_dir=str(tmp_path / 'file/work'))))
+
+
+def test_work_dir_without_permission_is_refused(tmp_path, monkeypatch):
+    work_dir = tmp_path / 'locked/work'
+    (tmp_path / 'locked').mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write everywhere
+        monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(UserError, match='locked: no permission to write. .*--work-dir'):
+        preflight.check_work_dir(Config(dict(work_dir=str(work_dir))))
+    assert not work_dir.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
+def test_cpu_replaces_mixed_precision_and_says_so():
+    cfg = load_config(str(ROOT / 'configs/upernet_vil_t_ade20k.py'), {})
+    cfg.launcher = 'none'
+    (note,) = fit_to_cpu(cfg)
+    assert 'float32' in note
+    assert cfg.optim_wrapper.type == 'OptimWrapper' and 'dtype' not in cfg.optim_wrapper
+    assert cfg.model.backbone.pyramid.norm_cfg.type == 'BN'
+    cfg.launcher = 'slurm'
+    with pytest.raises(ValueError, match='needs GPUs'):
+        fit_to_cpu(cfg)
+
+
+def test_build_runner_leaves_the_config_of_the_caller(tmp_path):
+    cfg = Config(
+        dict(
+            model=dict(type='mmvil.VisionLSTM', arch=dict(embed_dims=8, depth=2), img_size=32),
+            val_dataloader=None,
+            work_dir=str(tmp_path),
+            launcher='none',
+            default_scope='mmengine',
+            experiment_name='build_runner',
+        )
+    )
+    before = cfg.to_dict()
+    runner = preflight.build_runner(cfg, notes=['a note'])
+    assert cfg.to_dict() == before and runner.cfg.to_dict().keys() >= before.keys()
+    cfg.model.arch = 'huge'
+    cfg.experiment_name = 'build_runner_again'
+    with pytest.raises(UserError, match='cannot build what the config describes'):
+        preflight.build_runner(cfg)
