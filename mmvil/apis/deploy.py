@@ -1,9 +1,14 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Segmentors and classifiers as one function of images, traced, saved and checked."""
+"""Export segmentors and classifiers to ONNX or torch.export, and compare the files with PyTorch.
+
+    deployed = Deployed(model, output='labels').eval()
+    save_onnx(trace(deployed, (512, 512)), 'model.onnx', deployed.names)
+
+See docs/deployment.md.
+"""
 
 import copy
 import json
-import time
 
 import torch
 from torch import nn
@@ -11,7 +16,7 @@ from torch import nn
 from .. import __version__
 from ..layers import ViLBlock
 
-# -- The model as one function of images -----------------------------------------------------------
+OUTPUTS = ('logits', 'probabilities', 'labels')
 
 
 class Deployed(nn.Module):
@@ -23,7 +28,7 @@ class Deployed(nn.Module):
         normalize (bool): Subtract the mean and divide by the standard deviation. Default: True.
 
     Raises:
-        ValueError: If the model gets to ``output`` by a rule that is not known here.
+        ValueError: If the model derives ``output`` by a rule that is not known here.
     """
 
     def __init__(self, model, output='logits', normalize=True):
@@ -39,7 +44,7 @@ class Deployed(nn.Module):
 
     def forward(self, images):
         """Map images (B, C, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
-        or (B,), or of several labels an image, 1 among 0 (B, classes). Tasks make a dict of them.
+        or (B,), or to multi-label 0 and 1 (B, classes). Several tasks give a dict of these.
         """
         x = (images - self.mean) / self.std if self.normalize else images
         if hasattr(self.model, 'encode_decode'):
@@ -48,92 +53,54 @@ class Deployed(nn.Module):
 
     @property
     def names(self):
-        """Of the outputs: one, or one for each task."""
+        """Names of the outputs: one, or one per task."""
         tasks = getattr(getattr(self.model, 'head', None), 'task_heads', None)
         return [self.output] if tasks is None else [f'{self.output}.{task}' for task in tasks]
 
     @property
     def channels(self):
-        """Of the input: those that the first convolution reads."""
+        """Input channels, read from the first convolution."""
         return next(x.in_channels for x in self.model.modules() if isinstance(x, nn.Conv2d))
 
-    @property
-    def channel_order(self):
-        """Of the input."""
-        if self.channels != 3:
-            return 'bands as loaded'
+    def describe(self, size):
+        """Describe input, output and classes for users of the file.
+
+        Args:
+            size (tuple[int, int]): Height and width of training images.
+
+        Returns:
+            dict[str, str]: Metadata of the file.
+        """
         preprocessor = self.model.data_preprocessor
-        converts = getattr(preprocessor, '_channel_conversion', False) or getattr(
-            preprocessor, 'to_rgb', False
+        if self.channels == 3:
+            flags = (getattr(preprocessor, x, False) for x in ('_channel_conversion', 'to_rgb'))
+            order = 'RGB' if any(flags) else 'BGR'  # OpenMMLab's loaders read BGR
+            values = '0 to 255'
+        else:
+            order, values = 'bands as loaded', 'values as loaded'
+        if not self.normalize and hasattr(preprocessor, 'mean'):
+            mean, std = (x.flatten().tolist() for x in (preprocessor.mean, preprocessor.std))
+            values = f'{values}, minus {mean}, divided by {std}'
+        meta = getattr(self.model, 'dataset_meta', None) or {}
+        return dict(
+            input=f'(batch, {self.channels}, height, width) float32, {order}, {values}',
+            output=self.output,
+            classes=json.dumps(meta.get('classes')),
+            palette=json.dumps(meta.get('palette')),
+            trained_at=json.dumps(list(size)),
+            mmvil=__version__,
         )
-        return 'RGB' if converts else 'BGR'  # OpenMMLab's loaders read BGR
 
 
-def describe(model, size):
-    """What a user of the file has to know, as text by key."""
-    meta = getattr(model.model, 'dataset_meta', None) or {}
-    loaded = '0 to 255' if model.channels == 3 else 'values as loaded'
-    if model.normalize or not hasattr(model.model.data_preprocessor, 'mean'):
-        values = loaded
-    else:
-        mean, std = (
-            getattr(model.model.data_preprocessor, name).flatten().tolist()
-            for name in ('mean', 'std')
-        )
-        values = f'{loaded}, minus {mean}, divided by {std}'
-    return dict(
-        input=f'(batch, {model.channels}, height, width) float32, {model.channel_order}, {values}',
-        output=model.output,
-        classes=json.dumps(meta.get('classes')),
-        palette=json.dumps(meta.get('palette')),
-        trained_at=json.dumps(list(size)),
-        mmvil=__version__,
-    )
-
-
-# -- The decision ----------------------------------------------------------------------------------
+# -- Decision rules --------------------------------------------------------------------------------
 #
-# The libraries' own code decides in a loop over images, which no exporter can trace, so its rules
-# stand here once more, for a batch. A rule is used where the model runs the very methods that the
-# rule was taken from, and nowhere else: a subclass that overrides one of them is refused.
-
-
-def label_of_pixel(model, logits):
-    """``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
-    if logits.shape[1] > 1:
-        return dict(logits=logits, probabilities=logits.softmax(1), labels=logits.argmax(1))
-    foreground = logits.sigmoid()
-    labels = (foreground > model.decode_head.threshold).squeeze(1).long()
-    return dict(logits=logits, probabilities=foreground, labels=labels)
-
-
-def one_label(head, logits):
-    """``ClsHead._get_predictions``."""
-    probabilities = logits.softmax(1)
-    return dict(logits=logits, probabilities=probabilities, labels=probabilities.argmax(1))
-
-
-def any_labels(head, logits):
-    """``MultiLabelClsHead._get_predictions``, the labels as 1 among 0 (B, classes)."""
-    probabilities = logits.sigmoid()
-    if head.thr is not None:
-        labels = (probabilities >= head.thr).long()
-    else:
-        highest = probabilities.topk(head.topk).indices
-        labels = torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
-    return dict(logits=logits, probabilities=probabilities, labels=labels)
-
-
-def runs(module, kind, *methods):
-    """Whether these methods of a module are those that the class ``kind`` has."""
-    return all(
-        getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
-        for name in methods
-    )
+# The libraries decide in a loop over images, which no exporter can trace, so their rules stand here
+# once more, for a batch. A rule is used only where the model runs the very methods that it was
+# taken from: a subclass that overrides one of them is refused.
 
 
 def decision(model, output):
-    """Find how a model goes on from the scores of its head.
+    """Find the rule by which a model derives an output from the scores of its head.
 
     Args:
         model (nn.Module): A segmentor or classifier.
@@ -143,7 +110,7 @@ def decision(model, output):
         Callable: Maps what the model's head returns to the output.
 
     Raises:
-        ValueError: If it does so by a rule that is not known here.
+        ValueError: If the rule is not known here.
     """
     if hasattr(model, 'encode_decode'):
         return segmentor_decision(model, output)
@@ -151,75 +118,67 @@ def decision(model, output):
         return head_decision(model, output)
     from mmpretrain.models import ImageClassifier, MultiTaskHead
 
-    if not runs(model, ImageClassifier, 'forward', 'predict'):
-        return no_decision(model, output)
-    if not runs(model.head, MultiTaskHead, 'forward', 'predict'):
+    if not _runs(model, ImageClassifier, 'forward', 'predict'):
+        return _unknown_decision(model, output)
+    if not _runs(model.head, MultiTaskHead, 'forward', 'predict'):
         return head_decision(model.head, output)
     tasks = {task: head_decision(head, output) for task, head in model.head.task_heads.items()}
-    return lambda scores: {
-        f'{output}.{task}': decide(scores[task]) for task, decide in tasks.items()
-    }
+    return lambda scores: {f'{output}.{task}': rule(scores[task]) for task, rule in tasks.items()}
 
 
 def segmentor_decision(model, output):
-    """:func:`decision` of what ``encode_decode`` returns."""
+    """Find the rule for what ``encode_decode`` of a segmentor returns, see :func:`decision`."""
     from mmseg.models import BaseSegmentor, EncoderDecoder
     from mmseg.models.decode_heads import DAHead, EncHead
     from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
     if not (
-        runs(model, BaseSegmentor, 'postprocess_result')
-        and runs(model, EncoderDecoder, 'predict', 'inference', 'whole_inference')
+        _runs(model, BaseSegmentor, 'postprocess_result')
+        and _runs(model, EncoderDecoder, 'predict', 'inference', 'whole_inference')
     ):
-        return no_decision(model, output)
+        return _unknown_decision(model, output)
     heads = model.decode_head
     head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
     if output == 'labels' and model.out_channels == 1 and not hasattr(heads, 'threshold'):
         raise ValueError(
-            f'--output labels: {type(model).__name__} with one logit has no threshold, its own '
-            'predict fails; use --output probabilities'
+            f"output 'labels': {type(model).__name__} with one logit has no threshold, its own "
+            'predict fails; use probabilities'
         )
     if output == 'probabilities' and not (
-        runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
+        _runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
         and any(
-            runs(head, kind, 'predict')
+            _runs(head, kind, 'predict')
             for kind in (BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead)
         )
     ):
-        return no_decision(head, output)
-    return lambda logits: label_of_pixel(model, logits)[output]
+        return _unknown_decision(head, output)
+    return lambda logits: _label_of_pixel(model, logits, output)
 
 
 def head_decision(head, output):
-    """:func:`decision` of what a head of one task returns, or a classifier without a head."""
-    from mmpretrain.models import (
-        ClsHead,
-        ConformerHead,
-        HuggingFaceClassifier,
-        MultiLabelClsHead,
-        TimmClassifier,
-    )
+    """Find the rule for what a head of mmpretrain returns, or a classifier without a head."""
+    from mmpretrain import models
 
-    if any(
-        runs(head, kind, 'predict', '_get_predictions')
-        for kind in (ClsHead, TimmClassifier, HuggingFaceClassifier)
-    ):
-        return lambda logits: one_label(head, logits)[output]
-    if runs(head, MultiLabelClsHead, 'predict', '_get_predictions'):
-        return lambda logits: any_labels(head, logits)[output]
-    if runs(head, ConformerHead, 'predict', '_get_predictions'):
-        return lambda branches: one_label(head, torch.add(*branches))[output]
-    return no_decision(head, output)
+    def runs(*kinds):
+        return any(_runs(head, kind, 'predict', '_get_predictions') for kind in kinds)
+
+    if runs(models.ClsHead, models.TimmClassifier, models.HuggingFaceClassifier):
+        return lambda logits: _one_label(logits, output)
+    if runs(models.MultiLabelClsHead):
+        return lambda logits: _any_labels(head, logits, output)
+    if runs(models.ConformerHead):
+        return lambda branches: _one_label(torch.add(*branches), output)
+    return _unknown_decision(head, output)
 
 
-def no_decision(module, output):
-    """:func:`decision` of a module whose rule is not known: logits, if they are one tensor."""
+def _unknown_decision(module, output):
+    """Return logits as they are if they are one tensor; raise for any other output."""
     name = type(module).__name__
     if output != 'logits':
         raise ValueError(
-            f'--output {output}: {name} has a rule of its own for what its predict returns, which '
-            'export does not know; use --output logits and apply that rule to them'
+            f'output {output!r}: {name} has a rule of its own for what its predict returns, which '
+            'export does not know; use logits and apply that rule to them'
         )
 
     def check(scores):
@@ -230,11 +189,51 @@ def no_decision(module, output):
     return check
 
 
-# -- The graph -------------------------------------------------------------------------------------
+def _runs(module, kind, *methods):
+    """Whether these methods of a module are those that the class ``kind`` has."""
+    return all(
+        getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
+        for name in methods
+    )
+
+
+def _label_of_pixel(model, logits, output):
+    """``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
+    if output == 'logits':
+        return logits
+    if logits.shape[1] > 1:
+        return logits.softmax(1) if output == 'probabilities' else logits.argmax(1)
+    foreground = logits.sigmoid()
+    if output == 'probabilities':
+        return foreground
+    return (foreground > model.decode_head.threshold).squeeze(1).long()
+
+
+def _one_label(logits, output):
+    """``ClsHead._get_predictions``."""
+    if output == 'logits':
+        return logits
+    return logits.softmax(1) if output == 'probabilities' else logits.softmax(1).argmax(1)
+
+
+def _any_labels(head, logits, output):
+    """``MultiLabelClsHead._get_predictions``, the labels as 0 and 1 (B, classes)."""
+    if output == 'logits':
+        return logits
+    probabilities = logits.sigmoid()
+    if output == 'probabilities':
+        return probabilities
+    if head.thr is not None:
+        return (probabilities >= head.thr).long()
+    highest = probabilities.topk(head.topk).indices
+    return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
+
+
+# -- Graph and file --------------------------------------------------------------------------------
 
 
 def adaptive_avg_pool2d(x, output_size):
-    """Adaptive average pooling as a product with the matrix of means, for any image size."""
+    """Adaptive average pooling of (..., H, W) as products with averaging matrices, for any size."""
     for dim, bins in zip((-1, -2), reversed(output_size)):
         size = x.shape[dim]
         index = torch.arange(bins, device=x.device).unsqueeze(1)
@@ -246,20 +245,20 @@ def adaptive_avg_pool2d(x, output_size):
 
 
 DECOMPOSITIONS = {torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d}
-"""Operators that exporters know for fixed sizes only, in operators that they know for all."""
+"""Operators that exporters know for fixed sizes only, as operators that they know for all."""
 
 
 def trace(model, size, static=False, chunk_size=None):
     """Trace a model.
 
     Args:
-        model (Deployed): Maps images (B, C, H, W) to a tensor; not changed.
+        model (Deployed): Model to trace; not changed.
         size (tuple[int, int]): Image size to trace with.
-        static (bool): One image of that size only. Default: False.
+        static (bool): Fix the input to one image of that size. Default: False.
         chunk_size (int, optional): Tokens in a chunk of the mLSTM.
 
     Returns:
-        torch.export.ExportedProgram: Without operators of mmvil.
+        torch.export.ExportedProgram: Graph without operators of mmvil.
     """
     from torch.fx.experimental import _config as shapes
 
@@ -277,13 +276,21 @@ def trace(model, size, static=False, chunk_size=None):
     with torch.no_grad(), shapes.patch(backed_size_oblivious=not static):
         program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
         program = program.run_decompositions(DECOMPOSITIONS)
-    # What is left of such conditions concerns strides, not values; the check below tries it.
+    # What is left of such conditions concerns strides, not values; comparing the file tries it.
     program._guards_code.clear()
     return program
 
 
-def save_onnx(program, out, opset, names, description):
-    """Write an ONNX file with names of its outputs and a description in its metadata."""
+def save_onnx(program, out, names, description=None, opset=20):
+    """Write an ONNX file.
+
+    Args:
+        program (ExportedProgram): Result of :func:`trace`.
+        out (str | Path): File to write.
+        names (list[str]): Names of the outputs.
+        description (dict[str, str], optional): Metadata, see :meth:`Deployed.describe`.
+        opset (int): Version of ONNX's operators. Default: 20.
+    """
     with torch.no_grad():
         onnx_program = torch.onnx.export(
             program,
@@ -293,21 +300,26 @@ def save_onnx(program, out, opset, names, description):
             output_names=names,
             verbose=False,
         )
-    onnx_program.model.metadata_props.update(description)
+    onnx_program.model.metadata_props.update(description or {})
     onnx_program.save(out)
 
 
-def save_pt2(program, out, description):
-    """Write a file for ``torch.export.load``, which needs torch alone."""
+def save_pt2(program, out, description=None):
+    """Write a file for ``torch.export.load``, with the description as ``description.json``."""
     torch.export.save(program, out, extra_files={'description.json': json.dumps(description)})
 
 
-# -- The check -------------------------------------------------------------------------------------
+def load_exported(path, format='onnx'):
+    """Load an exported file.
 
+    Args:
+        path (str | Path): The file.
+        format (str): 'onnx' or 'pt2'. Default: 'onnx'.
 
-def load(path, output_format):
-    """An exported file as a function from images to a tensor, or to tensors by name."""
-    if output_format == 'pt2':
+    Returns:
+        Callable: Maps images (B, C, H, W) to a tensor, or to a dict of tensors by name.
+    """
+    if format == 'pt2':
         module = torch.export.load(path).module()
         return lambda images: module(images)
     import onnxruntime
@@ -324,22 +336,20 @@ def load(path, output_format):
     return outputs
 
 
-def timed(function, images):
-    """The result, and the seconds of a second call."""
-    with torch.no_grad():
-        result = function(images)
-        start = time.perf_counter()
-        function(images)
-    return result, time.perf_counter() - start
+def compare_output(actual, expected, are_labels=False):
+    """Compare an output of an exported file with that of PyTorch.
 
+    Args:
+        actual, expected (Tensor): Outputs of the file and of PyTorch.
+        are_labels (bool): Whether they are labels instead of scores. Default: False.
 
-def by_name(result, names):
-    """Outputs as a dict, also where there is one only."""
-    return result if isinstance(result, dict) else {names[0]: result}
+    Returns:
+        tuple[float, str]: Largest difference relative to the largest score, or share of labels that
+        differ; and the same in words.
 
-
-def compare(actual, expected, are_labels):
-    """The difference of an output to that of PyTorch, see :func:`check`, as number and text."""
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if actual.shape != expected.shape:
         raise ValueError(
             f'the exported file returns the shape {tuple(actual.shape)} where PyTorch returns '
@@ -355,33 +365,3 @@ def compare(actual, expected, are_labels):
         same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
         said += f', same class {same:.3%}'
     return difference, said
-
-
-def check(model, exported, shapes):
-    """Compare an exported file with PyTorch on random images.
-
-    Args:
-        model (nn.Module): The model as it was built.
-        exported (Callable): Of :func:`load`.
-        shapes (list[tuple]): Of the images.
-
-    Returns:
-        float: The largest difference, relative to the largest output; of labels, the largest share
-        that differs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    differences = []
-    for shape in shapes:
-        images = torch.rand(shape, generator=generator) * 255
-        if not model.normalize:
-            images = images / 64 - 2
-        expected, seconds = timed(model, images)
-        actual, exported_seconds = timed(exported, images)
-        times = f'{exported_seconds * 1e3:.0f} ms, PyTorch {seconds * 1e3:.0f} ms'
-        expected, actual = by_name(expected, model.names), by_name(actual, model.names)
-        for name in model.names:
-            difference, said = compare(actual[name], expected[name], model.output == 'labels')
-            task = f'{name}: ' if len(model.names) > 1 else ''
-            print(f'  {"x".join(map(str, shape)):>16}: {task}{said}; {times}')
-            differences.append(difference)
-    return torch.tensor(differences).max().item()  # NaN, if there is one

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Plan a training: how much memory it takes, which batch fits, how to keep the recipe's batch.
+"""Plan a training: memory, largest batch, and options that keep the batch of the recipe.
 
 python tools/analysis_tools/plan.py configs/upernet_vil_b_ade20k.py --gpu-memory 24 --gpus 4
 python tools/analysis_tools/plan.py configs/vil_b_imagenet.py --measure    # on a GPU
@@ -19,29 +19,83 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from mmvil.apis.training_memory import GIB, Memory, amp_dtype, crop_size, measure
+from mmvil.apis.training_memory import (
+    GIB,
+    TrainingMemory,
+    amp_dtype,
+    measure_training,
+    training_size,
+)
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
 
-# -- Plan ------------------------------------------------------------------------------------------
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
+    add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
+    add(
+        '--headroom',
+        type=float,
+        default=0.1,
+        help="fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)",
+    )
+    add('--batch-size', type=int, help="images per update, in total (default: the recipe's)")
+    add('--shape', type=int, nargs='+', metavar='PIXELS', help='size of training images')
+    add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
+    add(
+        '--images-per-second',
+        type=float,
+        metavar='X',
+        help='throughput of one GPU, from --measure or a training log, to estimate the duration',
+    )
+    add('--json', metavar='FILE', help='write the numbers to a file, too')
+    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    add('--traceback', action='store_true', help='show the trace of an error')
+    return parser
+
+
+def check(args):
+    """Complete the arguments, and raise if they do not describe GPUs."""
+    if args.gpu_memory is None and torch.cuda.is_available():
+        args.gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    if args.gpu_memory is None:
+        raise UserError('there is no GPU here; add the memory of one in GiB, --gpu-memory 24')
+    if args.measure and not torch.cuda.is_available():
+        raise UserError('--measure needs a GPU')
+    if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
+        raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
+
+
+def recipe_batch(cfg):
+    """Batch size for which the learning rate of a config is meant."""
+    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    if base is None:
+        raise UserError(
+            'the config does not say for which batch its learning rate is meant; add --batch-size '
+            'or, for example, --cfg-options auto_scale_lr.base_batch_size=16'
+        )
+    return base
 
 
 def share(total, gpus, largest):
-    """Images per GPU and step, and steps to accumulate, for a batch; None if there is no way."""
-    if total % gpus:
-        return None
+    """Divide a batch into images per GPU and step, and accumulated steps; None if impossible."""
     for steps in range(1, total // gpus + 1):
-        if total // gpus % steps == 0 and total // gpus // steps <= largest:
-            return total // gpus // steps, steps
+        if total % (gpus * steps) == 0 and total // (gpus * steps) <= largest:
+            return total // (gpus * steps), steps
     return None
 
 
 def options_for(cfg, batch, steps):
-    """What --cfg-options has to say for ``batch`` images per GPU and ``steps`` accumulated ones.
+    """Options of --cfg-options for ``batch`` images per GPU and ``steps`` accumulated steps.
 
-    mmengine counts every forward pass as an iteration, so that whatever is told in iterations
-    becomes ``steps`` times as long.
+    mmengine counts every forward pass as an iteration, so everything given in iterations becomes
+    ``steps`` times as long.
     """
     options = {'train_dataloader.batch_size': batch}
     if steps == 1:
@@ -61,96 +115,43 @@ def options_for(cfg, batch, steps):
     return options
 
 
-def recipe_batch(cfg):
-    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
-    if base is None:
-        raise UserError(
-            'the config does not say for which batch its learning rate is: add '
-            '--cfg-options auto_scale_lr.base_batch_size=16, or as the case may be'
-        )
-    return base
-
-
-# -- Command line ----------------------------------------------------------------------------------
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def print_memory(args, cfg, memory, largest):
+    height, width = memory.size
+    precision = f'{amp_dtype(cfg) or torch.float32}'.removeprefix('torch.')
+    print(f'{args.config}: {height} x {width} pixels, {precision}')
+    for name, size in {**memory.always, 'each image of a step': memory.per_image()}.items():
+        print(f'  {name:32}{size / GIB:8.2f} GiB')
+    print(
+        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are left to CUDA. '
+        f'At most {largest} images fit on one GPU.'
     )
-    add = parser.add_argument
-    add('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
-    add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
-    add('--gpus', type=int, default=1, help='(%(default)s)')
-    add(
-        '--headroom',
-        type=float,
-        default=0.1,
-        help="part of the memory for CUDA itself, cuDNN's workspaces and fragments (%(default)s)",
-    )
-    add(
-        '--batch-size',
-        type=int,
-        help="images per update, in all (default: the recipe's)",
-    )
-    add('--shape', type=int, nargs='+', metavar='PIXELS', help='of training images')
-    add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
-    add(
-        '--images-per-second',
-        type=float,
-        metavar='X',
-        help='of one GPU, as --measure or a training log told: how long the recipe will take',
-    )
-    add('--json', metavar='FILE', help='write the numbers to a file, too')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the trace of an error')
-    return parser
 
 
-def gib(size):
-    return f'{size / GIB:8.2f} GiB'
-
-
-def check(args, cfg):
-    if args.shape:
-        cfg.planned_shape = (args.shape[0], args.shape[-1])
-    if args.gpu_memory is None and torch.cuda.is_available():
-        args.gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
-    if args.gpu_memory is None:
-        raise UserError('there is no GPU here: say by --gpu-memory 24 how many GiB one will have')
-    if args.measure and not torch.cuda.is_available():
-        raise UserError('--measure needs a GPU')
-    if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
-        raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
+def print_duration(args, cfg, total, speed):
+    speed *= args.gpus
+    print(f'{args.gpus} such GPUs: at best {speed:.1f} images/s', end='')
+    if cfg.train_cfg.get('max_iters'):
+        hours = total * cfg.train_cfg.max_iters / speed / 3600
+        print(f', {hours:.1f} hours for the training', end='')
+    print('.')
 
 
 def main():
     args = parse_args(make_parser())
     cfg = load_config(args.config, args.cfg_options)
-    check(args, cfg)
+    check(args)
     total = args.batch_size or recipe_batch(cfg)
-    memory = Memory(cfg, args.gpus)
+    size = (args.shape[0], args.shape[-1]) if args.shape else training_size(cfg)
+    memory = TrainingMemory(cfg, args.gpus, size)
     try:
         largest = memory.largest_batch(args.gpu_memory * GIB * (1 - args.headroom))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f'this model cannot be followed on shapes alone, something in it depends on data '
-            f'({error.func}); try batches on the GPU instead'
+            f'the memory of this model depends on data ({error.func}), not on shapes alone; try '
+            'batches on the GPU instead'
         ) from error
-
-    height, width = crop_size(cfg)
-    precision = f'{amp_dtype(cfg) or torch.float32}'.removeprefix('torch.')
-    print(f'{args.config}: {height} x {width} pixels, {precision}')
-    for name, size in memory.always.items():
-        print(f'  {name:32}{size / GIB:8.2f} GiB')
-    print(f'  {"each image of a step":32}{memory.per_image() / GIB:8.2f} GiB')
-    print(
-        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are left to CUDA. '
-        f'At most {largest} images fit on one GPU.'
-    )
+    print_memory(args, cfg, memory, largest)
     shared = share(total, args.gpus, largest)
-    report = dict(largest_batch=largest, batch=total, gpus=args.gpus, always=memory.always)
-    report.update(per_image=memory.per_image())
     if shared is None:
         raise UserError(
             f'a batch of {total} does not go into {args.gpus} GPUs with at most {largest} images '
@@ -159,31 +160,37 @@ def main():
         )
     batch, steps = shared
     options = options_for(cfg, batch, steps)
-    report.update(batch_per_gpu=batch, accumulated=steps, options=options)
-    report.update(bytes=memory.total(max(batch, 2)))
+    needed = memory.total(max(batch, 2))
     print(
         f'Batch {total} = {args.gpus} GPU(s) x {batch} images x {steps} accumulated step(s), '
-        f'{memory.total(max(batch, 2)) / GIB:.2f} GiB per GPU:\n'
+        f'{needed / GIB:.2f} GiB per GPU:\n'
     )
     print('  --cfg-options ' + ' \\\n    '.join(f'{key}={value}' for key, value in options.items()))
     if steps > 1 and cfg.default_scope == 'mmseg':
         print('\nBatch norm and the mean over labelled pixels are those of one step.')
+    report = dict(
+        largest_batch=largest,
+        batch=total,
+        gpus=args.gpus,
+        always=memory.always,
+        per_image=memory.per_image(),
+        batch_per_gpu=batch,
+        accumulated=steps,
+        options=options,
+        bytes=needed,
+    )
 
     speed = args.images_per_second
     if args.measure:
-        peak, speed = measure(cfg, batch)
-        predicted = Memory(cfg).total(batch)
+        peak, speed = measure_training(cfg, batch, size)
+        predicted = TrainingMemory(cfg, size=size).total(batch)
         report.update(measured_bytes=peak, images_per_second=speed)
         print(
             f'\nMeasured with {batch} images on one {torch.cuda.get_device_name()}: '
             f'{peak / GIB:.2f} GiB (predicted {predicted / GIB:.2f}), {speed:.1f} images/s.'
         )
     if speed:
-        print(f'{args.gpus} such GPUs: at best {args.gpus * speed:.1f} images/s', end='')
-        if cfg.train_cfg.get('max_iters'):
-            images = total * cfg.train_cfg.max_iters
-            print(f', {images / (args.gpus * speed) / 3600:.1f} hours for the training', end='')
-        print('.')
+        print_duration(args, cfg, total, speed)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
 
