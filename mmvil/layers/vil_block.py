@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from ..ops import mlstm
@@ -328,8 +329,8 @@ FUSED_SUBMODULES = dict(
 )
 """The submodules of a block that the fused layer stands for, with their exact types."""
 
-PLAIN_TENSORS = {Tensor, nn.Parameter, type(None)}
-"""Types of weights that the fused layer computes with; subclasses define operations anew."""
+PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+"""Types of weights that the fused layer computes with; other subclasses define operations anew."""
 
 
 def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ python tools/analysis_tools/benchmark.py --backends parallel chunkwise --lean on
 python tools/analysis_tools/benchmark.py --timm convnext_tiny --config configs/upernet_r18_camvid.py
 
 All models take turns, round after round, and each is compared with DeiT inside the round: what else
-the machine does then hits all of them alike, and ratios can be trusted where times can not.
+the machine does then affects all of them alike, and ratios can be trusted where times cannot.
 """
 
 import argparse
@@ -19,45 +19,103 @@ from pathlib import Path
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmvil
+from mmvil.apis.measure import MODES, compare
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
 from mmvil.engine.cpu import keep_freed_memory
-from mmvil.ops.flops import flop_formulas
 
-DEIT = {
-    'tiny': 'deit_tiny_patch16_224',
-    'small': 'deit_small_patch16_224',
-    'base': 'deit_base_patch16_224',
-}
-SECONDS = 0.2
-"""A measurement repeats short steps for about that long."""
+ARCHS = ('tiny', 'small', 'base')
 
 
-# -- Contenders: functions from an image size to a model ------------------------------------------
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--arch', choices=ARCHS, default='tiny', help='size of ViL and DeiT (%(default)s)')
+    add(
+        '--backends',
+        nargs='+',
+        choices=[name for name in mmvil.ops.BACKENDS if name != 'reference'],
+        default=['auto'],
+        help='forms of the mLSTM (auto)',
+    )
+    add(
+        '--lean',
+        nargs='+',
+        choices=['on', 'off'],
+        default=['on'],
+        help='keep little for the backward pass, or everything, or both in turn (on)',
+    )
+    add('--compile', action='store_true', help='each model once more with torch.compile')
+    add('--timm', nargs='+', default=[], metavar='NAME', help='more models, from timm')
+    add('--config', nargs='+', default=[], help='more models: the backbones of configs')
+    add(
+        '--sizes',
+        type=int,
+        nargs='+',
+        default=[224, 512, 1024],
+        metavar='PIXELS',
+        help='square images, multiples of 16 pixels (224 512 1024)',
+    )
+    add(
+        '--batch',
+        type=int,
+        nargs='+',
+        help='images, one number for all sizes or one for each (8 at 224 pixels, fewer above)',
+    )
+    add('--modes', nargs='+', choices=MODES, default=list(MODES))
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
+    add('--amp', choices=['float16', 'bfloat16'], help='autocast (default: float32)')
+    add('--rounds', type=int, default=7, help='measurements of each model (%(default)s)')
+    add('--threads', type=int, help='CPU threads (default: chosen by torch)')
+    add('--json', type=Path, metavar='FILE', help='write all measurements')
+    add('--plot', type=Path, metavar='FILE.png', help='plot time and memory over the image size')
+    add('--traceback', action='store_true', help='show the trace of an error')
+    return parser
 
 
-def make_contenders(args):
-    """Name and builder of each model, DeiT first."""
-    arch = args.arch
-    contenders = {f'DeiT-{arch}': timm_builder(DEIT[arch])}
+def check(args):
+    """Complete the arguments, and raise if something cannot be measured."""
+    wrong = [size for size in args.sizes if size < 16 or size % 16]
+    if wrong:
+        raise UserError(f'--sizes must be multiples of 16 pixels, but {wrong[0]} is not')
+    if args.batch is None:
+        args.batch = [max(1, round(8 * (224 / size) ** 2)) for size in args.sizes]
+    elif len(args.batch) == 1:
+        args.batch *= len(args.sizes)
+    if len(args.batch) != len(args.sizes):
+        raise UserError(f'--batch takes one number or {len(args.sizes)}, one for each of --sizes')
+    if min(args.rounds, *args.batch) < 1:
+        raise UserError('--rounds and --batch must be at least 1')
+    args.modes = sorted(set(args.modes))
+    args.device = torch.device(args.device)
+    if args.device.type == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda, but torch sees no GPU here')
+    for file in filter(None, (args.json, args.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+# -- Models: functions from an image size ----------------------------------------------------------
+
+
+def make_builders(args):
+    """Builder of each model by name, DeiT first."""
+    builders = {f'DeiT-{args.arch}': timm_builder(f'deit_{args.arch}_patch16_224')}
     for backend in args.backends:
         for lean in args.lean:
-            options = dict(arch=arch, backend=backend, lean=lean == 'on')
-            name = f'ViL-{arch}'
+            name = f'ViL-{args.arch}'
             name += '' if backend == 'auto' else f' {backend}'
             name += '' if lean == 'on' else ' keeping all'
-            contenders[name] = vil_builder(**options)
-    contenders.update((name, timm_builder(name)) for name in args.timm)
-    contenders.update((Path(path).stem, config_builder(path)) for path in args.config)
+            builders[name] = vil_builder(arch=args.arch, backend=backend, lean=lean == 'on')
+    builders.update((name, timm_builder(name)) for name in args.timm)
+    builders.update((Path(path).stem, config_builder(path)) for path in args.config)
     if args.compile:
-        contenders.update(
-            {f'{name} compiled': compiled(build) for name, build in contenders.items()}
-        )
-    return contenders
+        builders.update({f'{name} compiled': compiled(build) for name, build in builders.items()})
+    return builders
 
 
 def vil_builder(**options):
@@ -70,12 +128,12 @@ def timm_builder(name):
     except ImportError:
         raise UserError('DeiT comes from timm, which is not installed: pip install timm') from None
     if not timm.is_model(name):
-        raise UserError(f'timm has no model {name!r}; timm.list_models() names them')
+        raise UserError(f'timm has no model {name!r}; see timm.list_models()')
 
     def build(size):
         try:
             return timm.create_model(name, img_size=size, num_classes=0)
-        except TypeError:  # networks for any size, such as convolutional ones
+        except TypeError:  # models for any size, such as convolutional ones
             return timm.create_model(name, num_classes=0)
 
     return build
@@ -98,169 +156,20 @@ def compiled(build):
     return lambda size: torch.compile(build(size), dynamic=False)
 
 
-# -- Measurements ---------------------------------------------------------------------------------
+# -- Report ----------------------------------------------------------------------------------------
 
 
-def forward(model, image, amp):
-    if amp is None:
-        return model(image)
-    with torch.autocast(image.device.type, dtype=amp):
-        return model(image)
-
-
-def backward(outputs):
-    outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-    sum(output.float().mean() for output in outputs).backward()
-
-
-def step(model, image, mode, amp):
-    """One forward pass for inference, or one forward and backward pass."""
-    if mode == 'forward':
-        with torch.no_grad():
-            forward(model, image, amp)
-    else:
-        model.zero_grad(set_to_none=True)
-        backward(forward(model, image, amp))
-
-
-def seconds(model, image, mode, amp, repeats=1):
-    """Mean time of a step."""
-    model.train(mode == 'training')
-    synchronize(image.device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step(model, image, mode, amp)
-    synchronize(image.device)
-    return (time.perf_counter() - start) / repeats
-
-
-def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(model, image, mode, amp):
-    """Memory that a step needs beside weights and image, gradients included; None on a CPU."""
-    if image.device.type != 'cuda':
-        return None
-    model.zero_grad(set_to_none=True)
-    before = torch.cuda.memory_allocated(image.device)
-    torch.cuda.reset_peak_memory_stats(image.device)
-    seconds(model, image, mode, amp)
-    return torch.cuda.max_memory_allocated(image.device) - before
-
-
-def saved_bytes(model, image, amp=None):
-    """What autograd keeps between forward and backward, parameters not counted.
-
-    Returns:
-        tuple[int, list[Tensor]]: Bytes in distinct storages, and the model's outputs, which hold
-        the graph.
-    """
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward(model, image, amp)
-    return sum(kept.values()), outputs
-
-
-def count(model, image, modes, amp):
-    """Saved bytes, and multiply-adds by mode, of a batch."""
-    model.train('training' in modes)
-    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        saved, outputs = saved_bytes(model, image, amp)
-        multiply_adds = dict(forward=counter.get_total_flops() // 2)
-        if 'training' in modes:
-            backward(outputs)
-            multiply_adds['training'] = counter.get_total_flops() // 2
-    model.zero_grad(set_to_none=True)
-    return saved, multiply_adds
-
-
-def compare(contenders, size, batch, args, progress):
-    """Measure all contenders at one image size.
-
-    Returns:
-        list[dict]: A record for each contender and mode. Contenders that run out of memory have
-        none.
-    """
-    amp = getattr(torch, args.amp) if args.amp else None
-    image = torch.randn(batch, 3, size, size, device=args.device)
-    models, counts = {}, {}
-    for name, build in contenders.items():
-        progress(f'{size} x {size}: building and counting {name}')
-        try:
-            models[name] = build(size).to(args.device)
-            # The numbers of compiled models are those of their eager twins.
-            if not name.endswith(' compiled'):
-                counts[name] = count(models[name], image[:1].clone(), args.modes, amp)
-        except RuntimeError as error:
-            drop_if_out_of_memory(models, name, error)
-
-    records = []
-    for mode in args.modes:
-        repeats, peaks, times = {}, {}, {}
-        if args.compile:  # else versions of earlier modes and sizes fill the compiler's cache
-            torch.compiler.reset()
-        for name in list(models):
-            progress(f'{size} x {size}, {mode}: warming up {name}')
-            try:
-                seconds(models[name], image, mode, amp)
-                repeats[name] = max(1, int(SECONDS / seconds(models[name], image, mode, amp)))
-                peaks[name] = peak_bytes(models[name], image, mode, amp)
-                times[name] = []
-            except RuntimeError as error:
-                drop_if_out_of_memory(models, name, error)
-        for number in range(args.rounds):
-            progress(f'{size} x {size}, {mode}: round {number + 1} of {args.rounds}')
-            for name in times:
-                times[name].append(seconds(models[name], image, mode, amp, repeats[name]) / batch)
-        for name in times:
-            saved, multiply_adds = counts.get(name, (None, {}))
-            records.append(
-                dict(
-                    model=name,
-                    size=size,
-                    batch=batch,
-                    mode=mode,
-                    seconds_per_image=times[name],
-                    peak_bytes=peaks[name],
-                    saved_bytes_per_image=saved,
-                    multiply_adds_per_image=multiply_adds.get(mode),
-                )
-            )
-    return records
-
-
-def drop_if_out_of_memory(models, name, error):
-    """Go on without a model that needs too much memory; raise any other error."""
-    if 'memory' not in str(error):
-        raise error
-    models.pop(name, None)
-    print(f'{name}: out of memory', flush=True)
-
-
-# -- Report ---------------------------------------------------------------------------------------
-
-
-def add_ratios(records):
-    """Relate each model to the first one, which is DeiT, inside each round."""
-    for record in records:
-        base = next(
-            other
-            for other in records
-            if (other['size'], other['mode']) == (record['size'], record['mode'])
-        )
-        pairs = zip(record['seconds_per_image'], base['seconds_per_image'])
-        record['time_ratio'] = statistics.median(own / other for own, other in pairs)
-        record['ratio_to'] = base['model']
+def describe(args):
+    """Versions, hardware and precision of the measurements."""
+    cpu = f'CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})'
+    on_gpu = args.device.type == 'cuda'
+    return dict(
+        mmvil=mmvil.__version__,
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name(args.device) if on_gpu else cpu,
+        threads=torch.get_num_threads(),
+        dtype=f'{args.amp} autocast' if args.amp else 'float32',
+    )
 
 
 def print_table(records):
@@ -280,7 +189,7 @@ def print_table(records):
             f'{scaled(record["peak_bytes"], 1e6):>8}'
         )
     print(
-        f'\nratio: time relative to {records[0]["ratio_to"]}, median of the rounds.  GMACs: 1e9 '
+        f'\nratio: time relative to {records[0]["ratio_to"]}, median over rounds.  GMACs: 1e9 '
         'multiply-adds per image, executed.\nsaved: kept by autograd for the backward pass, per '
         'image, 1 MB = 1e6 bytes.  peak: of the batch, beside the weights (GPU only).'
     )
@@ -290,17 +199,17 @@ def scaled(number, unit):
     return '-' if number is None else f'{number / unit:.1f}'
 
 
-def plot(records, modes, path):
-    """Time per token for each mode, and saved bytes, against the image size."""
+def plot(records, path):
+    """Plot time per patch for each mode, and saved bytes, over the image size."""
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    figure, axes = plt.subplots(
-        1, len(modes) + 1, figsize=(4 * len(modes) + 4, 3.6), layout='constrained'
-    )
+    modes = list(dict.fromkeys(record['mode'] for record in records))
+    size = (4 * len(modes) + 4, 3.6)
+    figure, axes = plt.subplots(1, len(modes) + 1, figsize=size, layout='constrained')
     for name in dict.fromkeys(record['model'] for record in records):
         own = [record for record in records if record['model'] == name]
         for mode, axis in zip(modes, axes):
@@ -310,11 +219,8 @@ def plot(records, modes, path):
                 if r['mode'] == mode
             ]
             axis.plot(*zip(*points), marker='o', label=name)
-        points = [
-            (r['size'], r['saved_bytes_per_image'] / 1e6)
-            for r in own
-            if r['saved_bytes_per_image'] is not None
-        ]
+        saved = [(r['size'], r['saved_bytes_per_image']) for r in own]
+        points = [(size, kept / 1e6) for size, kept in saved if kept is not None]
         if points:
             axes[-1].plot(*zip(*points), marker='o', label=name)
     titles = [f'{mode}: µs per 16 x 16 patch' for mode in modes]
@@ -330,99 +236,12 @@ def plot(records, modes, path):
     figure.savefig(path, dpi=120)
 
 
-# -- Command line ---------------------------------------------------------------------------------
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add('--arch', choices=list(DEIT), default='tiny', help='of ViL and DeiT (%(default)s)')
-    add(
-        '--backends',
-        nargs='+',
-        choices=[name for name in mmvil.ops.BACKENDS if name != 'reference'],
-        default=['auto'],
-        help='forms of the mLSTM (auto)',
-    )
-    add(
-        '--lean',
-        nargs='+',
-        choices=['on', 'off'],
-        default=['on'],
-        help='keep little for the backward pass, or everything, or both in turn (on)',
-    )
-    add('--compile', action='store_true', help='each model once more with torch.compile')
-    add('--timm', nargs='+', default=[], metavar='NAME', help='more models, of timm')
-    add('--config', nargs='+', default=[], help='more models: the backbones of configs')
-    add(
-        '--sizes',
-        type=int,
-        nargs='+',
-        default=[224, 512, 1024],
-        metavar='PIXELS',
-        help='square images, multiples of 16 pixels (224 512 1024)',
-    )
-    add(
-        '--batch',
-        type=int,
-        nargs='+',
-        help='images, one number for all sizes or one for each (8 at 224 pixels, fewer above)',
-    )
-    add('--modes', nargs='+', choices=['forward', 'training'], default=['forward', 'training'])
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
-    add('--amp', choices=['float16', 'bfloat16'], help='autocast (without: float32)')
-    add('--rounds', type=int, default=7, help='turns that each model takes (%(default)s)')
-    add('--threads', type=int, help='CPU threads (as torch chooses)')
-    add('--json', type=Path, metavar='FILE', help='write all measurements')
-    add('--plot', type=Path, metavar='FILE.png', help='draw time and memory against image size')
-    add('--traceback', action='store_true', help='show the trace of an error')
-    return parser
-
-
-def check(args):
-    wrong = [size for size in args.sizes if size < 16 or size % 16]
-    if wrong:
-        raise UserError(f'--sizes must be multiples of 16 pixels, but {wrong[0]} is not')
-    if args.batch is None:
-        args.batch = [max(1, round(8 * (224 / size) ** 2)) for size in args.sizes]
-    elif len(args.batch) == 1:
-        args.batch *= len(args.sizes)
-    if len(args.batch) != len(args.sizes):
-        raise UserError(f'--batch wants one number or {len(args.sizes)}, one for each of --sizes')
-    if min(args.rounds, *args.batch) < 1:
-        raise UserError('--rounds and --batch must be at least 1')
-    args.modes = sorted(set(args.modes))
-    args.device = torch.device(args.device)
-    if args.device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch sees no GPU here')
-    for file in filter(None, (args.json, args.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-
-def describe(args):
-    """Where the numbers come from."""
-    on_gpu = args.device.type == 'cuda'
-    return dict(
-        mmvil=mmvil.__version__,
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name(args.device) if on_gpu else cpu_name(),
-        threads=torch.get_num_threads(),
-        dtype=f'{args.amp} autocast' if args.amp else 'float32',
-    )
-
-
-def cpu_name():
-    return f'CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})'
-
-
 def main():
     args = parse_args(make_parser())
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if torch.device(args.device).type == 'cpu':
+    if args.device.type == 'cpu':
         keep_freed_memory()  # as training and testing do
     start = time.perf_counter()
 
@@ -431,10 +250,11 @@ def main():
 
     environment = describe(args)
     print(', '.join(f'{key} {value}' for key, value in environment.items()))
-    contenders, records = make_contenders(args), []
+    builders, records = make_builders(args), []
+    amp = getattr(torch, args.amp) if args.amp else None
     for size, batch in zip(args.sizes, args.batch):
-        records += compare(contenders, size, batch, args, progress)
-        add_ratios(records)
+        image = torch.randn(batch, 3, size, size, device=args.device)
+        records += compare(builders, image, args.modes, amp, args.rounds, progress)
         if args.json:  # after each size: an interruption costs no results
             report = dict(environment=environment, command=sys.argv[1:], results=records)
             args.json.write_text(json.dumps(report, indent=1) + '\n')
@@ -442,7 +262,7 @@ def main():
         raise UserError('no model fits into the memory')
     print_table(records)
     if args.plot:
-        plot(records, args.modes, args.plot)
+        plot(records, args.plot)
         print(f'Plot: {args.plot}')
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Plan a training: how much memory it takes, which batch fits, how to keep the recipe's batch.
+"""Plan a training: memory, largest batch, and options that keep the batch of the recipe.
 
 python tools/analysis_tools/plan.py configs/upernet_vil_b_ade20k.py --gpu-memory 24 --gpus 4
 python tools/analysis_tools/plan.py configs/vil_b_imagenet.py --measure    # on a GPU
@@ -10,293 +10,92 @@ takes seconds, no GPU and no memory. With --measure, a step runs on the GPU at h
 
 import argparse
 import json
-import time
-import warnings
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from mmengine.config import DictAction
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+from mmvil.apis.training_memory import (
+    GIB,
+    TrainingMemory,
+    amp_dtype,
+    measure_training,
+    training_size,
+)
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
-from mmvil.layers import DropPath
-
-GIB = 2**30
-BLOCK = 512
-"""torch's CUDA allocator hands out memory in blocks of that many bytes."""
-BATCHES = 64, 128
-"""Two batches that tell what an image costs. In small ones the gradients outweigh the activations,
-and a step takes the most memory at its end.
-"""
 
 
-# -- Memory ----------------------------------------------------------------------------------------
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
+    add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
+    add(
+        '--headroom',
+        type=float,
+        default=0.1,
+        help="fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)",
+    )
+    add('--batch-size', type=int, help="images per update, in total (default: the recipe's)")
+    add('--shape', type=int, nargs='+', metavar='PIXELS', help='size of training images')
+    add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
+    add(
+        '--images-per-second',
+        type=float,
+        metavar='X',
+        help='throughput of one GPU, from --measure or a training log, to estimate the duration',
+    )
+    add('--json', metavar='FILE', help='write the numbers to a file, too')
+    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    add('--traceback', action='store_true', help='show the trace of an error')
+    return parser
 
 
-class AllocationCounter(TorchDispatchMode):
-    """Follow how many bytes the results of operations hold, now (freed ones included) and at
-    most.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, result)
-        return result
-
-    def ignore(self, tensors):
-        """Leave out the storages of tensors that are counted elsewhere."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = StorageWeakRef(storage), 0
-
-    def _count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._alive:
-            size = -(-storage.nbytes() // BLOCK) * BLOCK
-            self._alive[storage._cdata] = StorageWeakRef(storage), size
-            self.now += size
-            if self.now > self.peak:  # only then does it matter what was freed
-                self._forget_freed()
-                self.peak = max(self.peak, self.now)
-
-    def _forget_freed(self):
-        for address, (reference, size) in list(self._alive.items()):
-            if reference.expired():
-                del self._alive[address]
-                self.now -= size
+def check(args):
+    """Complete the arguments, and raise if they do not describe GPUs."""
+    if args.gpu_memory is None and torch.cuda.is_available():
+        args.gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    if args.gpu_memory is None:
+        raise UserError('there is no GPU here; add the memory of one in GiB, --gpu-memory 24')
+    if args.measure and not torch.cuda.is_available():
+        raise UserError('--measure needs a GPU')
+    if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
+        raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
 
 
-def step_bytes(model, cfg, batch, device='cpu'):
-    """The most that one training step holds at a time, beside weights and optimizer state.
-
-    Args:
-        model (nn.Module): On ``device``, or with fake weights inside its FakeTensorMode.
-        cfg (Config): Of the training.
-        batch (int): Number of images.
-        device (str): Default: 'cpu'.
-
-    Returns:
-        int: Bytes of input, activations, temporaries and gradients.
-    """
-    counter = AllocationCounter()
-    counter.ignore([*model.parameters(), *model.buffers()])
-    with counter:
-        train_step(model, cfg, batch, device)
-    model.zero_grad(set_to_none=True)
-    return counter.peak
-
-
-def train_step(model, cfg, batch, device):
-    """Forward and backward pass of a batch of random images."""
-    inputs, samples = random_batch(cfg, batch, device)
-    with autocast(cfg, device):
-        losses = model.loss(inputs, samples)
-    loss, _ = model.parse_losses(losses)
-    loss.backward()
-
-
-def random_batch(cfg, batch, device):
-    """Normalized images (B, C, H, W) of the training size, and samples with labels."""
-    height, width = crop_size(cfg)
-    inputs = torch.randn(batch, cfg.model.backbone.get('in_channels', 3), height, width).to(device)
-    if cfg.default_scope == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        classes = heads(cfg)[0].num_classes
-        labels = torch.randint(classes, (batch, 1, height, width)).to(device)
-        return inputs, [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
-    from mmpretrain.structures import DataSample
-
-    scores = torch.rand(batch, cfg.model.head.num_classes).softmax(1).to(device)
-    return inputs, [DataSample().set_gt_score(score) for score in scores]
-
-
-def crop_size(cfg):
-    """Height and width of training images."""
-    size = cfg.get('planned_shape') or cfg.model.get('data_preprocessor', {}).get('size')
-    size = size or cfg.model.backbone.get('img_size')
-    if size is None:
-        raise UserError('the config does not say how large training images are: give --shape')
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def heads(cfg):
-    found = cfg.model.get('decode_head')
-    return found if isinstance(found, list) else [found]
-
-
-def amp_dtype(cfg):
-    """The dtype of autocast; None in float32."""
-    wrapper = cfg.optim_wrapper
-    if wrapper.get('type') != 'AmpOptimWrapper':
-        return None
-    return getattr(torch, wrapper.get('dtype') or 'float16')
-
-
-@contextmanager
-def autocast(cfg, device):
-    """Mixed precision as on a GPU.
-
-    A CPU's autocast differs in two things that count: it knows bfloat16 (as many bytes as float16),
-    and leaves the loss in half precision.
-    """
-    dtype = amp_dtype(cfg)
-    if dtype is None or device != 'cpu':
-        with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
-            yield
-        return
-    cross_entropy = F.cross_entropy
-
-    def in_float32(logits, *args, **kwargs):
-        return cross_entropy(logits.float(), *args, **kwargs)
-
-    with (
-        torch.autocast('cpu', dtype=torch.bfloat16),
-        mock.patch.object(F, 'cross_entropy', in_float32),
-    ):
-        yield
-
-
-class Memory:
-    """Bytes of a training, as far as they follow from shapes.
-
-    Args:
-        cfg (Config): Of the training.
-        gpus (int): More than one: data parallel training, which buffers the gradients.
-    """
-
-    def __init__(self, cfg, gpus=1):
-        self.cfg = cfg
-        self.model = build_model(cfg)
-        self.mode = FakeTensorMode()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        weights = bytes_of(self.model.state_dict().values())
-        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        averaged = any(hook and hook.get('type') == 'EMAHook' for hook in hooks)
-        self.always = dict(weights=weights)
-        self.always['optimizer state'] = int(optimizer_state(cfg) * bytes_of(trained))
-        if averaged:
-            self.always['averaged weights (EMA)'] = weights
-        if gpus > 1:
-            self.always['buffers of gradients (DDP)'] = bytes_of(trained)
-        self._steps = {}
-        with self.mode:
-            make_fake(self.model)
-
-    def step(self, batch):
-        """Bytes that a step takes at most: input, activations, temporaries and gradients."""
-        if batch not in self._steps:
-            with self.mode, without_what_depends_on_data():
-                self._steps[batch] = step_bytes(self.model, self.cfg, batch)
-        return self._steps[batch]
-
-    def total(self, batch):
-        """Bytes of a training with that many images on a GPU."""
-        return sum(self.always.values()) + self.step(batch)
-
-    def per_image(self):
-        """Bytes that an image more costs."""
-        small, large = BATCHES
-        return (self.step(large) - self.step(small)) / (large - small)
-
-    def largest_batch(self, limit):
-        """The largest number of images whose step fits into ``limit`` bytes."""
-        batch = int((limit - self.total(BATCHES[0])) / self.per_image()) + BATCHES[0]
-        while batch > 0 and self.total(max(batch, 2)) > limit:
-            excess = self.total(max(batch, 2)) - limit
-            batch -= max(1, int(excess / self.per_image()))
-        return max(batch, 0)
-
-
-def bytes_of(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def build_model(cfg):
-    """The model of a config in training mode, with everything that is dropped at random kept."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if cfg.get('default_scope') not in ('mmseg', 'mmpretrain'):
-        raise UserError('plan.py knows configs of mmseg and mmpretrain')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the libraries' own deprecations
-        model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
-    for module in model.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0
-    return model
-
-
-def make_fake(model):
-    """Replace weights and buffers by shapes. Inside a FakeTensorMode."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = torch.nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def without_what_depends_on_data():
-    """mmseg's accuracy, for the log, selects the labelled pixels: a shape that data decide."""
-    try:
-        from mmseg.models.decode_heads import decode_head
-    except ImportError:
-        return nullcontext()
-    return mock.patch.object(decode_head, 'accuracy', lambda pred, *_, **__: pred.new_zeros(1))
-
-
-def optimizer_state(cfg):
-    """How many numbers the optimizer keeps for each weight."""
-    numel = 1000
-    weight = torch.nn.Parameter(torch.zeros(numel))
-    options = {**cfg.optim_wrapper.optimizer, 'params': [weight]}
-    optimizer = OPTIMIZERS.build(options)
-    weight.grad = torch.ones(numel)
-    optimizer.step()
-    kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
-    return sum(value.numel() for value in kept if value.numel() > 1) / numel
-
-
-# -- Plan ------------------------------------------------------------------------------------------
+def recipe_batch(cfg):
+    """Batch size for which the learning rate of a config is meant."""
+    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    if base is None:
+        raise UserError(
+            'the config does not say for which batch its learning rate is meant; add --batch-size '
+            'or, for example, --cfg-options auto_scale_lr.base_batch_size=16'
+        )
+    return base
 
 
 def share(total, gpus, largest):
-    """Images per GPU and step, and steps to accumulate, for a batch; None if there is no way."""
-    if total % gpus:
-        return None
+    """Divide a batch into images per GPU and step, and accumulated steps; None if impossible."""
     for steps in range(1, total // gpus + 1):
-        if total // gpus % steps == 0 and total // gpus // steps <= largest:
-            return total // gpus // steps, steps
+        if total % (gpus * steps) == 0 and total // (gpus * steps) <= largest:
+            return total // (gpus * steps), steps
     return None
 
 
 def options_for(cfg, batch, steps):
-    """What --cfg-options has to say for ``batch`` images per GPU and ``steps`` accumulated ones.
+    """Options of --cfg-options for ``batch`` images per GPU and ``steps`` accumulated steps.
 
-    mmengine counts every forward pass as an iteration, so that whatever is told in iterations
-    becomes ``steps`` times as long.
+    mmengine counts every forward pass as an iteration, so everything given in iterations becomes
+    ``steps`` times as long.
     """
     options = {'train_dataloader.batch_size': batch}
     if steps == 1:
@@ -316,123 +115,43 @@ def options_for(cfg, batch, steps):
     return options
 
 
-def recipe_batch(cfg):
-    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
-    if base is None:
-        raise UserError(
-            'the config does not say for which batch its learning rate is: add '
-            '--cfg-options auto_scale_lr.base_batch_size=16, or as the case may be'
-        )
-    return base
-
-
-# -- Measurement -----------------------------------------------------------------------------------
-
-
-def measure(cfg, batch, rounds=5):
-    """One training on the GPU at hand.
-
-    Returns:
-        tuple[float, float]: Peak bytes that torch allocated, and images per second.
-    """
-    model = build_model(cfg).cuda()
-    optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': model.parameters()})
-
-    def step():
-        train_step(model, cfg, batch, 'cuda')
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()  # makes the optimizer's state
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(), rounds * batch / (time.perf_counter() - start)
-
-
-# -- Command line ----------------------------------------------------------------------------------
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def print_memory(args, cfg, memory, largest):
+    height, width = memory.size
+    precision = f'{amp_dtype(cfg) or torch.float32}'.removeprefix('torch.')
+    print(f'{args.config}: {height} x {width} pixels, {precision}')
+    for name, size in {**memory.always, 'each image of a step': memory.per_image()}.items():
+        print(f'  {name:32}{size / GIB:8.2f} GiB')
+    print(
+        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are left to CUDA. '
+        f'At most {largest} images fit on one GPU.'
     )
-    add = parser.add_argument
-    add('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
-    add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
-    add('--gpus', type=int, default=1, help='(%(default)s)')
-    add(
-        '--headroom',
-        type=float,
-        default=0.1,
-        help="part of the memory for CUDA itself, cuDNN's workspaces and fragments (%(default)s)",
-    )
-    add(
-        '--batch-size',
-        type=int,
-        help="images per update, in all (default: the recipe's)",
-    )
-    add('--shape', type=int, nargs='+', metavar='PIXELS', help='of training images')
-    add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
-    add(
-        '--images-per-second',
-        type=float,
-        metavar='X',
-        help='of one GPU, as --measure or a training log told: how long the recipe will take',
-    )
-    add('--json', metavar='FILE', help='write the numbers to a file, too')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the trace of an error')
-    return parser
 
 
-def gib(size):
-    return f'{size / GIB:8.2f} GiB'
-
-
-def check(args, cfg):
-    if args.shape:
-        cfg.planned_shape = (args.shape[0], args.shape[-1])
-    if args.gpu_memory is None and torch.cuda.is_available():
-        args.gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
-    if args.gpu_memory is None:
-        raise UserError('there is no GPU here: say by --gpu-memory 24 how many GiB one will have')
-    if args.measure and not torch.cuda.is_available():
-        raise UserError('--measure needs a GPU')
-    if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
-        raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
+def print_duration(args, cfg, total, speed):
+    speed *= args.gpus
+    print(f'{args.gpus} such GPUs: at best {speed:.1f} images/s', end='')
+    if cfg.train_cfg.get('max_iters'):
+        hours = total * cfg.train_cfg.max_iters / speed / 3600
+        print(f', {hours:.1f} hours for the training', end='')
+    print('.')
 
 
 def main():
     args = parse_args(make_parser())
     cfg = load_config(args.config, args.cfg_options)
-    check(args, cfg)
+    check(args)
     total = args.batch_size or recipe_batch(cfg)
-    memory = Memory(cfg, args.gpus)
+    size = (args.shape[0], args.shape[-1]) if args.shape else training_size(cfg)
+    memory = TrainingMemory(cfg, args.gpus, size)
     try:
         largest = memory.largest_batch(args.gpu_memory * GIB * (1 - args.headroom))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f'this model cannot be followed on shapes alone, something in it depends on data '
-            f'({error.func}); try batches on the GPU instead'
+            f'the memory of this model depends on data ({error.func}), not on shapes alone; try '
+            'batches on the GPU instead'
         ) from error
-
-    height, width = crop_size(cfg)
-    precision = f'{amp_dtype(cfg) or torch.float32}'.removeprefix('torch.')
-    print(f'{args.config}: {height} x {width} pixels, {precision}')
-    for name, size in memory.always.items():
-        print(f'  {name:32}{size / GIB:8.2f} GiB')
-    print(f'  {"each image of a step":32}{memory.per_image() / GIB:8.2f} GiB')
-    print(
-        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are left to CUDA. '
-        f'At most {largest} images fit on one GPU.'
-    )
+    print_memory(args, cfg, memory, largest)
     shared = share(total, args.gpus, largest)
-    report = dict(largest_batch=largest, batch=total, gpus=args.gpus, always=memory.always)
-    report.update(per_image=memory.per_image())
     if shared is None:
         raise UserError(
             f'a batch of {total} does not go into {args.gpus} GPUs with at most {largest} images '
@@ -441,31 +160,37 @@ def main():
         )
     batch, steps = shared
     options = options_for(cfg, batch, steps)
-    report.update(batch_per_gpu=batch, accumulated=steps, options=options)
-    report.update(bytes=memory.total(max(batch, 2)))
+    needed = memory.total(max(batch, 2))
     print(
         f'Batch {total} = {args.gpus} GPU(s) x {batch} images x {steps} accumulated step(s), '
-        f'{memory.total(max(batch, 2)) / GIB:.2f} GiB per GPU:\n'
+        f'{needed / GIB:.2f} GiB per GPU:\n'
     )
     print('  --cfg-options ' + ' \\\n    '.join(f'{key}={value}' for key, value in options.items()))
     if steps > 1 and cfg.default_scope == 'mmseg':
         print('\nBatch norm and the mean over labelled pixels are those of one step.')
+    report = dict(
+        largest_batch=largest,
+        batch=total,
+        gpus=args.gpus,
+        always=memory.always,
+        per_image=memory.per_image(),
+        batch_per_gpu=batch,
+        accumulated=steps,
+        options=options,
+        bytes=needed,
+    )
 
     speed = args.images_per_second
     if args.measure:
-        peak, speed = measure(cfg, batch)
-        predicted = Memory(cfg).total(batch)
+        peak, speed = measure_training(cfg, batch, size)
+        predicted = TrainingMemory(cfg, size=size).total(batch)
         report.update(measured_bytes=peak, images_per_second=speed)
         print(
             f'\nMeasured with {batch} images on one {torch.cuda.get_device_name()}: '
             f'{peak / GIB:.2f} GiB (predicted {predicted / GIB:.2f}), {speed:.1f} images/s.'
         )
     if speed:
-        print(f'{args.gpus} such GPUs: at best {args.gpus * speed:.1f} images/s', end='')
-        if cfg.train_cfg.get('max_iters'):
-            images = total * cfg.train_cfg.max_iters
-            print(f', {images / (args.gpus * speed) / 3600:.1f} hours for the training', end='')
-        print('.')
+        print_duration(args, cfg, total, speed)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
 

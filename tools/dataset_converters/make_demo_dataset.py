@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Make a small segmentation data set out of photographs, without downloading anything.
+"""Make a small segmentation dataset from bundled photographs, without any download.
 
 Objects cut out of photographs that ship inside scikit-image and scikit-learn are laid on walls,
 skies and ground of photographed texture, at random sizes, angles and places, under random light.
@@ -182,7 +182,7 @@ def _on_canvas(picture, left, top, shape):
 
 
 def _photographed(image, rng):
-    """What the camera adds: exposure, color of the light, a little blur and noise."""
+    """Add what a camera does: exposure, white balance, a little blur and noise."""
     image = image * rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)
     image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.6]))))
@@ -216,7 +216,7 @@ def _cut_out(photo, draw_outline):
 
 
 def make_dataset(out, train, val, size, seed):
-    """Write the data set. Image i of a split depends on the seed and i alone."""
+    """Write the dataset. Image i of a split depends on the seed and i alone."""
     for split_id, (split, count) in enumerate((('training', train), ('validation', val))):
         image_dir, label_dir = out / 'images' / split, out / 'annotations' / split
         image_dir.mkdir(parents=True, exist_ok=True)

@@ -14,28 +14,28 @@ from mmengine.registry import init_default_scope
 
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import run
+from mmvil.cli.main import parse_args, run
 
 
-def parse_args():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('src', help='official file, or mmvil://NAME to download it')
-    parser.add_argument('dst', help='file to write')
-    parser.add_argument(
+    add = parser.add_argument
+    add('src', help='official file, or mmvil://NAME to download it')
+    add('dst', type=Path, help='file to write')
+    add(
         '--stride',
         type=int,
-        help='pixels from patch to patch, which tensors do not tell (default: what the file or its '
-        'name says, else the patch size)',
+        help='pixels between patches, which weights do not contain (default: from the file or its '
+        'name, else the patch size)',
     )
-    parser.add_argument(
-        '--check', action='store_true', help='build the model, load it strictly and run it'
-    )
-    parser.add_argument('--force', action='store_true', help='replace DST if it exists')
-    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
-    return parser.parse_args()
+    add('--check', action='store_true', help='build the model, load it strictly and run it')
+    add('--force', action='store_true', help='replace DST if it exists')
+    add('--traceback', action='store_true', help='show the whole trace of an error')
+    return parser
 
 
 def describe(meta: dict) -> str:
+    """Architecture and origin of a converted checkpoint."""
     found = meta['architecture']
     stride = f'stride {found["stride"]} ({found["stride_from"]})'
     return (
@@ -66,19 +66,17 @@ def check(path: Path) -> str:
 
 
 def main():
-    args = parse_args()
-    source = args.src
-    target = Path(args.dst)
+    args = parse_args(make_parser())
+    target = args.dst
     if target.exists() and not args.force:
         raise UserError(f'{target} exists; --force replaces it')
     if not target.absolute().parent.is_dir():
         raise UserError(f'there is no folder {target.absolute().parent}')
-    if '://' in source:
-        source = fetch_checkpoint(source)
+    source = fetch_checkpoint(args.src) if '://' in args.src else args.src
     checkpoint = convert_checkpoint(source, args.stride)
     print(describe(checkpoint['meta']))
 
-    # Nobody finds half a file, nor one that failed its check.
+    # Written elsewhere first: DST is never half a file, nor one that failed its check.
     unfinished = target.with_name(f'.{target.name}.{os.getpid()}')
     try:
         torch.save(checkpoint, unfinished)

@@ -13,13 +13,13 @@ import matplotlib.pyplot as plt
 
 
 def find_logs(path):
-    """The logs of one run: several if it was interrupted and resumed.
+    """Find the logs of one run: several if it was interrupted and resumed.
 
     Args:
         path (Path): A work directory of mmengine, one of its time-stamped folders, or a log.
 
     Returns:
-        list[Path]: Files named ``scalars.json``, the oldest first.
+        list[Path]: Files named ``scalars.json``, oldest first.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -36,8 +36,8 @@ def read_logs(paths):
     """Collect every scalar of a run.
 
     Args:
-        paths (list[Path]): Logs with one JSON object per line. Where two tell of the same step, the
-            later one counts.
+        paths (list[Path]): Logs with one JSON object per line. Later logs override earlier ones
+            step by step.
 
     Returns:
         dict[str, dict[int, float]]: Value by step of each scalar.
@@ -55,7 +55,7 @@ def plot(runs, metric, out):
     """Draw the loss (left axis, line) and the metric (right axis, dots) over the iterations.
 
     Args:
-        runs (dict[str, dict]): Curves as :func:`read_logs` returns them, by the name of the run.
+        runs (dict[str, dict]): Curves as :func:`read_logs` returns them, by name of the run.
         metric (str): Name of the validation metric, in percent, such as 'mIoU'.
         out (Path): Picture to write.
     """

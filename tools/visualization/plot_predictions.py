@@ -21,7 +21,7 @@ IGNORED = 255
 
 
 def overlay(image, labels, palette, opacity=0.65):
-    """Paint the classes over an image; ignored pixels stay bare.
+    """Paint the classes over an image; ignored pixels stay unpainted.
 
     Args:
         image (ndarray): (H, W, 3) uint8.
@@ -43,8 +43,8 @@ def draw(model, samples, out):
     """Write a picture with one column per sample: image, ground truth, prediction.
 
     Args:
-        model (nn.Module): A segmentor, as ``mmseg.apis.init_model`` returns it.
-        samples (list[dict]): What ``dataset.get_data_info`` returns.
+        model (nn.Module): Segmentor from ``mmseg.apis.init_model``.
+        samples (list[dict]): Data of images, from ``dataset.get_data_info``.
         out (Path): Picture to write.
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
@@ -77,9 +77,11 @@ def draw(model, samples, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of a segmentor')
-    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument('checkpoint', help='checkpoint of the segmentor')
     parser.add_argument('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
-    parser.add_argument('--num', type=int, default=5, help='how many images (%(default)s)')
+    parser.add_argument(
+        '--num', type=int, default=5, help='number of images, evenly spread (%(default)s)'
+    )
     parser.add_argument('--device', default='cpu', help='(%(default)s)')
     args = parser.parse_args()
     for path in (args.config, args.checkpoint):
@@ -88,7 +90,6 @@ def main():
 
     model = init_model(args.config, args.checkpoint, device=args.device)
     dataset = DATASETS.build(model.cfg.test_dataloader.dataset)
-    # Evenly spread over the data set.
     indices = np.linspace(0, len(dataset) - 1, min(args.num, len(dataset))).round().astype(int)
     draw(model, [dataset.get_data_info(int(i)) for i in indices], args.out)
     print(f'Pictures: {args.out}')

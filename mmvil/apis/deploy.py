@@ -1,0 +1,367 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Export segmentors and classifiers to ONNX or torch.export, and compare the files with PyTorch.
+
+    deployed = Deployed(model, output='labels').eval()
+    save_onnx(trace(deployed, (512, 512)), 'model.onnx', deployed.names)
+
+See docs/deployment.md.
+"""
+
+import copy
+import json
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..layers import ViLBlock
+
+OUTPUTS = ('logits', 'probabilities', 'labels')
+
+
+class Deployed(nn.Module):
+    """A segmentor or classifier from images to scores or labels.
+
+    Args:
+        model (nn.Module): An ``EncoderDecoder`` of mmseg or an ``ImageClassifier`` of mmpretrain.
+        output (str): 'logits', 'probabilities' or 'labels'. Default: 'logits'.
+        normalize (bool): Subtract the mean and divide by the standard deviation. Default: True.
+
+    Raises:
+        ValueError: If the model derives ``output`` by a rule that is not known here.
+    """
+
+    def __init__(self, model, output='logits', normalize=True):
+        super().__init__()
+        self.model = model
+        self.output = output
+        self.decide = decision(model, output)
+        preprocessor = model.data_preprocessor
+        self.normalize = normalize and getattr(preprocessor, '_enable_normalize', False)
+        if self.normalize:
+            self.register_buffer('mean', preprocessor.mean.detach().clone())
+            self.register_buffer('std', preprocessor.std.detach().clone())
+
+    def forward(self, images):
+        """Map images (B, C, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
+        or (B,), or to multi-label 0 and 1 (B, classes). Several tasks give a dict of these.
+        """
+        x = (images - self.mean) / self.std if self.normalize else images
+        if hasattr(self.model, 'encode_decode'):
+            return self.decide(self.model.encode_decode(x, [dict(img_shape=x.shape[2:])]))
+        return self.decide(self.model(x, mode='tensor'))
+
+    @property
+    def names(self):
+        """Names of the outputs: one, or one per task."""
+        tasks = getattr(getattr(self.model, 'head', None), 'task_heads', None)
+        return [self.output] if tasks is None else [f'{self.output}.{task}' for task in tasks]
+
+    @property
+    def channels(self):
+        """Input channels, read from the first convolution."""
+        return next(x.in_channels for x in self.model.modules() if isinstance(x, nn.Conv2d))
+
+    def describe(self, size):
+        """Describe input, output and classes for users of the file.
+
+        Args:
+            size (tuple[int, int]): Height and width of training images.
+
+        Returns:
+            dict[str, str]: Metadata of the file.
+        """
+        preprocessor = self.model.data_preprocessor
+        if self.channels == 3:
+            flags = (getattr(preprocessor, x, False) for x in ('_channel_conversion', 'to_rgb'))
+            order = 'RGB' if any(flags) else 'BGR'  # OpenMMLab's loaders read BGR
+            values = '0 to 255'
+        else:
+            order, values = 'bands as loaded', 'values as loaded'
+        if not self.normalize and hasattr(preprocessor, 'mean'):
+            mean, std = (x.flatten().tolist() for x in (preprocessor.mean, preprocessor.std))
+            values = f'{values}, minus {mean}, divided by {std}'
+        meta = getattr(self.model, 'dataset_meta', None) or {}
+        return dict(
+            input=f'(batch, {self.channels}, height, width) float32, {order}, {values}',
+            output=self.output,
+            classes=json.dumps(meta.get('classes')),
+            palette=json.dumps(meta.get('palette')),
+            trained_at=json.dumps(list(size)),
+            mmvil=__version__,
+        )
+
+
+# -- Decision rules --------------------------------------------------------------------------------
+#
+# The libraries decide in a loop over images, which no exporter can trace, so their rules stand here
+# once more, for a batch. A rule is used only where the model runs the very methods that it was
+# taken from: a subclass that overrides one of them is refused.
+
+
+def decision(model, output):
+    """Find the rule by which a model derives an output from the scores of its head.
+
+    Args:
+        model (nn.Module): A segmentor or classifier.
+        output (str): 'logits', 'probabilities' or 'labels'.
+
+    Returns:
+        Callable: Maps what the model's head returns to the output.
+
+    Raises:
+        ValueError: If the rule is not known here.
+    """
+    if hasattr(model, 'encode_decode'):
+        return segmentor_decision(model, output)
+    if getattr(model, 'head', None) is None:
+        return head_decision(model, output)
+    from mmpretrain.models import ImageClassifier, MultiTaskHead
+
+    if not _runs(model, ImageClassifier, 'forward', 'predict'):
+        return _unknown_decision(model, output)
+    if not _runs(model.head, MultiTaskHead, 'forward', 'predict'):
+        return head_decision(model.head, output)
+    tasks = {task: head_decision(head, output) for task, head in model.head.task_heads.items()}
+    return lambda scores: {f'{output}.{task}': rule(scores[task]) for task, rule in tasks.items()}
+
+
+def segmentor_decision(model, output):
+    """Find the rule for what ``encode_decode`` of a segmentor returns, see :func:`decision`."""
+    from mmseg.models import BaseSegmentor, EncoderDecoder
+    from mmseg.models.decode_heads import DAHead, EncHead
+    from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    if not (
+        _runs(model, BaseSegmentor, 'postprocess_result')
+        and _runs(model, EncoderDecoder, 'predict', 'inference', 'whole_inference')
+    ):
+        return _unknown_decision(model, output)
+    heads = model.decode_head
+    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+    if output == 'labels' and model.out_channels == 1 and not hasattr(heads, 'threshold'):
+        raise ValueError(
+            f"output 'labels': {type(model).__name__} with one logit has no threshold, its own "
+            'predict fails; use probabilities'
+        )
+    if output == 'probabilities' and not (
+        _runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
+        and any(
+            _runs(head, kind, 'predict')
+            for kind in (BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead)
+        )
+    ):
+        return _unknown_decision(head, output)
+    return lambda logits: _label_of_pixel(model, logits, output)
+
+
+def head_decision(head, output):
+    """Find the rule for what a head of mmpretrain returns, or a classifier without a head."""
+    from mmpretrain import models
+
+    def runs(*kinds):
+        return any(_runs(head, kind, 'predict', '_get_predictions') for kind in kinds)
+
+    if runs(models.ClsHead, models.TimmClassifier, models.HuggingFaceClassifier):
+        return lambda logits: _one_label(logits, output)
+    if runs(models.MultiLabelClsHead):
+        return lambda logits: _any_labels(head, logits, output)
+    if runs(models.ConformerHead):
+        return lambda branches: _one_label(torch.add(*branches), output)
+    return _unknown_decision(head, output)
+
+
+def _unknown_decision(module, output):
+    """Return logits as they are if they are one tensor; raise for any other output."""
+    name = type(module).__name__
+    if output != 'logits':
+        raise ValueError(
+            f'output {output!r}: {name} has a rule of its own for what its predict returns, which '
+            'export does not know; use logits and apply that rule to them'
+        )
+
+    def check(scores):
+        if not isinstance(scores, torch.Tensor):
+            raise ValueError(f'{name} returns a {type(scores).__name__}; export needs one tensor')
+        return scores
+
+    return check
+
+
+def _runs(module, kind, *methods):
+    """Whether these methods of a module are those that the class ``kind`` has."""
+    return all(
+        getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
+        for name in methods
+    )
+
+
+def _label_of_pixel(model, logits, output):
+    """``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
+    if output == 'logits':
+        return logits
+    if logits.shape[1] > 1:
+        return logits.softmax(1) if output == 'probabilities' else logits.argmax(1)
+    foreground = logits.sigmoid()
+    if output == 'probabilities':
+        return foreground
+    return (foreground > model.decode_head.threshold).squeeze(1).long()
+
+
+def _one_label(logits, output):
+    """``ClsHead._get_predictions``."""
+    if output == 'logits':
+        return logits
+    return logits.softmax(1) if output == 'probabilities' else logits.softmax(1).argmax(1)
+
+
+def _any_labels(head, logits, output):
+    """``MultiLabelClsHead._get_predictions``, the labels as 0 and 1 (B, classes)."""
+    if output == 'logits':
+        return logits
+    probabilities = logits.sigmoid()
+    if output == 'probabilities':
+        return probabilities
+    if head.thr is not None:
+        return (probabilities >= head.thr).long()
+    highest = probabilities.topk(head.topk).indices
+    return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
+
+
+# -- Graph and file --------------------------------------------------------------------------------
+
+
+def adaptive_avg_pool2d(x, output_size):
+    """Adaptive average pooling of (..., H, W) as products with averaging matrices, for any size."""
+    for dim, bins in zip((-1, -2), reversed(output_size)):
+        size = x.shape[dim]
+        index = torch.arange(bins, device=x.device).unsqueeze(1)
+        start, end = index * size // bins, ((index + 1) * size + bins - 1) // bins
+        place = torch.arange(size, device=x.device)
+        means = ((place >= start) & (place < end)).to(x.dtype) / (end - start).to(x.dtype)
+        x = torch.matmul(x, means.t()) if dim == -1 else torch.matmul(means, x)
+    return x
+
+
+DECOMPOSITIONS = {torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d}
+"""Operators that exporters know for fixed sizes only, as operators that they know for all."""
+
+
+def trace(model, size, static=False, chunk_size=None):
+    """Trace a model.
+
+    Args:
+        model (Deployed): Model to trace; not changed.
+        size (tuple[int, int]): Image size to trace with.
+        static (bool): Fix the input to one image of that size. Default: False.
+        chunk_size (int, optional): Tokens in a chunk of the mLSTM.
+
+    Returns:
+        torch.export.ExportedProgram: Graph without operators of mmvil.
+    """
+    from torch.fx.experimental import _config as shapes
+
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, ViLBlock):
+            block.chunk_size = chunk_size or block.chunk_size
+    # Traced with sizes that no rule of thumb fits; these sizes are then forgotten.
+    height, width = size if static else (size[0] + 5, size[1] + 3)
+    example = torch.zeros(1 if static else 2, model.channels, height, width)
+    free = torch.export.Dim.DYNAMIC
+    dynamic = None if static else ({0: free, 2: free, 3: free},)
+    # With this setting, torch does not tie the graph to what happens to hold for the example's
+    # sizes, such as "more than one image".
+    with torch.no_grad(), shapes.patch(backed_size_oblivious=not static):
+        program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+        program = program.run_decompositions(DECOMPOSITIONS)
+    # What is left of such conditions concerns strides, not values; comparing the file tries it.
+    program._guards_code.clear()
+    return program
+
+
+def save_onnx(program, out, names, description=None, opset=20):
+    """Write an ONNX file.
+
+    Args:
+        program (ExportedProgram): Result of :func:`trace`.
+        out (str | Path): File to write.
+        names (list[str]): Names of the outputs.
+        description (dict[str, str], optional): Metadata, see :meth:`Deployed.describe`.
+        opset (int): Version of ONNX's operators. Default: 20.
+    """
+    with torch.no_grad():
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=['images'],
+            output_names=names,
+            verbose=False,
+        )
+    onnx_program.model.metadata_props.update(description or {})
+    onnx_program.save(out)
+
+
+def save_pt2(program, out, description=None):
+    """Write a file for ``torch.export.load``, with the description as ``description.json``."""
+    torch.export.save(program, out, extra_files={'description.json': json.dumps(description)})
+
+
+def load_exported(path, format='onnx'):
+    """Load an exported file.
+
+    Args:
+        path (str | Path): The file.
+        format (str): 'onnx' or 'pt2'. Default: 'onnx'.
+
+    Returns:
+        Callable: Maps images (B, C, H, W) to a tensor, or to a dict of tensors by name.
+    """
+    if format == 'pt2':
+        module = torch.export.load(path).module()
+        return lambda images: module(images)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    names = [output.name for output in session.get_outputs()]
+
+    def outputs(images):
+        arrays = session.run(None, {'images': images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays)}
+
+    return outputs
+
+
+def compare_output(actual, expected, are_labels=False):
+    """Compare an output of an exported file with that of PyTorch.
+
+    Args:
+        actual, expected (Tensor): Outputs of the file and of PyTorch.
+        are_labels (bool): Whether they are labels instead of scores. Default: False.
+
+    Returns:
+        tuple[float, str]: Largest difference relative to the largest score, or share of labels that
+        differ; and the same in words.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(
+            f'the exported file returns the shape {tuple(actual.shape)} where PyTorch returns '
+            f'{tuple(expected.shape)}'
+        )
+    if are_labels:
+        difference = (actual != expected).double().mean().item()
+        return difference, f'{difference:.1e} of the labels differ'
+    absolute = (actual.double() - expected.double()).abs().max().item()
+    difference = absolute and absolute / expected.abs().max().item()
+    said = f'largest difference {absolute:.1e}, relative {difference:.1e}'
+    if expected.dim() > 1 and expected.shape[1] > 1:
+        same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
+        said += f', same class {same:.3%}'
+    return difference, said

@@ -1,0 +1,175 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Features, gates, memory decay and receptive fields of the blocks of a ViL.
+
+All functions read a model through forward hooks, so that they see what the model computes:
+
+    igate, fgate = block_gates(backbone, images)[0]
+    weights = decay_weights(igate[0], fgate[0], backbone.layers[0].reverse, token=100)
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from ..backbones import VisionLSTM
+from ..ops.gates import gate_statistics
+
+
+def find_backbone(model):
+    """Return the first VisionLSTM inside a model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    backbone = next((x for x in model.modules() if isinstance(x, VisionLSTM)), None)
+    if backbone is None:
+        raise ValueError('the model has no VisionLSTM')
+    return backbone
+
+
+def trained_size(backbone):
+    """Image size (height, width) for which the position embedding of a VisionLSTM was made."""
+    return tuple(side * backbone.patch_size for side in backbone.pos_embed.shape[1:3])
+
+
+def default_blocks(backbone, pairs):
+    """Choose blocks that represent a VisionLSTM.
+
+    Args:
+        backbone (VisionLSTM): The backbone.
+        pairs (bool): Both reading directions at the beginning, in the middle and at the end;
+            otherwise the blocks whose features are returned, or single blocks over the depth.
+
+    Returns:
+        list[int]: Indices, ascending.
+    """
+    count = len(backbone.layers)
+    if not pairs and len(backbone.out_indices) > 1:
+        return list(backbone.out_indices)
+    starts = {0, count // 4 * 2, max(count - 2 - count % 2, 0)}
+    blocks = sorted({block for i in starts for block in (i, i + 1) if block < count})
+    return blocks if pairs else sorted({blocks[-1], *blocks[1::2]})
+
+
+def token_at(grid, at):
+    """Index of the token at (y, x), given as fractions of height and width."""
+    row, column = (min(int(part * side), side - 1) for part, side in zip(at, grid))
+    return row * grid[1] + column
+
+
+@contextmanager
+def _outputs_of(modules):
+    """Collect the outputs of modules during forward passes, in the order of the calls."""
+    outputs = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_features(backbone, images):
+    """Compute the tokens after each block.
+
+    Args:
+        backbone (VisionLSTM): The backbone.
+        images (Tensor): Shape (B, C, H, W).
+
+    Returns:
+        list[Tensor]: One tensor (B, N, D) per block.
+    """
+    with _outputs_of(backbone.layers) as features:
+        backbone(images)
+    return features
+
+
+def block_gates(backbone, images):
+    """Compute the gate pre-activations of each block.
+
+    Args:
+        backbone (VisionLSTM): The backbone.
+        images (Tensor): Shape (B, C, H, W).
+
+    Returns:
+        list[tuple[Tensor, Tensor]]: Input and forget gate (B, NH, N) per block.
+    """
+    with (
+        _outputs_of(block.igate for block in backbone.layers) as igates,
+        _outputs_of(block.fgate for block in backbone.layers) as fgates,
+    ):
+        backbone(images)
+    return [(i.transpose(1, 2), f.transpose(1, 2)) for i, f in zip(igates, fgates)]
+
+
+def decay_weights(igate, fgate, reverse, token):
+    r"""Compute the weights :math:`D_{tj}` of the tokens j in the output of token t.
+
+    Args:
+        igate, fgate (Tensor): Gate pre-activations, shape (..., N).
+        reverse (bool): Whether tokens are read from last to first.
+        token (int): t.
+
+    Returns:
+        Tensor: Shape (..., N), normalized to a maximum of 1; 0 for tokens not read yet.
+    """
+    stats = gate_statistics(igate, fgate, reverse)
+    weights = torch.exp(stats.source - stats.running_max[..., token, None])
+    unread = slice(0, token) if reverse else slice(token + 1, None)
+    weights[..., unread] = 0
+    return weights
+
+
+def half_life(fgate):
+    """Number of tokens after which half is forgotten at a constant forget gate, elementwise."""
+    return math.log(2) / -F.logsigmoid(fgate.double())
+
+
+def receptive_field(backbone, images, blocks, at):
+    """Compute the effective receptive field of one token (Luo et al., 2016).
+
+    This is the absolute gradient of the token's features with respect to the pixels, summed over
+    channels and averaged over images.
+
+    Args:
+        backbone (VisionLSTM): The backbone.
+        images (list[Tensor]): Images of one size, each (1, C, H, W).
+        blocks (list[int]): Blocks whose outputs are the features.
+        at (tuple[float, float]): Position (y, x) of the token as fractions of height and width.
+
+    Returns:
+        Tensor: Shape (blocks, H, W), each map normalized to a maximum of 1.
+    """
+    total = 0
+    for image in images:
+        token = token_at(backbone.embed(image)[1], at)
+        image = image.clone().requires_grad_()
+        features = block_features(backbone, image)
+        gradients = [
+            torch.autograd.grad(features[block][0, token].sum(), image, retain_graph=True)[0][0]
+            for block in blocks
+        ]
+        total = total + torch.stack(gradients).abs().sum(1)
+    return total / total.amax((1, 2), keepdim=True)
+
+
+def principal_colors(features):
+    """Project features to their three principal components as RGB colors, shared by all images.
+
+    Args:
+        features (list[Tensor]): Tokens (N, D) of each image.
+
+    Returns:
+        list[Tensor]: Colors (N, 3) in [0, 1] of each image, 2% clipped at both ends.
+    """
+    tokens = torch.cat(features).double()
+    tokens = tokens - tokens.mean(0)
+    components = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T
+    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]).to(components), dim=0)
+    colors = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colors.split([len(x) for x in features])

@@ -1,0 +1,173 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Compare time and memory of models that take turns.
+
+    builders = dict(deit=build_deit, vil=lambda size: mmvil.VisionLSTM(img_size=size))
+    records = compare(builders, torch.randn(8, 3, 224, 224))
+
+In each round every model runs once, and ratios are taken inside the round: what else the machine
+does then affects all models alike, and ratios can be trusted where times cannot.
+"""
+
+import statistics
+import time
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops.flops import flop_formulas
+
+MODES = ('forward', 'training')
+SECONDS = 0.2
+"""Short steps are repeated for about that long in one measurement."""
+
+
+def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
+    """Measure models on the same images.
+
+    Args:
+        builders (dict[str, Callable]): Functions from an image size to a model, by name; ratios
+            relate to the first one. Names of compiled models end with ' compiled'.
+        image (Tensor): Square images, shape (B, C, S, S).
+        modes (Sequence[str]): 'forward' (inference), 'training' (forward and backward pass).
+        amp (torch.dtype, optional): Dtype of autocast.
+        rounds (int): Number of measurements. Default: 7.
+        progress (Callable): Called with a line of text before each part. Default: print.
+
+    Returns:
+        list[dict]: One record per mode and model; none for models that run out of memory.
+    """
+    size, batch = image.shape[-1], len(image)
+    models, counts, records = {}, {}, []
+    for name, build in builders.items():
+        progress(f'{size} x {size}: building and counting {name}')
+        with _drop_if_out_of_memory(models, name):
+            models[name] = build(size).to(image.device)
+            if not name.endswith(' compiled'):  # its eager twin has the same numbers
+                counts[name] = _count(models[name], image[:1].clone(), modes, amp)
+    for mode in modes:
+        if any(name.endswith(' compiled') for name in models):
+            torch.compiler.reset()  # else versions of earlier modes and sizes fill its cache
+        running, repeats = {}, {}
+        for name, model in list(models.items()):
+            progress(f'{size} x {size}, {mode}: warming up {name}')
+            with _drop_if_out_of_memory(models, name):
+                _seconds(model, image, mode, amp)
+                repeats[name] = max(1, int(SECONDS / _seconds(model, image, mode, amp)))
+                saved, multiply_adds = counts.get(name, (None, {}))
+                running[name] = dict(
+                    model=name,
+                    size=size,
+                    batch=batch,
+                    mode=mode,
+                    seconds_per_image=[],
+                    peak_bytes=peak_bytes(model, image, mode, amp),
+                    saved_bytes_per_image=saved,
+                    multiply_adds_per_image=multiply_adds.get(mode),
+                )
+        for number in range(rounds):
+            progress(f'{size} x {size}, {mode}: round {number + 1} of {rounds}')
+            for name, record in running.items():
+                duration = _seconds(models[name], image, mode, amp, repeats[name])
+                record['seconds_per_image'].append(duration / batch)
+        records += add_ratios(list(running.values()))
+    return records
+
+
+def add_ratios(records):
+    """Add to each record the median over rounds of its time relative to the first record."""
+    for record in records:
+        pairs = zip(record['seconds_per_image'], records[0]['seconds_per_image'])
+        record['time_ratio'] = statistics.median(own / other for own, other in pairs)
+        record['ratio_to'] = records[0]['model']
+    return records
+
+
+def saved_bytes(model, image, amp=None):
+    """Count what autograd keeps between forward and backward pass, parameters excluded.
+
+    Returns:
+        tuple[int, Tensor | tuple[Tensor]]: Bytes in distinct storages, and the outputs of the
+        model, which hold the graph.
+    """
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = _forward(model, image, amp)
+    return sum(kept.values()), outputs
+
+
+def peak_bytes(model, image, mode, amp=None):
+    """Measure the memory of a step beside weights and images, gradients included; None on a CPU."""
+    if image.device.type != 'cuda':
+        return None
+    model.zero_grad(set_to_none=True)
+    before = torch.cuda.memory_allocated(image.device)
+    torch.cuda.reset_peak_memory_stats(image.device)
+    _seconds(model, image, mode, amp)
+    return torch.cuda.max_memory_allocated(image.device) - before
+
+
+def synchronize(device):
+    """Wait for the kernels of a device."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def _forward(model, image, amp):
+    with torch.autocast(image.device.type, dtype=amp) if amp else nullcontext():
+        return model(image)
+
+
+def _backward(outputs):
+    outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    sum(output.float().mean() for output in outputs).backward()
+
+
+def _seconds(model, image, mode, amp, repeats=1):
+    """Mean time of a step: a forward pass, or a forward and backward pass for training."""
+    training = mode == 'training'
+    model.train(training)
+    synchronize(image.device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        if training:
+            model.zero_grad(set_to_none=True)
+            _backward(_forward(model, image, amp))
+        else:
+            with torch.no_grad():
+                _forward(model, image, amp)
+    synchronize(image.device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _count(model, image, modes, amp):
+    """Saved bytes, and multiply-adds by mode."""
+    model.train('training' in modes)
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        saved, outputs = saved_bytes(model, image, amp)
+        multiply_adds = dict(forward=counter.get_total_flops() // 2)
+        if 'training' in modes:
+            _backward(outputs)
+            multiply_adds['training'] = counter.get_total_flops() // 2
+    model.zero_grad(set_to_none=True)
+    return saved, multiply_adds
+
+
+@contextmanager
+def _drop_if_out_of_memory(models, name):
+    """Continue without a model that needs too much memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if 'memory' not in str(error):
+            raise
+        models.pop(name, None)
+        print(f'{name}: out of memory', flush=True)

@@ -1,0 +1,284 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Predict the memory of a training from shapes alone, and measure it on a GPU.
+
+memory = TrainingMemory(cfg, gpus=4)
+batch = memory.largest_batch(20 * GIB)
+"""
+
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..layers import DropPath
+from .measure import synchronize
+
+GIB = 2**30
+BLOCK = 512
+"""torch's CUDA allocator hands out memory in blocks of that many bytes."""
+BATCHES = 64, 128
+"""Two batches whose difference is the cost of an image. In small batches the gradients outweigh the
+activations, and a step takes the most memory at its end.
+"""
+
+
+class TrainingMemory:
+    """Bytes of a training, as far as they follow from shapes.
+
+    Args:
+        cfg (Config): Config of the training, of mmseg or mmpretrain.
+        gpus (int): With more than one, data parallel training buffers the gradients. Default: 1.
+        size (tuple[int, int], optional): Height and width of training images. Default: as
+            :func:`training_size` reads it from the config.
+
+    Attributes:
+        always (dict[str, int]): Bytes that do not depend on the batch, by purpose.
+    """
+
+    def __init__(self, cfg, gpus=1, size=None):
+        self.cfg, self.size = cfg, size
+        self.model = build_training_model(cfg)
+        weights = bytes_of(self.model.state_dict().values())
+        trained = bytes_of(p for p in self.model.parameters() if p.requires_grad)
+        self.always = {
+            'weights': weights,
+            'optimizer state': int(optimizer_state(cfg) * trained),
+        }
+        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
+        if any(hook and hook.get('type') == 'EMAHook' for hook in hooks):
+            self.always['averaged weights (EMA)'] = weights
+        if gpus > 1:
+            self.always['buffers of gradients (DDP)'] = trained
+        self._steps = {}
+        self._mode = FakeTensorMode()
+        with self._mode:
+            _make_fake(self.model)
+
+    def step(self, batch):
+        """Peak bytes of a step: input, activations, temporaries and gradients.
+
+        Args:
+            batch (int): Number of images.
+        """
+        if batch not in self._steps:
+            counter = _AllocationCounter([*self.model.parameters(), *self.model.buffers()])
+            with self._mode, _without_accuracy(), counter:
+                train_step(self.model, self.cfg, batch, size=self.size)
+            self.model.zero_grad(set_to_none=True)
+            self._steps[batch] = counter.peak
+        return self._steps[batch]
+
+    def total(self, batch):
+        """Bytes of the training with ``batch`` images on a GPU."""
+        return sum(self.always.values()) + self.step(batch)
+
+    def per_image(self):
+        """Bytes of each additional image."""
+        small, large = BATCHES
+        return (self.step(large) - self.step(small)) / (large - small)
+
+    def largest_batch(self, limit):
+        """Largest number of images whose training fits into ``limit`` bytes."""
+        batch = int((limit - self.total(BATCHES[0])) / self.per_image()) + BATCHES[0]
+        while batch > 0 and (excess := self.total(max(batch, 2)) - limit) > 0:
+            batch -= max(1, int(excess / self.per_image()))
+        return max(batch, 0)
+
+
+def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
+    """Train on random images.
+
+    Args:
+        cfg (Config): Config of the training, of mmseg or mmpretrain.
+        batch (int): Number of images.
+        size (tuple[int, int], optional): See :class:`TrainingMemory`.
+        device (str): Default: 'cuda'.
+        warmup (int): Steps before the measurement; the first one makes the optimizer's state.
+            Default: 1.
+        rounds (int): Measured steps. Default: 5.
+
+    Returns:
+        tuple[float, float]: Peak bytes allocated by torch (0 on a CPU), and images per second.
+    """
+    model = build_training_model(cfg).to(device)
+    optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': model.parameters()})
+    for number in range(warmup + rounds):
+        if number == warmup:
+            synchronize(device)
+            if device == 'cuda':
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+        train_step(model, cfg, batch, device, size)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronize(device)
+    speed = rounds * batch / (time.perf_counter() - start)
+    return torch.cuda.max_memory_allocated() if device == 'cuda' else 0, speed
+
+
+def build_training_model(cfg):
+    """Build the model of a config in training mode, without stochastic depth in ViL.
+
+    Raises:
+        ValueError: If the config is of neither mmseg nor mmpretrain.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in ('mmseg', 'mmpretrain'):
+        raise ValueError(f'expected a config of mmseg or mmpretrain, but default_scope is {scope}')
+    init_default_scope(scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the libraries' own deprecations
+        model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0
+    return model
+
+
+def train_step(model, cfg, batch, device='cpu', size=None):
+    """Run forward and backward pass of a batch of random images, in the precision of the config."""
+    inputs, samples = random_batch(cfg, batch, device, size)
+    with _autocast(cfg, device):
+        losses = model.loss(inputs, samples)
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+
+
+def random_batch(cfg, batch, device='cpu', size=None):
+    """Make normalized images (B, C, H, W) of the training size, and data samples with labels."""
+    height, width = size or training_size(cfg)
+    channels = cfg.model.backbone.get('in_channels', 3)
+    inputs = torch.randn(batch, channels, height, width).to(device)
+    if cfg.default_scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        head = cfg.model.decode_head
+        head = head[0] if isinstance(head, list) else head
+        labels = torch.randint(head.num_classes, (batch, 1, height, width)).to(device)
+        return inputs, [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
+    from mmpretrain.structures import DataSample
+
+    scores = torch.rand(batch, cfg.model.head.num_classes).softmax(1).to(device)
+    return inputs, [DataSample().set_gt_score(score) for score in scores]
+
+
+def training_size(cfg):
+    """Height and width of training images.
+
+    Raises:
+        ValueError: If the config does not contain them.
+    """
+    size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.model.backbone.get('img_size')
+    if size is None:
+        raise ValueError('the config has no size of training images; add --shape HEIGHT WIDTH')
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def amp_dtype(cfg):
+    """Dtype of autocast; None in float32."""
+    wrapper = cfg.optim_wrapper
+    if wrapper.get('type') != 'AmpOptimWrapper':
+        return None
+    return getattr(torch, wrapper.get('dtype') or 'float16')
+
+
+def bytes_of(tensors):
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_state(cfg):
+    """Number of values that the optimizer of a config keeps per weight."""
+    numel = 1000
+    weight = torch.nn.Parameter(torch.zeros(numel))
+    optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': [weight]})
+    weight.grad = torch.ones(numel)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
+    return sum(value.numel() for value in kept if value.numel() > 1) / numel
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Count the bytes that results of operations hold at most.
+
+    Args:
+        ignored (Iterable[Tensor]): Tensors whose storages are not counted.
+    """
+
+    def __init__(self, ignored):
+        super().__init__()
+        self._now = self.peak = 0
+        storages = [tensor.untyped_storage() for tensor in ignored]
+        self._alive = {storage._cdata: (StorageWeakRef(storage), 0) for storage in storages}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._alive:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._alive[storage._cdata] = StorageWeakRef(storage), size
+        self._now += size
+        if self._now > self.peak:  # only then does it matter what was freed
+            for address, (reference, size) in list(self._alive.items()):
+                if reference.expired():
+                    del self._alive[address]
+                    self._now -= size
+            self.peak = max(self.peak, self._now)
+
+
+@contextmanager
+def _autocast(cfg, device):
+    """Mixed precision as on a GPU.
+
+    A CPU's autocast differs in two things that count: it knows bfloat16 (as many bytes as float16),
+    and leaves the loss in half precision.
+    """
+    dtype = amp_dtype(cfg)
+    if dtype is None or device != 'cpu':
+        with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
+            yield
+        return
+    cross_entropy = F.cross_entropy
+
+    def in_float32(logits, *args, **kwargs):
+        return cross_entropy(logits.float(), *args, **kwargs)
+
+    with (
+        torch.autocast('cpu', dtype=torch.bfloat16),
+        mock.patch.object(F, 'cross_entropy', in_float32),
+    ):
+        yield
+
+
+def _make_fake(model):
+    """Replace weights and buffers by shapes, inside a FakeTensorMode."""
+    for module in model.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            fake = torch.empty(weight.shape, dtype=weight.dtype)
+            module._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _without_accuracy():
+    """Leave out mmseg's accuracy, for the log: it selects pixels, a shape that depends on data."""
+    try:
+        from mmseg.models.decode_heads import decode_head
+    except ImportError:
+        return nullcontext()
+    return mock.patch.object(decode_head, 'accuracy', lambda pred, *_, **__: pred.new_zeros(1))
