@@ -10,7 +10,6 @@ folder. After a kill or a stop, start it again: each run is done once.
 """
 
 import gc
-import hashlib
 import json
 import os
 import signal
@@ -27,7 +26,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader
 
 from mmvil.apis.vtab1k import DATASETS, Protocol, as_csv, as_markdown, check_data, summarize
-from mmvil.checkpoints import infer_architecture, is_official, vil_to_mmvil
+from mmvil.checkpoints import infer_architecture, weights_of
+from mmvil.checkpoints.loaders import sha256
 from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run
@@ -58,7 +58,7 @@ def main():
     if '://' in args.checkpoint:
         settings.update(checkpoint=args.checkpoint)
     else:
-        settings.update(checkpoint_sha256=sha256(args.checkpoint))
+        settings.update(checkpoint_sha256=sha256(Path(args.checkpoint)))
     agree_on_settings(args.work_dir, settings)
     if args.retry:
         for job, state in protocol.runs().items():
@@ -188,20 +188,11 @@ def train(job, claim, args, architecture, show) -> dict:
 def read_architecture(path) -> dict:
     """Sizes of the model in a checkpoint."""
     check_checkpoint(path)
-    state = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    state = state.get('state_dict', state)
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     try:
-        return infer_architecture(vil_to_mmvil(state) if is_official(state) else state)
+        return infer_architecture(weights_of(checkpoint))
     except ValueError as error:
         raise UserError(f'{path} is no Vision-LSTM classifier: {error}') from error
-
-
-def sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def agree_on_settings(folder, settings):
