@@ -77,7 +77,7 @@ def test_run_reports_an_error_of_all_ranks_once(monkeypatch, capsys):
 @pytest.mark.parametrize('argv, calls', [([], 1), (['--trust-checkpoint'], 0)])
 def test_run_loads_safely_unless_checkpoints_are_trusted(monkeypatch, argv, calls):
     registered = []
-    monkeypatch.setattr(cli_main, 'load_safely_from_now_on', lambda: registered.append(1))
+    monkeypatch.setattr(cli_main, 'register_safe_loaders', lambda: registered.append(1))
     run(lambda: None, argv)
     assert len(registered) == calls
 
