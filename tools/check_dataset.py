@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.config import innermost_datasets, load_config, set_data_root
 from mmvil.cli.dataset_check import check_dataset
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
-from mmvil.engine.config_nodes import innermost_datasets
 
 SPLITS = ('train', 'val', 'test')
 Image.MAX_IMAGE_PIXELS = None  # large images are no attack here

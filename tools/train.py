@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmvil.cli.config import read_runner_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
-from mmvil.cli.preflight import CheckFitHook, build_runner, check_training
+from mmvil.cli.preflight import build_runner, check_training, loading_hook
 from mmvil.cli.work_dir import (
     check_complete,
     find_resumable,
@@ -17,7 +17,6 @@ from mmvil.cli.work_dir import (
     refuse_shards,
     save_atomically,
 )
-from mmvil.engine import AdaptInputChannelsHook
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
         if cfg.get('resume'):
             notes += choose_checkpoint(cfg, args)
         runner = build_runner(cfg, notes)
-        runner.register_hook(CheckFitHook() if cfg.get('resume') else AdaptInputChannelsHook())
+        runner.register_hook(loading_hook(cfg))
         runner.train()
 
 

@@ -25,9 +25,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader
 
+from mmvil.apis.convert import infer_architecture, sha256, weights_of
 from mmvil.apis.vtab1k import DATASETS, Protocol, as_csv, as_markdown, check_data, summarize
-from mmvil.checkpoints import infer_architecture, weights_of
-from mmvil.checkpoints.loaders import sha256
 from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run

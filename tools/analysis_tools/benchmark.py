@@ -25,7 +25,6 @@ from mmvil.apis.measure import MODES, compare
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
-from mmvil.engine.cpu import keep_freed_memory
 
 ARCHS = ('tiny', 'small', 'base')
 
@@ -241,8 +240,6 @@ def main():
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device.type == 'cpu':
-        keep_freed_memory()  # as training and testing do
     start = time.perf_counter()
 
     def progress(text):

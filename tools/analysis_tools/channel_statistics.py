@@ -15,12 +15,11 @@ import numpy as np
 from mmengine.config import DictAction
 from torch.utils.data import DataLoader, Dataset
 
-from mmvil.cli.config import build_lazily, load_config, set_data_root
+from mmvil.cli.config import build_lazily, innermost_datasets, load_config, set_data_root
 from mmvil.cli.errors import UserError, one_line
 from mmvil.cli.images import ImageReader, data_preprocessor
 from mmvil.cli.main import parse_args, run
 from mmvil.cli.preflight import check_folders
-from mmvil.engine.config_nodes import innermost_datasets
 
 MULTIBAND = 'mmvil.apis.data_preprocessor.MultibandSegDataPreProcessor'
 

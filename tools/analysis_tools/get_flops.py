@@ -12,17 +12,13 @@ import json
 import warnings
 from pathlib import Path
 
-import torch
 from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
-from mmvil.layers import HeadwiseLinear
-from mmvil.ops.flops import flop_formulas
-from mmvil.ops.projections import dense_block_width
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
@@ -42,78 +38,6 @@ def build_model(cfg):
             return MODELS.build(cfg.model).eval().to('meta')
     except (AssertionError, KeyError, TypeError) as error:
         raise UserError(f'cannot build the model: {error}') from error
-
-
-def count_parameters(model):
-    """Number of parameters by part (backbone, neck, head ...), and in all."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in _parts(model)}
-    return {**parts, 'total': sum(p.numel() for p in model.parameters())}
-
-
-def count_multiply_adds(model, shape, needed=False):
-    """Multiply-adds of one forward pass by part, and in all.
-
-    Args:
-        model (nn.Module): A model of OpenMMLab on the meta device. Parts that inference skips, such
-            as auxiliary heads, count 0.
-        shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
-        needed (bool): Count what the equations need instead of what is executed. Default: False.
-
-    Returns:
-        dict[str, int]: By name of the part; 'total' comes last.
-    """
-    parts = _parts(model)
-    counts = {name: 0 for name, _ in parts}
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas(visible_only=needed))
-    zeros = 0
-
-    def total():
-        return counter.get_total_flops() // 2 - zeros
-
-    def counted(name, forward):
-        def call(*args, **kwargs):
-            before = total()
-            result = forward(*args, **kwargs)
-            counts[name] += total() - before
-            return result
-
-        return call
-
-    def leave_out_zeros(projection, args, _):
-        nonlocal zeros
-        zeros += _products_with_zeros(projection, args[0])
-
-    hooks = [
-        module.register_forward_hook(leave_out_zeros)
-        for module in model.modules()
-        if needed and isinstance(module, HeadwiseLinear)
-    ]
-    for name, part in parts:  # not hooks: segmentors call decode_head.forward
-        part.forward = counted(name, part.forward)
-    try:
-        with torch.no_grad(), counter:
-            model(torch.empty(shape, device='meta'), mode='tensor')
-    finally:
-        for _, part in parts:
-            del part.forward
-        for hook in hooks:
-            hook.remove()
-    return {**counts, 'total': total()}
-
-
-def _products_with_zeros(projection, x):
-    """Multiply-adds of a block-diagonal projection that are executed without being needed: its
-    blocks are joined into wider ones, with zeros between them.
-    """
-    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-    size = projection.weight.shape[-1]
-    executed = dense_block_width(size, channels // projection.num_heads)
-    return tokens * channels * (executed - size)
-
-
-def _parts(model):
-    """Names and modules of the model's parts that have parameters."""
-    return [(name, part) for name, part in model.named_children() if list(part.parameters())]
 
 
 def make_parser():

@@ -7,10 +7,7 @@ python tools/model_converters/merge_shards.py work_dirs/vil_b/iter_160000.pth vi
 import argparse
 from pathlib import Path
 
-from mmengine.runner import save_checkpoint
-
-from mmvil.checkpoints.atomic import ATOMIC
-from mmvil.checkpoints.sharded import is_sharded, join_shards
+from mmvil.apis.merge import merge_shards
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import parse_args, run
 
@@ -25,36 +22,12 @@ def make_parser():
     return parser
 
 
-def join_deepspeed_shards(folder: Path) -> dict:
-    """Read the float32 weights from the optimizer state of DeepSpeed, by DeepSpeed's own reader,
-    which trusts its files.
-
-    Raises:
-        UserError: If DeepSpeed is not installed.
-    """
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError as error:
-        raise UserError(f"{folder} needs DeepSpeed: pip install 'deepspeed<0.17'") from error
-    state_dict = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    for name in state_dict:
-        if name.endswith('num_batches_tracked'):  # which DeepSpeed makes floating point
-            state_dict[name] = state_dict[name].long()
-    return dict(state_dict=state_dict)
-
-
 def main():
     args = parse_args(make_parser())
     if args.dst.exists() and not args.force:
         raise UserError(f'{args.dst} exists; --force replaces it')
-    if is_sharded(args.src):
-        checkpoint = join_shards(args.src)
-    elif any(args.src.glob('*_model_states.pt')):
-        checkpoint = join_deepspeed_shards(args.src)
-    else:
-        raise UserError(f'{args.src} is not a folder with shards of FSDP or DeepSpeed training')
-    save_checkpoint(checkpoint, str(args.dst), backend_args=ATOMIC)
-    print(f'Wrote {args.dst} with {len(checkpoint["state_dict"])} tensors.')
+    number = merge_shards(args.src, args.dst)
+    print(f'Wrote {args.dst} with {number} tensors.')
 
 
 if __name__ == '__main__':
