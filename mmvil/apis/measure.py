@@ -87,11 +87,8 @@ def add_ratios(records):
 
 
 def saved_bytes(model, image, amp=None):
-    """Count what autograd keeps between forward and backward pass, parameters excluded.
-
-    Returns:
-        tuple[int, Tensor | tuple[Tensor]]: Bytes in distinct storages, and the outputs of the
-        model, which hold the graph.
+    """Count the bytes in distinct storages that autograd keeps between forward and backward pass,
+    parameters excluded.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
@@ -103,8 +100,8 @@ def saved_bytes(model, image, amp=None):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = _forward(model, image, amp)
-    return sum(kept.values()), outputs
+        _forward(model, image, amp)
+    return sum(kept.values())
 
 
 def peak_bytes(model, image, mode, amp=None):
@@ -154,8 +151,10 @@ def _seconds(model, image, mode, amp, repeats=1):
 def _count(model, image, modes, amp):
     """Saved bytes, and multiply-adds by mode."""
     model.train('training' in modes)
+    saved = saved_bytes(model, image, amp)
+    # Not at the same time: the counter hooks all modules, so a ViL calls them and saves more.
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        saved, outputs = saved_bytes(model, image, amp)
+        outputs = _forward(model, image, amp)
         multiply_adds = dict(forward=counter.get_total_flops() // 2)
         if 'training' in modes:
             _backward(outputs)

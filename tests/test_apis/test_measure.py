@@ -8,7 +8,7 @@ from mmvil.apis.measure import add_ratios, compare, saved_bytes
 
 def vil_saved(size, device='meta', **options):
     model = mmvil.VisionLSTM(img_size=size, out_type='bilateral_concat', **options).to(device)
-    return saved_bytes(model, torch.empty(1, 3, size, size, device=device))[0]
+    return saved_bytes(model, torch.empty(1, 3, size, size, device=device))
 
 
 # Bounds are what timm's DeiT of the same width saves, in 1e6 bytes.
@@ -45,7 +45,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
             y = x * self.weight  # x and the weight
             return y * y.view(-1, 4)  # y, twice
 
-    assert saved_bytes(Model(), torch.randn(8, 4))[0] == 2 * 8 * 4 * 4
+    assert saved_bytes(Model(), torch.randn(8, 4)) == 2 * 8 * 4 * 4
 
 
 def test_ratio_is_the_median_of_the_ratios_inside_rounds():
