@@ -4,9 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / 'shared' / 'reference'
+
+
+@pytest.fixture(autouse=True)
+def default_scope_of_its_own():
+    """Drop the default scope that a test sets, or the next test would build in it."""
+    scopes = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(scopes)
 
 
 @pytest.fixture
