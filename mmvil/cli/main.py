@@ -60,13 +60,17 @@ def leave_process_group() -> None:
 # -- Arguments -------------------------------------------------------------------------------------
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def make_parser(doc: str, whole: bool = False) -> argparse.ArgumentParser:
     """Parser with the arguments of every tool.
 
     Args:
         doc (str): Docstring of the tool; its first line is the description.
+        whole (bool): Show the whole docstring, with its examples. Default: False.
     """
-    parser = argparse.ArgumentParser(description=doc.partition('\n')[0])
+    parser = argparse.ArgumentParser(
+        description=doc if whole else doc.partition('\n')[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter if whole else argparse.HelpFormatter,
+    )
     parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
 

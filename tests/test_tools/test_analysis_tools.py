@@ -196,4 +196,4 @@ def test_benchmark_compares_writes_json_and_plots(tools, tmp_path, monkeypatch, 
 def test_benchmark_refuses_what_it_cannot_measure(tools, options, complaint):
     benchmark = tools[1]
     with pytest.raises(benchmark.UserError, match=complaint):
-        benchmark.check(benchmark.make_parser().parse_args(options))
+        benchmark.check(benchmark.make_benchmark_parser().parse_args(options))

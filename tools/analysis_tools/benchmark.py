@@ -9,7 +9,6 @@ All models take turns, round after round, and each is compared with DeiT inside 
 the machine does then affects all of them alike, and ratios can be trusted where times cannot.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,15 +23,13 @@ import mmvil
 from mmvil.apis.measure import MODES, compare
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import make_parser, parse_args, run
 
 ARCHS = ('tiny', 'small', 'base')
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_benchmark_parser():
+    parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add('--arch', choices=ARCHS, default='tiny', help='size of ViL and DeiT (%(default)s)')
     add(
@@ -73,7 +70,6 @@ def make_parser():
     add('--threads', type=int, help='CPU threads (default: chosen by torch)')
     add('--json', type=Path, metavar='FILE', help='write all measurements')
     add('--plot', type=Path, metavar='FILE.png', help='plot time and memory over the image size')
-    add('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -236,7 +232,7 @@ def plot(records, path):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_benchmark_parser())
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -8,32 +8,28 @@ printed line belongs in the config. Images that cannot be read, values that are 
 channels that differ in number or are constant are errors. See docs/multiband.md.
 """
 
-import argparse
 import os
 
 import numpy as np
-from mmengine.config import DictAction
 from torch.utils.data import DataLoader, Dataset
 
 from mmvil.cli.config import build_lazily, innermost_datasets, load_config, set_data_root
 from mmvil.cli.errors import UserError, one_line
-from mmvil.cli.images import ImageReader, data_preprocessor
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.inference import ImageReader, data_preprocessor
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
 
 MULTIBAND = 'mmvil.apis.data_preprocessor.MultibandSegDataPreProcessor'
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_statistics_parser():
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('config', help='config file with the loader of the images')
+    add_config_arguments(parser, 'config file with the loader of the images')
     add('--data-root', help="folder of the data, instead of the config's")
     add('--num', type=int, help='number of images, evenly spread (default: all)')
     jobs = os.cpu_count() or 1
     add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
 
 
@@ -130,7 +126,7 @@ def training_files(cfg, config):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_statistics_parser())
     cfg = load_config(args.config, args.cfg_options)
     set_data_root(cfg, args.data_root)
     files = training_files(cfg, args.config)

@@ -7,18 +7,16 @@ python tools/analysis_tools/get_flops.py configs/vil_t_imagenet.py --sizes 224 5
 Nothing is computed: the model runs on shapes alone, so any size takes seconds and no memory.
 """
 
-import argparse
 import json
 import warnings
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
@@ -40,11 +38,9 @@ def build_model(cfg):
         raise UserError(f'cannot build the model: {error}') from error
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+def make_flops_parser():
+    parser = make_parser(__doc__, whole=True)
+    add_config_arguments(parser)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
         '--shape',
@@ -58,15 +54,6 @@ def make_parser():
         '--sizes', type=int, nargs='+', metavar='PIXELS', help='several square images: the growth'
     )
     parser.add_argument('--json', metavar='FILE', help='write the numbers to a file, too')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override the config, such as model.backbone.backend=parallel',
-    )
-    parser.add_argument('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -104,7 +91,7 @@ def print_growth(counts):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_flops_parser())
     cfg = load_config(args.config, args.cfg_options)
     sizes = image_sizes(args, cfg)
     model = build_model(cfg)

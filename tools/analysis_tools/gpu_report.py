@@ -8,7 +8,6 @@ plain PyTorch form and timm's DeiT; UperNet ViL-B, whole training steps. The rep
 targets are met. It is written again after each part, so an interruption costs little.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,7 +23,7 @@ import mmvil
 from mmvil.apis.training_memory import measure_training
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import make_parser, parse_args, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('torch', 'triton', 'timm', 'mmengine', 'onedl-mmengine', 'mmsegmentation', 'numpy')
@@ -59,15 +58,12 @@ QUICK = dict(
 )
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_report_parser():
+    parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add('--out', type=Path, default=Path('gpu_report'), metavar='FOLDER', help='(%(default)s)')
     add('--device', choices=['cuda', 'cpu'], default='cuda', help='(%(default)s)')
     add('--quick', action='store_true', help='tiny sizes, to try the command itself')
-    add('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -205,7 +201,7 @@ def upernet(plan, device):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_report_parser())
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError(
             'torch sees no GPU here, and this report is about one; --device cpu --quick tries the '

@@ -8,12 +8,10 @@ Nothing is computed: a training step runs on shapes alone while its allocations 
 takes seconds, no GPU and no memory. With --measure, a step runs on the GPU at hand, too.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,15 +26,13 @@ from mmvil.apis.training_memory import (
 )
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_plan_parser():
+    parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
-    add('config', help='config file, such as configs/upernet_vil_t_ade20k.py')
+    add_config_arguments(parser)
     add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
     add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
     add(
@@ -55,8 +51,6 @@ def make_parser():
         help='throughput of one GPU, from --measure or a training log, to estimate the duration',
     )
     add('--json', metavar='FILE', help='write the numbers to a file, too')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -137,7 +131,7 @@ def print_duration(args, cfg, total, speed):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_plan_parser())
     cfg = load_config(args.config, args.cfg_options)
     check(args)
     total = args.batch_size or recipe_batch(cfg)

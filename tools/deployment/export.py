@@ -7,7 +7,6 @@ The file accepts any number of images of any size, RGB from 0 to 255 or, with ot
 config loads them. See docs/deployment.md.
 """
 
-import argparse
 import importlib
 import logging
 import time
@@ -15,7 +14,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 
 from mmvil.apis.deploy import (
     OUTPUTS,
@@ -30,15 +28,15 @@ from mmvil.apis.inspect_blocks import find_backbone, trained_size
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import build_model
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 FORMATS = {'.onnx': 'onnx', '.pt2': 'pt2'}
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_export_parser():
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('config', help='config file that the checkpoint was trained with')
+    add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
     add('--out', type=Path, help='file to write (default: CONFIG_NAME.onnx)')
     add('--format', choices=FORMATS.values(), help='(default: by the suffix of --out, else onnx)')
@@ -65,8 +63,6 @@ def make_parser():
         help='largest accepted difference from PyTorch, relative to the largest output; with '
         '--output labels: share of labels that differ (%(default)s)',
     )
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -131,7 +127,7 @@ def check(model, exported, shapes):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_export_parser())
     complete(args)
     cfg = load_config(args.config, args.cfg_options)
     model = build_model(cfg, args.checkpoint)

@@ -4,26 +4,24 @@
 python tools/model_converters/merge_shards.py work_dirs/vil_b/iter_160000.pth vil_b.pth
 """
 
-import argparse
 from pathlib import Path
 
 from mmvil.apis.merge import merge_shards
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import make_parser, parse_args, run
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_merge_parser():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add('src', type=Path, help='folder of a checkpoint, such as iter_160000.pth')
     add('dst', type=Path, help='file to write')
     add('--force', action='store_true', help='replace DST if it exists')
-    add('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_merge_parser())
     if args.dst.exists() and not args.force:
         raise UserError(f'{args.dst} exists; --force replaces it')
     number = merge_shards(args.src, args.dst)

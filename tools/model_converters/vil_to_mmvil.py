@@ -4,7 +4,6 @@
 python tools/model_converters/vil_to_mmvil.py vil2_tiny16_e800_in1k.th vil2_tiny16.pth --check
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from mmengine.registry import init_default_scope
 
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.main import make_parser, parse_args, run
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_converter_parser():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add('src', help='official file, or mmvil://NAME to download it')
     add('dst', type=Path, help='file to write')
@@ -30,7 +29,6 @@ def make_parser():
     )
     add('--check', action='store_true', help='build the model, load it strictly and run it')
     add('--force', action='store_true', help='replace DST if it exists')
-    add('--traceback', action='store_true', help='show the whole trace of an error')
     return parser
 
 
@@ -66,7 +64,7 @@ def check(path: Path) -> str:
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_converter_parser())
     target = args.dst
     if target.exists() and not args.force:
         raise UserError(f'{target} exists; --force replaces it')

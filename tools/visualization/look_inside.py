@@ -6,14 +6,12 @@ python tools/visualization/look_inside.py gates street.jpg CONFIG CHECKPOINT --o
 See docs/visualization.md for the four pictures and how to read them.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmengine.config import DictAction
 
 from mmvil.apis.draw_blocks import (
     ImagePair,
@@ -25,9 +23,8 @@ from mmvil.apis.draw_blocks import (
 from mmvil.apis.inspect_blocks import default_blocks, find_backbone, trained_size
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.images import ImageReader
-from mmvil.cli.inference import build_model, find_images
-from mmvil.cli.main import parse_args, run
+from mmvil.cli.inference import ImageReader, build_model, find_images
+from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 PICTURES = dict(
     gates='input and forget gates over the image',
@@ -37,12 +34,12 @@ PICTURES = dict(
 )
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_picture_parser():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add('picture', choices=PICTURES, help='; '.join(f'{k}: {v}' for k, v in PICTURES.items()))
     add('image', help='image, or folder of images')
-    add('config', help='config file that the checkpoint was trained with')
+    add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
     add('--out', type=Path, help='picture to write (default: PICTURE.png)')
     add('--blocks', type=int, nargs='+', help='0-based (default: pairs, or those of out_indices)')
@@ -64,8 +61,6 @@ def make_parser():
     add('--head', type=int, help='gates, decay: one head (default: the mean over heads)')
     add('--num', type=int, default=4, help='images of a folder (%(default)s)')
     add('--device', default='cpu', help='(%(default)s)')
-    add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    add('--traceback', action='store_true', help='show the trace of an error')
     return parser
 
 
@@ -112,7 +107,7 @@ def check(args, backbone, images):
 
 
 def main():
-    args = parse_args(make_parser())
+    args = parse_args(make_picture_parser())
     matplotlib.use('Agg')
     cfg = load_config(args.config, args.cfg_options)
     paths = find_images(args.image)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from mmvil.cli.images import ImageReader
+from mmvil.cli.inference import ImageReader
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
