@@ -23,10 +23,17 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import CheckpointLoader
 
-from mmvil.apis.convert import infer_architecture, sha256, weights_of
-from mmvil.apis.vtab1k import DATASETS, Protocol, as_csv, as_markdown, check_data, summarize
+from mmvil.apis.vtab1k import (
+    DATASETS,
+    Protocol,
+    as_csv,
+    as_markdown,
+    check_data,
+    identify,
+    read_architecture,
+    summarize,
+)
 from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run
@@ -45,6 +52,7 @@ def main():
         report(protocol, args)
         return
 
+    check_checkpoint(args.checkpoint)
     architecture = read_architecture(args.checkpoint)
     for dataset in args.datasets:
         classes = config_of(dataset).model.head.num_classes
@@ -54,10 +62,7 @@ def main():
         print(f'Data and checkpoint are in place: {protocol.size} runs.')
         return
     settings = dict(lrs=protocol.lrs, seeds=args.seeds, cfg_options=args.cfg_options)
-    if '://' in args.checkpoint:
-        settings.update(checkpoint=args.checkpoint)
-    else:
-        settings.update(checkpoint_sha256=sha256(Path(args.checkpoint)))
+    settings.update(identify(args.checkpoint))
     agree_on_settings(args.work_dir, settings)
     if args.retry:
         for job, state in protocol.runs().items():
@@ -182,16 +187,6 @@ def train(job, claim, args, architecture, show) -> dict:
 
 
 # -- Before and after the runs ---------------------------------------------------------------------
-
-
-def read_architecture(path) -> dict:
-    """Sizes of the model in a checkpoint."""
-    check_checkpoint(path)
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    try:
-        return infer_architecture(weights_of(checkpoint))
-    except ValueError as error:
-        raise UserError(f'{path} is no Vision-LSTM classifier: {error}') from error
 
 
 def agree_on_settings(folder, settings):

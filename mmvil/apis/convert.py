@@ -19,20 +19,11 @@ from ..checkpoints import (
     official_names,
     read_checkpoint,
     vil_to_mmvil,
-    weights_of,
 )
 from ..checkpoints.loaders import sha256
 from ..version import __version__
 
-__all__ = [
-    'cached_path',
-    'convert_checkpoint',
-    'fetch_checkpoint',
-    'infer_architecture',
-    'read_checkpoint',
-    'sha256',
-    'weights_of',
-]
+__all__ = ['cached_path', 'convert_checkpoint', 'fetch_checkpoint', 'read_checkpoint']
 
 
 def convert_checkpoint(path: Union[str, Path], stride: Optional[int] = None) -> Dict[str, Any]:

@@ -264,8 +264,8 @@ def trace(model, size, static=False, chunk_size=None):
 
     model = copy.deepcopy(model)
     for block in model.modules():
-        if isinstance(block, ViLBlock):
-            block.chunk_size = chunk_size or block.chunk_size
+        if isinstance(block, ViLBlock) and chunk_size:
+            block.chunk_size = chunk_size
     # Traced with sizes that no rule of thumb fits; these sizes are then forgotten.
     height, width = size if static else (size[0] + 5, size[1] + 3)
     example = torch.zeros(1 if static else 2, model.channels, height, width)

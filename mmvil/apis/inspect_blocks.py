@@ -1,14 +1,13 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Features, gates, memory decay and receptive fields of the blocks of a ViL.
 
-All functions read a model through forward hooks, so that they see what the model computes:
+All functions read a model through forward hooks on its blocks:
 
     igate, fgate = block_gates(backbone, images)[0]
     weights = decay_weights(igate[0], fgate[0], backbone.layers[0].reverse, token=100)
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -59,21 +58,6 @@ def token_at(grid, at):
     return row * grid[1] + column
 
 
-@contextmanager
-def _outputs_of(modules):
-    """Collect the outputs of modules during forward passes, in the order of the calls."""
-    outputs = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: outputs.append(output))
-        for module in modules
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def block_features(backbone, images):
     """Compute the tokens after each block.
 
@@ -84,8 +68,16 @@ def block_features(backbone, images):
     Returns:
         list[Tensor]: One tensor (B, N, D) per block.
     """
-    with _outputs_of(backbone.layers) as features:
+    features = []
+    hooks = [
+        block.register_forward_hook(lambda block, args, output: features.append(output))
+        for block in backbone.layers
+    ]
+    try:
         backbone(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return features
 
 
@@ -99,12 +91,10 @@ def block_gates(backbone, images):
     Returns:
         list[tuple[Tensor, Tensor]]: Input and forget gate (B, NH, N) per block.
     """
-    with (
-        _outputs_of(block.igate for block in backbone.layers) as igates,
-        _outputs_of(block.fgate for block in backbone.layers) as fgates,
-    ):
-        backbone(images)
-    return [(i.transpose(1, 2), f.transpose(1, 2)) for i, f in zip(igates, fgates)]
+    features = block_features(backbone, images)
+    x, grid = backbone.embed(images)
+    inputs = [x, *features[:-1]]
+    return [block.gates(x, grid) for block, x in zip(backbone.layers, inputs)]
 
 
 def decay_weights(igate, fgate, reverse, token):

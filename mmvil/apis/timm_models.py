@@ -28,8 +28,7 @@ from ..checkpoints import (
     OFFICIAL_CHECKPOINTS,
     OfficialCheckpoint,
     adapt_input_channels,
-    is_official,
-    vil_to_mmvil,
+    weights_of,
 )
 from ..layers import PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
@@ -389,12 +388,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: If they are of neither 3 channels nor the model's.
     """
-    state_dict = state_dict.get('state_dict', state_dict)
-    if is_official(state_dict):
-        state_dict = vil_to_mmvil(state_dict)
     norm = model.fc_norm.state_dict(prefix='fc_norm.')
     renamed = {}
-    for name, value in state_dict.items():
+    for name, value in weights_of(state_dict).items():
         name = name.replace('backbone.pool_norm.', 'fc_norm.').replace('head.fc.', 'head.')
         if not name.startswith('fc_norm.') or name in norm and value.shape == norm[name].shape:
             renamed[name] = value

@@ -10,6 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
+from mmengine.runner import CheckpointLoader
+
+from ..checkpoints import infer_architecture, weights_of
+from ..checkpoints.loaders import sha256
+
 GROUPS = dict(
     natural=(
         *('caltech101', 'cifar', 'dtd', 'oxford_flowers102', 'oxford_iiit_pet', 'svhn'),
@@ -156,6 +161,33 @@ class Protocol:
     def _states(self, jobs):
         states = self.claims.states([job.name for job in jobs])
         return {job: states[job.name] for job in jobs}
+
+
+# -- Checkpoint ------------------------------------------------------------------------------------
+
+
+def read_architecture(checkpoint: str) -> dict:
+    """Read the sizes of the classifier in a checkpoint, see
+    :func:`mmvil.checkpoints.infer_architecture`.
+
+    Args:
+        checkpoint (str): File, URL or ``mmvil://NAME``; ours or an official one.
+
+    Raises:
+        ValueError: If it holds no Vision-LSTM classifier.
+    """
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    try:
+        return infer_architecture(weights_of(loaded))
+    except ValueError as error:
+        raise ValueError(f'{checkpoint} is no Vision-LSTM classifier: {error}') from error
+
+
+def identify(checkpoint: str) -> Dict[str, str]:
+    """Settings by which processes agree on a checkpoint: its address, or its file's SHA-256."""
+    if '://' in checkpoint:
+        return dict(checkpoint=checkpoint)
+    return dict(checkpoint_sha256=sha256(Path(checkpoint)))
 
 
 # -- Data ------------------------------------------------------------------------------------------

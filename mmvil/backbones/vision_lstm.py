@@ -373,12 +373,10 @@ class VisionLSTM(BaseModule):
         """Initialize all parameters as the constructor does, after ``to_empty`` of a model built on
         the meta device.
         """
-        for module in self.modules():
-            if module is not self and hasattr(module, 'reset_parameters'):
+        _, *modules = self.modules()
+        for module in reversed(modules):  # the parts first: a block initializes them in its own way
+            if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
-        # Afterwards, because these initialize the layers that they consist of.
-        for module in (self.patch_embed, *self.layers):
-            module.reset_parameters()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def init_weights(self) -> None:

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
+from ..checkpoints import weights_of
 from .config import build_lazily
 from .errors import UserError, one_line
 from .preflight import check_checkpoint, check_fit
@@ -60,10 +61,7 @@ def load_weights(model, checkpoint, cfg):
     """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     check_fit(model, loaded, checkpoint)
-    state = loaded.get('state_dict', loaded)
-    model.load_state_dict(
-        {name.removeprefix('module.'): tensor for name, tensor in state.items()}, strict=False
-    )
+    model.load_state_dict(weights_of(loaded), strict=False)
     meta = loaded.get('meta', {}).get('dataset_meta')
     if meta is None and cfg.get('test_dataloader') is not None:
         try:

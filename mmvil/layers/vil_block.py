@@ -1,9 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL block: x + layer(norm(x)) in one reading direction."""
 
-import logging
 import math
-from functools import lru_cache
 from typing import Optional, Tuple
 
 import torch
@@ -23,6 +21,7 @@ from ..ops.compat import (
     without_autocast,
 )
 from ..ops.layout import by_head
+from ..ops.log import warn_once
 from ..ops.mlstm import BACKENDS, choose_form
 from ..ops.projections import dense_blocks, headwise_linear, token_conv
 from ..ops.vil_layer import vil_layer
@@ -228,7 +227,7 @@ class ViLBlock(nn.Module):
                 return weights
             reason = f'a weight is a {min(kind.__name__ for kind in strange)}'
         if not is_compiling():
-            _log_once(
+            warn_once(
                 f'ViLBlock calls its submodules one by one, because {reason}. Results are the '
                 'same; the fused layer is faster and keeps less memory for backward.'
             )
@@ -341,11 +340,6 @@ def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:
         if parameter.is_floating_point() and parameter.element_size() < x.element_size()
     }
     return functional_call(module, promoted, (x,)) if promoted else module(x)
-
-
-@lru_cache
-def _log_once(message: str) -> None:
-    logging.getLogger('mmvil').warning(message)
 
 
 def without_bias(norm: nn.Module, remove: bool = True) -> nn.Module:

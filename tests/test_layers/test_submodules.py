@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from mmvil import VisionLSTM
 from mmvil.layers import ViLBlock
 from mmvil.layers.vil_block import FUSED_SUBMODULES
+from mmvil.ops.log import warn_once
 from tests.conftest import relative_error
 
 GRID = (3, 4)
@@ -134,9 +135,7 @@ def test_weights_that_are_tensor_subclasses_define_their_operations():
 
 
 def test_the_log_says_once_which_submodule_is_called(caplog):
-    from mmvil.layers import vil_block
-
-    vil_block._log_once.cache_clear()
+    warn_once.cache_clear()
     blocks = [make_block(), make_block()]
     for block in blocks:
         block.v_proj.register_forward_hook(lambda *_: None)

@@ -4,13 +4,14 @@
 ``MMVIL_TRITON=0`` in the environment switches them off.
 """
 
-import logging
 import os
 from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Callable, Optional
 
 import torch
+
+from ..log import warn_once
 
 MIN_TRITON = (3, 5)
 """Oldest version that interpreted and compiled the kernels; it came with torch 2.9."""
@@ -51,13 +52,8 @@ def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
 
         problem = failure(device, dtype, head_width)
     if problem:
-        _log_once(f'The mLSTM runs in plain PyTorch, without GPU kernels: {problem}.')
+        warn_once(f'The mLSTM runs in plain PyTorch, without GPU kernels: {problem}.')
     return not problem
-
-
-@lru_cache
-def _log_once(message: str) -> None:
-    logging.getLogger('mmvil').warning(message)
 
 
 @lru_cache
