@@ -28,6 +28,7 @@ _STANDALONE = re.compile(
     r'^blocks\.(?P<block>\d+)\.'
     r'((?P<direction>rowwise_from_top_left|rowwise_from_bot_right)\.)?(layer\.)?(?P<rest>.+)$'
 )
+_BLOCK = re.compile(r'backbone\.layers\.(\d+)\.(.+)')
 _STACK_NORM_WEIGHT = re.compile(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$')
 
 
@@ -157,6 +158,28 @@ def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> Dict[str, str]:
     }
 
 
+def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
+    """Check that all blocks have the same tensors, in the same shapes.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): A classifier in our layout, see :func:`vil_to_mmvil`.
+
+    Raises:
+        ValueError: If a block is missing or differs from the first one.
+    """
+    blocks = {}
+    for key, value in state_dict.items():
+        if match := _BLOCK.match(key):
+            blocks.setdefault(int(match[1]), {})[match[2]] = tuple(value.shape)
+    for block in range(1 + max(blocks, default=0)):
+        if blocks.get(block) != blocks.get(0):
+            differing = sorted(set(blocks.get(block, {}).items()) ^ set(blocks.get(0, {}).items()))
+            raise ValueError(
+                f'Block {block} does not have the tensors of block 0: they differ in '
+                f'{", ".join(dict(differing))}.'
+            )
+
+
 def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """Read the sizes of a classifier off its tensors.
 
@@ -175,7 +198,7 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """
     blocks = {}
     for key, value in state_dict.items():
-        match = re.match(r'backbone\.layers\.(\d+)\.(.+)', key)
+        match = _BLOCK.match(key)
         if match:
             blocks.setdefault(match[2], []).append((int(match[1]), value))
 
