@@ -135,7 +135,6 @@ def wrap_classes(
 ) -> bool:
     """FSDP policy that wraps every module whose class has one of the names.
 
-    A wrapped module must be called as a whole. That holds for a ViLBlock, but not for its parts,
-    whose weights the block reads itself.
+    For ViL that is ViLBlock: with parts of it wrapped, it calls them one by one, which is slower.
     """
     return recurse or type(module).__name__ in names
