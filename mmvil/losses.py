@@ -5,7 +5,7 @@ Data parallel training averages the gradients of the processes. That equals the 
 whole batch only if each loss is a mean over equally many labelled pixels.
 """
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        class_weight: Optional[Sequence[float]] = None,
+        class_weight: Sequence[float] | None = None,
         loss_weight: float = 1.0,
         loss_name: str = 'loss_ce',
     ) -> None:
@@ -54,9 +54,9 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         self,
         cls_score: Tensor,
         label: Tensor,
-        weight: Optional[Tensor] = None,
-        avg_factor: Optional[float] = None,
-        reduction_override: Optional[str] = None,
+        weight: Tensor | None = None,
+        avg_factor: float | None = None,
+        reduction_override: str | None = None,
         ignore_index: int = -100,
     ) -> Tensor:
         """Compute the loss, with the arguments of mmsegmentation's heads.
@@ -94,7 +94,7 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         return f'loss_weight={self.loss_weight:g}, class_weight={self.class_weight}'
 
 
-def _labelled(label: Tensor, ignore_index: int, class_weight: Optional[Tensor]) -> Tensor:
+def _labelled(label: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
     """Count labelled pixels, by the weights of their classes. A number instead of a tensor would
     make the CPU wait for the GPU.
     """

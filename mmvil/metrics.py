@@ -2,9 +2,9 @@
 """Metrics of ImageNet classifiers on robustness benchmarks."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import PurePath
 from statistics import mean
-from typing import Dict, List, Optional, Sequence
 
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
@@ -35,7 +35,7 @@ class SubsetAccuracy(BaseMetric):
         classes: Sequence[int],
         topk: Sequence[int] = (1, 5),
         collect_device: str = 'cpu',
-        prefix: Optional[str] = None,
+        prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.classes = list(classes)
@@ -54,7 +54,7 @@ class SubsetAccuracy(BaseMetric):
             right = scores[sample['gt_label'].item()]
             self.results.append((scores > right).sum().item())
 
-    def compute_metrics(self, results: List[int]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[int]) -> dict[str, float]:
         """Compute the percentage of images with the true class among the best k."""
         return {
             f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk
@@ -70,7 +70,7 @@ class MeanCorruptionError(BaseMetric):
     an image is read from its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
 
     Args:
-        reference_errors (Dict[str, float]): Mean error of the reference model, in percent, for each
+        reference_errors (dict[str, float]): Mean error of the reference model, in percent, for each
             corruption. mCE is reported if all of them occur at all severities.
         severities (int): Number of severities. Default: 5.
         collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
@@ -84,10 +84,10 @@ class MeanCorruptionError(BaseMetric):
 
     def __init__(
         self,
-        reference_errors: Dict[str, float],
+        reference_errors: dict[str, float],
         severities: int = 5,
         collect_device: str = 'cpu',
-        prefix: Optional[str] = None,
+        prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.reference_errors = dict(reference_errors)
@@ -105,7 +105,7 @@ class MeanCorruptionError(BaseMetric):
             wrong = sample['pred_score'].argmax().item() != sample['gt_label'].item()
             self.results.append((corruption, severity, wrong))
 
-    def compute_metrics(self, results: List[tuple]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[tuple]) -> dict[str, float]:
         """Compute the mean error of each corruption, mean accuracy, and mCE."""
         wrong = defaultdict(lambda: defaultdict(list))
         for corruption, severity, is_wrong in results:

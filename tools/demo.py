@@ -41,7 +41,6 @@ def main():
     draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
 
     out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     if video:
         source = int(args.input) if webcam else args.input
         out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
@@ -74,6 +73,7 @@ def draw_images(images, load, draw, out_dir):
     for image in images:
         drawn, found = draw(load(image))
         out_file = out_dir / f'{image.stem}.png'
+        out_dir.mkdir(parents=True, exist_ok=True)
         cv2.imencode('.png', drawn)[1].tofile(out_file)
         print(f'{image} -> {out_file}: {found}')
     if len(images) > 1:
@@ -139,6 +139,7 @@ def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
 
 def open_writer(out_file, fps, size):
     """A writer of MP4 files, for frames of a size (height, width)."""
+    out_file.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(out_file), cv2.VideoWriter_fourcc(*'mp4v'), fps, size[::-1])
     if not writer.isOpened():
         raise UserError(f'OpenCV cannot write the video {out_file}')

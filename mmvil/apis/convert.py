@@ -2,8 +2,9 @@
 """Convert official checkpoints of Vision-LSTM to those of mmpretrain's ``ImageClassifier``."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -26,7 +27,7 @@ from ..version import __version__
 __all__ = ['cached_path', 'convert_checkpoint', 'fetch_checkpoint', 'read_checkpoint']
 
 
-def convert_checkpoint(path: Union[str, Path], stride: Optional[int] = None) -> Dict[str, Any]:
+def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str, Any]:
     """Convert an official checkpoint to one of mmpretrain's ``ImageClassifier``.
 
     Version, width, depth, patch size, image size and number of classes are read off the tensors.
@@ -89,8 +90,8 @@ def convert_checkpoint(path: Union[str, Path], stride: Optional[int] = None) -> 
 
 
 def _find_stride(
-    given: Optional[int], checkpoint: Mapping, path: Path, patch_size: int
-) -> Tuple[int, str]:
+    given: int | None, checkpoint: Mapping, path: Path, patch_size: int
+) -> tuple[int, str]:
     noted = checkpoint.get('ctor_kwargs')
     noted = noted.get('stride') if isinstance(noted, Mapping) else None
     noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted

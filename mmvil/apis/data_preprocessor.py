@@ -3,7 +3,8 @@
 mmvil does not import it, because importing mmseg is slow.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmseg.models import SegDataPreProcessor

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """k-nearest neighbours and linear probe on frozen features."""
 
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def knn(
     train_labels: Tensor,
     test: Tensor,
     k: int,
-    temperature: Optional[float] = None,
+    temperature: float | None = None,
     chunk: int = 1024,
 ) -> Tensor:
     """Classify by the k training images with the most similar features.
@@ -47,7 +47,7 @@ def knn(
 
 def fit_linear(
     features: Tensor, labels: Tensor, penalty: float, max_iter: int = 200
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Fit multinomial logistic regression by L-BFGS.
 
     Args:
@@ -79,7 +79,7 @@ def fit_linear(
 
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, penalties: Sequence[float] = PENALTIES
-) -> Tuple[Tensor, float]:
+) -> tuple[Tensor, float]:
     """Classify by logistic regression on standardized features. The penalty on the weight is chosen
     on a held-out fifth of the training images.
 

@@ -5,8 +5,9 @@ import difflib
 import fnmatch
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Union
+from typing import Any
 
 import torch
 from mmengine.logging import MMLogger
@@ -16,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from ..checkpoints import OFFICIAL_CHECKPOINTS, describe_misfit, find_official, weights_of
 
 
-def list_models(pattern: Optional[str] = None) -> List[str]:
+def list_models(pattern: str | None = None) -> list[str]:
     """List the names of the published classifiers, which :func:`get_model` builds.
 
     Args:
@@ -35,10 +36,10 @@ def list_models(pattern: Optional[str] = None) -> List[str]:
 
 def get_model(
     name: str,
-    pretrained: Union[bool, str, Path] = False,
-    device: Union[str, torch.device, None] = None,
-    num_classes: Optional[int] = None,
-    out_indices: Union[int, Sequence[int], None] = None,
+    pretrained: bool | str | Path = False,
+    device: str | torch.device | None = None,
+    num_classes: int | None = None,
+    out_indices: int | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> BaseModel:
     """Build a classifier of mmpretrain by name.

@@ -5,8 +5,9 @@
 paper's first version.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -87,21 +88,21 @@ class TimmVisionLSTM(nn.Module):
 
     def __init__(
         self,
-        arch: Union[str, dict] = 'base',
+        arch: str | dict = 'base',
         version: int = 2,
-        img_size: Union[int, Tuple[int, int]] = 224,
+        img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
-        stride: Optional[int] = None,
+        stride: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Optional[str] = None,
+        global_pool: str | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        strict_img_size: Optional[bool] = None,
-        dynamic_img_size: Optional[bool] = None,
+        strict_img_size: bool | None = None,
+        dynamic_img_size: bool | None = None,
         dynamic_img_pad: bool = True,
-        device: Union[str, torch.device, None] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -147,8 +148,8 @@ class TimmVisionLSTM(nn.Module):
 
     def set_input_size(
         self,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
-        patch_size: Optional[int] = None,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | None = None,
     ) -> None:
         """Resize the position embedding and resample the patch embedding for another size.
 
@@ -200,7 +201,7 @@ class TimmVisionLSTM(nn.Module):
             )
         self._check_tiling(size, self.backbone.patch_size, self.backbone.stride)
 
-    def _check_tiling(self, size: Tuple[int, int], patch_size: int, stride: int) -> None:
+    def _check_tiling(self, size: tuple[int, int], patch_size: int, stride: int) -> None:
         if not self.dynamic_img_pad and any((side - patch_size) % stride for side in size):
             raise ValueError(
                 f'With dynamic_img_pad=False, patches of {patch_size} pixels at stride {stride} '
@@ -244,7 +245,7 @@ class TimmVisionLSTM(nn.Module):
         """Return the linear layer."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling if another one is named."""
         if global_pool is not None and global_pool != self.global_pool:
             self._set_pool(global_pool)
@@ -278,12 +279,12 @@ class TimmVisionLSTM(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, Sequence[int]]] = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute features after several blocks.
 
         Args:
@@ -311,8 +312,8 @@ class TimmVisionLSTM(nn.Module):
         return tokens_to_map(self._norm(x), grid), intermediates
 
     def _run_blocks(
-        self, x: Tensor, take: Sequence[int] = (), last: Optional[int] = None
-    ) -> Tuple[Tensor, Tuple[int, int], List[Tensor]]:
+        self, x: Tensor, take: Sequence[int] = (), last: int | None = None
+    ) -> tuple[Tensor, tuple[int, int], list[Tensor]]:
         """Return tokens (B, N, D) after the last block, their grid, and those after ``take``."""
         backbone = self.backbone
         if not isinstance(x, Proxy):  # symbolic, without a size
@@ -337,10 +338,10 @@ class TimmVisionLSTM(nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: Union[int, Sequence[int]] = 1,
+        indices: int | Sequence[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Remove what the features after these blocks do not need."""
         take, last = feature_take_indices(len(self.backbone.layers), indices)
         self.backbone.layers = self.backbone.layers[: last + 1]
@@ -361,7 +362,7 @@ class TimmVisionLSTM(nn.Module):
         return {'backbone.pos_embed'}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return groups for layer-wise learning rates: embeddings, pairs of blocks, the rest."""
         pairs = [
             (rf'^backbone\.layers\.(?:{2 * pair}|{2 * pair + 1})\.', (pair,))
@@ -380,7 +381,7 @@ def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
 # -------------------------------------------------------------------------------------- registering
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename weights of official checkpoints and of our classifiers for timm's model.
 
     The norm of another pooling is left out: it starts anew, as the classifier behind it does.
@@ -408,7 +409,7 @@ def _model_name(official: OfficialCheckpoint) -> str:
     return f'{prefix}_{official.arch.replace("_", "")}_patch16{stride}_224'
 
 
-def _pretrained_cfg(official: OfficialCheckpoint) -> Dict[str, Any]:
+def _pretrained_cfg(official: OfficialCheckpoint) -> dict[str, Any]:
     grid = (224 - 16) // official.stride + 1
     return dict(
         url=official.url,

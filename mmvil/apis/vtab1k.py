@@ -5,10 +5,10 @@ import csv
 import io
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 from mmengine.runner import CheckpointLoader
 
@@ -84,7 +84,7 @@ class Protocol:
     def runs_per_dataset(self) -> int:
         return len(self.seeds) * (len(self.lrs) + 1)
 
-    def runs(self) -> Dict[Job, str]:
+    def runs(self) -> dict[Job, str]:
         """States of all runs that are known by now. The final runs of a dataset are known when its
         search has ended.
         """
@@ -105,7 +105,7 @@ class Protocol:
             sorted(known.items(), key=lambda item: (order[item[0].dataset], item[1] == 'again'))
         )
 
-    def best_lr(self, dataset: str) -> Optional[float]:
+    def best_lr(self, dataset: str) -> float | None:
         """Learning rate with the best mean accuracy on val200, the smallest of equal ones. One that
         lacks a seed, because its run failed, is not considered.
         """
@@ -116,7 +116,7 @@ class Protocol:
                 means[lr] = statistics.mean(found)
         return max(means, key=means.get) if means else None
 
-    def accuracies(self, dataset: str, phase: str, lr: float) -> List[Optional[float]]:
+    def accuracies(self, dataset: str, phase: str, lr: float) -> list[float | None]:
         """Accuracy for each seed; None where the run has not finished."""
         results = [self._result(job) for job in self._jobs(dataset, phase, lr)]
         return [result and result['accuracy'] for result in results]
@@ -137,7 +137,7 @@ class Protocol:
             text += f', about {time} left' + (f' with {workers} processes' if workers > 1 else '')
         return text
 
-    def progress_by_dataset(self) -> List[str]:
+    def progress_by_dataset(self) -> list[str]:
         """One line for each dataset."""
         count = Counter((job.dataset, state) for job, state in self.runs().items())
         lines = []
@@ -183,7 +183,7 @@ def read_architecture(checkpoint: str) -> dict:
         raise ValueError(f'{checkpoint} is no Vision-LSTM classifier: {error}') from error
 
 
-def identify(checkpoint: str) -> Dict[str, str]:
+def identify(checkpoint: str) -> dict[str, str]:
     """Settings by which processes agree on a checkpoint: its address, or its file's SHA-256."""
     if '://' in checkpoint:
         return dict(checkpoint=checkpoint)
@@ -193,7 +193,7 @@ def identify(checkpoint: str) -> Dict[str, str]:
 # -- Data ------------------------------------------------------------------------------------------
 
 
-def check_data(folder: Union[str, Path], num_classes: int) -> List[str]:
+def check_data(folder: str | Path, num_classes: int) -> list[str]:
     """Check that lists and images of a dataset exist and that labels are in range.
 
     Args:
@@ -231,7 +231,7 @@ def check_data(folder: Union[str, Path], num_classes: int) -> List[str]:
 # -- Results ---------------------------------------------------------------------------------------
 
 
-def summarize(protocol: Protocol, name: str) -> Tuple[dict, dict]:
+def summarize(protocol: Protocol, name: str) -> tuple[dict, dict]:
     """Compute means over seeds and datasets of what has finished.
 
     Args:

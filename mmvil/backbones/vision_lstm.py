@@ -6,7 +6,7 @@ Alkin, Beck, Poeppel, Hochreiter, Brandstetter: Vision-LSTM: xLSTM as Generic Vi
 """
 
 import re
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 import torch.fx
@@ -85,7 +85,7 @@ class VisionLSTM(BaseModule):
 
     num_heads = 4
 
-    arch_settings: Dict[str, dict] = {
+    arch_settings: dict[str, dict] = {
         **dict.fromkeys(['t', 'tiny'], dict(embed_dims=192, depth=24)),
         **dict.fromkeys(['s', 'small'], dict(embed_dims=384, depth=24)),
         **dict.fromkeys(['b', 'base'], dict(embed_dims=768, depth=24)),
@@ -97,23 +97,23 @@ class VisionLSTM(BaseModule):
 
     def __init__(
         self,
-        arch: Union[str, dict] = 'base',
+        arch: str | dict = 'base',
         version: int = 2,
-        img_size: Union[int, Sequence[int]] = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
-        stride: Optional[int] = None,
+        stride: int | None = None,
         in_channels: int = 3,
-        out_indices: Union[int, Sequence[int]] = -1,
+        out_indices: int | Sequence[int] = -1,
         final_norm: bool = True,
         out_type: str = 'featmap',
-        pyramid: Optional[dict] = None,
+        pyramid: dict | None = None,
         drop_path_rate: float = 0.0,
         drop_path_mode: str = 'uniform',
         frozen_stages: int = -1,
         with_cp: bool = False,
         backend: str = 'auto',
         lean: bool = True,
-        init_cfg: Optional[Union[dict, List[dict]]] = None,
+        init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.embed_dims, depth = self._parse_arch(arch)
@@ -194,7 +194,7 @@ class VisionLSTM(BaseModule):
     # ---------------------------------------------------------------- arguments
 
     @classmethod
-    def _parse_arch(cls, arch: Union[str, dict]) -> Tuple[int, int]:
+    def _parse_arch(cls, arch: str | dict) -> tuple[int, int]:
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
                 raise ValueError(
@@ -212,7 +212,7 @@ class VisionLSTM(BaseModule):
         return arch['embed_dims'], arch['depth']
 
     @staticmethod
-    def _parse_out_indices(out_indices: Union[int, Sequence[int]], depth: int) -> Tuple[int, ...]:
+    def _parse_out_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:
         given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         indices = tuple(index + depth if index < 0 else index for index in given)
         if not indices or min(indices) < 0 or max(indices) >= depth:
@@ -227,8 +227,8 @@ class VisionLSTM(BaseModule):
     def _build_pyramid(
         self,
         strides: Sequence[int],
-        out_channels: Optional[Union[int, Sequence[int]]] = None,
-        norm_cfg: Optional[dict] = None,
+        out_channels: int | Sequence[int] | None = None,
+        norm_cfg: dict | None = None,
     ):
         if self.out_type != 'featmap':
             raise ValueError(
@@ -260,7 +260,7 @@ class VisionLSTM(BaseModule):
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Extract features.
 
         Args:
@@ -290,7 +290,7 @@ class VisionLSTM(BaseModule):
             ]
         return tuple(outputs)
 
-    def embed(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed images: patches and positions.
 
         Args:
@@ -306,7 +306,7 @@ class VisionLSTM(BaseModule):
         x, grid = self.patch_embed(x)
         return x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2), grid
 
-    def _format(self, x: Tensor, grid: Tuple[int, int], last: bool) -> Tensor:
+    def _format(self, x: Tensor, grid: tuple[int, int], last: bool) -> Tensor:
         """Convert the tokens (B, N, D) after a block to ``out_type``; norms belong to the last
         output.
         """
@@ -319,7 +319,7 @@ class VisionLSTM(BaseModule):
         x = self.pool(x)
         return self.pool_norm(x) if last else x
 
-    def pool(self, x: Tensor, out_type: Optional[str] = None) -> Tensor:
+    def pool(self, x: Tensor, out_type: str | None = None) -> Tensor:
         """Pool tokens (B, N, D) bilaterally: first and last concatenated (B, 2D), or their mean
         (B, D) with ``out_type='bilateral_avg'``. Default: the backbone's ``out_type``.
         """
@@ -345,7 +345,7 @@ class VisionLSTM(BaseModule):
         self._freeze()
         return self
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the depth of a parameter for layer-wise learning rate decay, which counts pairs
         of blocks.
 
@@ -390,8 +390,8 @@ class VisionLSTM(BaseModule):
             super().init_weights()
 
     def adapt_pretrained(
-        self, state_dict: Dict[str, Tensor], prefix: str = ''
-    ) -> Dict[str, Tensor]:
+        self, state_dict: dict[str, Tensor], prefix: str = ''
+    ) -> dict[str, Tensor]:
         """Adapt pre-trained weights of RGB images to ``in_channels``, and log it.
 
         ``load_state_dict`` does not: a trained model belongs to images of its own channels.

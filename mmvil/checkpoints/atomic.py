@@ -3,7 +3,6 @@
 
 import os
 import shutil
-from typing import Union
 
 from mmengine.fileio import LocalBackend, register_backend
 
@@ -17,7 +16,7 @@ class AtomicLocalBackend(LocalBackend):
     leaves half a file as the newest checkpoint. ``CheckpointHook(backend_args=ATOMIC)`` does not.
     """
 
-    def put(self, obj: Union[bytes, memoryview], filepath: Union[str, os.PathLike]) -> None:
+    def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
         """Write bytes to a file, or leave it as it was."""
         filepath = os.fspath(filepath)
         folder = os.path.dirname(filepath) or '.'

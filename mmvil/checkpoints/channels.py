@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Adapt the weights of RGB models to images with other channels."""
 
-from typing import Dict, Mapping, Optional
+from collections.abc import Mapping
 
 import torch
 from mmengine.logging import MMLogger
@@ -46,8 +46,8 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
 
 
 def adapt_backbone_channels(
-    state_dict: Dict[str, Tensor], in_channels: int, prefix: str = ''
-) -> Dict[str, Tensor]:
+    state_dict: dict[str, Tensor], in_channels: int, prefix: str = ''
+) -> dict[str, Tensor]:
     """Adapt pre-trained weights of a backbone to images with other channels, and log it.
 
     Args:
@@ -72,7 +72,7 @@ def adapt_backbone_channels(
     return {**state_dict, name: adapted}
 
 
-def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> Optional[int]:
+def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> int | None:
     """Channels of the images for which a backbone's weights are, None if they do not say."""
     weight = state_dict.get(prefix + _FIRST_WEIGHT)
     return weight.shape[1] if weight is not None and weight.dim() == 4 else None

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Compare a state dict with the one that a model needs."""
 
-from typing import Collection, Mapping, Optional, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ def describe_misfit(
     wanted: Mapping[str, Tensor],
     optional: Collection[str] = (),
     strict: bool = False,
-    limit: Optional[int] = 4,
+    limit: int | None = 4,
 ) -> str:
     """Describe how a state dict does not fit a model.
 
@@ -54,7 +54,7 @@ def fits(name: str, given: Tensor, wanted: Tensor) -> bool:
     return given.shape == wanted.shape
 
 
-def summarize(names: Sequence[str], limit: Optional[int] = 4, separator: str = ', ') -> str:
+def summarize(names: Sequence[str], limit: int | None = 4, separator: str = ', ') -> str:
     """List the first names and count the others."""
     names = list(names)
     rest = len(names) - len(names[:limit])

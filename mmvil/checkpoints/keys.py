@@ -2,7 +2,7 @@
 """Convert official Vision-LSTM state dicts to ours, and read the architecture off a state dict."""
 
 import re
-from typing import Dict, Mapping, Optional
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def is_official(state_dict: Mapping[str, Tensor]) -> bool:
     )
 
 
-def weights_of(checkpoint: Mapping) -> Dict[str, Tensor]:
+def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
     """Extract the weights of a checkpoint by the names of a plain model of ours.
 
     Args:
@@ -58,7 +58,7 @@ def weights_of(checkpoint: Mapping) -> Dict[str, Tensor]:
     return vil_to_mmvil(state) if is_official(state) else state
 
 
-def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert an official state dict to the layout of mmpretrain's ``ImageClassifier``
     (``backbone.*``, ``head.fc.*``).
 
@@ -88,7 +88,7 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     }
 
 
-def official_names(state_dict: Mapping[str, Tensor]) -> Dict[str, Optional[str]]:
+def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
     """Map the names in an official state dict to ours.
 
     Args:
@@ -121,7 +121,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> Dict[str, Optional[str]]
     return names
 
 
-def _name_in_block(key: str) -> Optional[str]:
+def _name_in_block(key: str) -> str | None:
     """Our name of a parameter of a block, or None."""
     match = _TRAINING.match(key) or _STANDALONE.match(key)
     if not match:
@@ -138,7 +138,7 @@ def _name_in_block(key: str) -> Optional[str]:
     return f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
 
 
-def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> Dict[str, str]:
+def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """Official names of the modules outside the blocks, and ours."""
     names = {'patch_embed.proj': 'backbone.patch_embed.projection'}
     if any(key.startswith('xlstm.') for key in state_dict):

@@ -8,8 +8,9 @@ Importing this lets mmengine load the official checkpoints by ``mmvil://NAME`` a
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, Mapping, Union
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -23,7 +24,7 @@ from .safe_load import UntrustedCheckpointError, load_file
 from .sharded import join_shards
 
 
-def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
+def load_safely(path: str | os.PathLike, map_location=None) -> dict:
     """Load a checkpoint without running code that it may contain.
 
     Args:
@@ -37,7 +38,7 @@ def load_safely(path: Union[str, os.PathLike], map_location=None) -> dict:
     return join_shards(path) if os.path.isdir(path) else load_file(path, map_location)
 
 
-def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint from any source, without running code, and check that it holds weights.
 
     Args:
@@ -107,7 +108,7 @@ def fetch_checkpoint(address: str) -> Path:
 
 
 @CheckpointLoader.register_scheme(('mmvil://', re.escape(OFFICIAL_URL)), force=True)
-def load_from_mmvil(filename: str, map_location=None) -> Dict[str, Any]:
+def load_from_mmvil(filename: str, map_location=None) -> dict[str, Any]:
     """Load an official checkpoint for mmengine: fetch it, read it safely, convert it.
 
     Returns:

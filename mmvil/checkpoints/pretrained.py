@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Load pre-trained weights into a backbone."""
 
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
@@ -11,7 +11,7 @@ from .compare import describe_misfit, summarize
 from .keys import weights_of
 
 
-def load_pretrained(backbone: nn.Module, filename: str, prefix: Optional[str] = None) -> None:
+def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None) -> None:
     """Load a backbone from a checkpoint of ours or an official one, and log which tensors were
     loaded.
 

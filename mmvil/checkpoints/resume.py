@@ -5,12 +5,11 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import List, Optional, Tuple, Union
 
 from .safe_load import DamagedCheckpointError, load_file
 
 
-def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
+def verify(path: str | os.PathLike, trusted: bool = False) -> None:
     """Check that a checkpoint file is complete: its checksums are right, and it loads.
 
     Args:
@@ -33,8 +32,8 @@ def verify(path: Union[str, os.PathLike], trusted: bool = False) -> None:
 
 
 def find_good_checkpoint(
-    work_dir: Union[str, os.PathLike], trusted: bool = False
-) -> Tuple[Optional[str], List[str]]:
+    work_dir: str | os.PathLike, trusted: bool = False
+) -> tuple[str | None, list[str]]:
     """Find the newest complete checkpoint in a work dir.
 
     Args:
@@ -65,5 +64,5 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _age(path: Path) -> Tuple[float, int]:
+def _age(path: Path) -> tuple[float, int]:
     return -path.stat().st_mtime, -_step(path)

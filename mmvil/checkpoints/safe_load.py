@@ -5,7 +5,6 @@ import os
 import pickle
 import types
 import zipfile
-from typing import Union
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ class UntrustedCheckpointError(ValueError):
     """A checkpoint that asks for more than tensors and numbers, and might run code."""
 
 
-def load_file(path: Union[str, os.PathLike], map_location=None, trusted: bool = False) -> dict:
+def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False) -> dict:
     """Load a checkpoint file, in either of PyTorch's formats.
 
     The pickle inside a checkpoint can name any function for Python to call. Here it may name what
@@ -56,7 +55,7 @@ def load_file(path: Union[str, os.PathLike], map_location=None, trusted: bool = 
         ) from error
 
 
-def check_pickle(path: Union[str, os.PathLike]) -> None:
+def check_pickle(path: str | os.PathLike) -> None:
     """Check that a bare pickle can be loaded without running code that it contains.
 
     Raises:
@@ -72,7 +71,7 @@ def check_pickle(path: Union[str, os.PathLike]) -> None:
         raise DamagedCheckpointError(f'{path} is damaged: {error}') from error
 
 
-def _is_torchscript(path: Union[str, os.PathLike]) -> bool:
+def _is_torchscript(path: str | os.PathLike) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -11,7 +11,6 @@ import inspect
 import os
 import shutil
 import warnings
-from typing import Dict
 
 import torch
 from mmengine.dist import barrier, is_main_process
@@ -45,7 +44,7 @@ def is_sharded(path) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in (INDEX, REST))
 
 
-def save_shards(folder: str, tensors: Dict[str, dict], rest: dict) -> None:
+def save_shards(folder: str, tensors: dict[str, dict], rest: dict) -> None:
     """Write a checkpoint atomically; a collective call of all processes.
 
     Args:
@@ -83,7 +82,7 @@ def load_rest(folder: str) -> dict:
     return load_file(os.path.join(folder, REST), 'cpu')
 
 
-def load_shards(folder: str, tensors: Dict[str, dict]) -> None:
+def load_shards(folder: str, tensors: dict[str, dict]) -> None:
     """Load sharded tensors in place; a collective call of all processes.
 
     Args:

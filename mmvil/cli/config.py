@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Optional
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -21,7 +20,7 @@ from .errors import UserError, one_line
 CONFIGS = Path(mmvil.__file__).resolve().parent / '.mim' / 'configs'
 
 
-def load_config(path: str, options: dict, backbone: Optional[str] = None, **swap) -> Config:
+def load_config(path: str, options: dict, backbone: str | None = None, **swap) -> Config:
     """Read a config file and merge the command line's options into it.
 
     Args:
@@ -98,7 +97,7 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
     return cfg
 
 
-def set_data_root(cfg: Config, data_root: Optional[str]) -> None:
+def set_data_root(cfg: Config, data_root: str | None) -> None:
     """Let all datasets of a config read from a folder, unless it is None."""
     if data_root is not None:
         for loader in loaders(cfg):
@@ -106,7 +105,7 @@ def set_data_root(cfg: Config, data_root: Optional[str]) -> None:
                 dataset.data_root = data_root
 
 
-def build_lazily(dataset_cfg: dict, scope: Optional[str]):
+def build_lazily(dataset_cfg: dict, scope: str | None):
     """Dataset object with ``lazy_init`` and no ``pipeline``: it knows its paths, but has not read
     its list of files.
 

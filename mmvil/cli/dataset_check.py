@@ -9,8 +9,9 @@ import functools
 import multiprocessing
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import numpy as np
 from mmengine.config import Config
@@ -22,7 +23,7 @@ from .errors import UserError, one_line
 from .inference import build_pipeline, data_preprocessor, loads
 from .preflight import stems
 
-Problem = Tuple[str, str]
+Problem = tuple[str, str]
 
 
 class DatasetReport(NamedTuple):
@@ -38,8 +39,8 @@ class DatasetReport(NamedTuple):
 
     images: int
     classes: tuple
-    problems: List[Problem]
-    counts: Optional[np.ndarray]
+    problems: list[Problem]
+    counts: np.ndarray | None
 
 
 def check_dataset(dataset_cfg: dict, cfg: Config, jobs: int = 1) -> DatasetReport:
@@ -225,7 +226,7 @@ def _count(labels, sample, classes, ignore):
 # -- The dataset as a whole ------------------------------------------------------------------------
 
 
-def _annotations_without_image(dataset) -> List[Problem]:
+def _annotations_without_image(dataset) -> list[Problem]:
     prefix = getattr(dataset, 'data_prefix', {})
     images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
     if not images or not maps or dataset.ann_file:
@@ -255,7 +256,7 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
                 yield f'image has {channels} channels after the pipeline, but {name}', file
 
 
-def _expected_channels(cfg) -> Iterator[Tuple[str, int]]:
+def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
     """Settings of the model that imply a number of channels, and the number."""
     backbone = cfg.model.get('backbone') or {}
     if 'in_channels' in backbone or str(backbone.get('type')).endswith('VisionLSTM'):

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Draw predictions over images."""
 
-from typing import Callable, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -62,9 +62,7 @@ def make_artist(
     return segment
 
 
-def write_legend(
-    frame: np.ndarray, entries: List[Tuple[str, Optional[Sequence[int]]]]
-) -> np.ndarray:
+def write_legend(frame: np.ndarray, entries: list[tuple[str, Sequence[int] | None]]) -> np.ndarray:
     """Write names, each with a patch of its color, into the lower left corner.
 
     Args:

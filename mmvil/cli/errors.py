@@ -5,7 +5,6 @@ import errno
 import os
 import traceback
 from pathlib import Path
-from typing import Optional
 
 import mmvil
 
@@ -24,7 +23,7 @@ def is_first_process() -> bool:
     return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
 
 
-def explain(error: Exception) -> Optional[str]:
+def explain(error: Exception) -> str | None:
     """One line for an error that the user can fix, None for any other."""
     if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]

@@ -5,7 +5,7 @@ import argparse
 import gc
 import os
 import sys
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmengine.config import DictAction
@@ -16,7 +16,7 @@ from ..engine import SampleError
 from .errors import UserError, explain, is_first_process
 
 
-def run(main: Callable[[], None], argv: Optional[Sequence[str]] = None) -> None:
+def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     """Call ``main``; report what the user can put right in one line and exit with status 2.
 
     That is a ``UserError``, or a ``ValueError`` that mmvil itself raises about a value it was
@@ -132,7 +132,7 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parse a command line, and export the local rank as mmengine expects it."""
     try:

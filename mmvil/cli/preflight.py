@@ -5,8 +5,8 @@ import copy
 import difflib
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -140,7 +140,7 @@ def check_folders(cfg: Config, *names: str) -> list:
     return datasets
 
 
-def _check_folder(folder: Optional[str], loader: str) -> None:
+def _check_folder(folder: str | None, loader: str) -> None:
     if folder and '://' not in folder and not os.path.isdir(folder):
         raise UserError(
             f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '

@@ -24,8 +24,9 @@ import textwrap
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any
 
 from .errors import UserError, one_line
 
@@ -45,7 +46,7 @@ class Claims:
     """
 
     def __init__(
-        self, folder: Union[str, Path], stale_after: float = 300.0, max_attempts: int = 3
+        self, folder: str | Path, stale_after: float = 300.0, max_attempts: int = 3
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,14 +55,14 @@ class Claims:
         self.heartbeat = stale_after / 10
         self._suspects = {}
 
-    def states(self, names: List[str]) -> Dict[str, str]:
+    def states(self, names: list[str]) -> dict[str, str]:
         """State of each run: 'done', 'running', 'failed', 'open', or 'again': open once more."""
         files = set(os.listdir(self.folder))
         attempts = self._attempts(files)
         now = self._now()
         return {name: self._state(name, files, attempts.get(name, 0), now) for name in names}
 
-    def claim(self, name: str) -> Optional['Claim']:
+    def claim(self, name: str) -> 'Claim | None':
         """Begin a run, or return None if it is not open."""
         files = set(os.listdir(self.folder))
         attempt = self._attempts(files).get(name, 0)
@@ -81,7 +82,7 @@ class Claims:
             return None
         return claim
 
-    def result(self, name: str) -> Optional[dict]:
+    def result(self, name: str) -> dict | None:
         """Result of a finished run, else None."""
         try:
             return json.loads(self.result_path(name).read_text())
@@ -124,7 +125,7 @@ class Claims:
         return time.monotonic() - since >= 2 * self.heartbeat
 
     @staticmethod
-    def _attempts(files) -> Dict[str, int]:
+    def _attempts(files) -> dict[str, int]:
         """Number of the last attempt of each run."""
         last = {}
         for file in files:

@@ -4,9 +4,10 @@
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Tuple
+from typing import IO
 
 from mmengine.config import Config
 
@@ -17,7 +18,7 @@ from ..checkpoints.sharded import is_sharded
 from .errors import UserError, is_first_process
 
 
-def save_atomically(cfg: Config) -> List[str]:
+def save_atomically(cfg: Config) -> list[str]:
     """Let checkpoints on local disks appear when they are complete.
 
     Args:
@@ -35,7 +36,7 @@ def save_atomically(cfg: Config) -> List[str]:
     return []
 
 
-def find_resumable(work_dir: str, trusted: bool = False) -> Tuple[Optional[str], List[str]]:
+def find_resumable(work_dir: str, trusted: bool = False) -> tuple[str | None, list[str]]:
     """Find the newest complete checkpoint in a work dir.
 
     Args:

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Walk through configs."""
 
-from typing import Iterator, List
+from collections.abc import Iterator
 
 from mmengine.config import Config
 
@@ -18,7 +18,7 @@ def dicts(node) -> Iterator[dict]:
             yield from dicts(value)
 
 
-def loaders(cfg: Config) -> List[dict]:
+def loaders(cfg: Config) -> list[dict]:
     """List the configs of the dataloaders."""
     names = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     return [cfg[name] for name in names if cfg.get(name) is not None]

@@ -6,7 +6,7 @@ importing FSDP is slow.
 """
 
 import time
-from typing import Callable, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
 
 from mmengine._strategy import FSDPStrategy as _FSDPStrategy
 from mmengine.dist import barrier, is_main_process
@@ -32,7 +32,7 @@ class FSDPStrategy(_FSDPStrategy):
         ValueError: If the installed PyTorch has no sharded checkpoints.
     """
 
-    def __init__(self, *, state_dict_cfg: Union[str, dict] = 'full', **kwargs) -> None:
+    def __init__(self, *, state_dict_cfg: str | dict = 'full', **kwargs) -> None:
         self.sharded = state_dict_cfg == 'sharded'
         if self.sharded:
             require_shards()
@@ -62,8 +62,8 @@ class FSDPStrategy(_FSDPStrategy):
         *,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
-        extra_ckpt: Optional[dict] = None,
-        callback: Optional[Callable] = None,
+        extra_ckpt: dict | None = None,
+        callback: Callable | None = None,
     ) -> None:
         states = _sharded_states()
         checkpoint = dict(extra_ckpt or {})
@@ -84,9 +84,7 @@ class FSDPStrategy(_FSDPStrategy):
         tensors['state_dict'] = checkpoint.pop('state_dict')
         save_shards(filename, tensors, checkpoint)
 
-    def load_checkpoint(
-        self, filename: str, *, callback: Optional[Callable] = None, **kwargs
-    ) -> dict:
+    def load_checkpoint(self, filename: str, *, callback: Callable | None = None, **kwargs) -> dict:
         """Load the model's weights, and return the rest of the checkpoint."""
         if not is_sharded(filename):
             return super().load_checkpoint(filename, callback=callback, **kwargs)

@@ -3,7 +3,6 @@
 
 import itertools
 import re
-from typing import Dict, Optional
 
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
@@ -107,7 +106,7 @@ class AverageLogHook(Hook):
     priority = 'HIGHEST'  # before the values are logged
 
     def after_train_iter(
-        self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict[str, Tensor]] = None
+        self, runner, batch_idx: int, data_batch=None, outputs: dict[str, Tensor] | None = None
     ) -> None:
         """Replace the model's outputs by their means."""
         if not outputs or get_world_size() == 1:

@@ -2,8 +2,8 @@
 """Layer-wise learning rate decay for any backbone with ``get_layer_depth``."""
 
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Iterator, List, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -89,7 +89,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 optim_wrapper.clip_func = lambda params, **kwargs: model.clip_grad_norm_(**kwargs)
         return optim_wrapper
 
-    def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append the parameter groups of a model to ``params``.
 
         Args:
@@ -141,7 +141,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return 1.0, self.flat_decay_mult if param.ndim <= 1 else 1.0
 
 
-def _named_parameters(module: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Iterate over the parameters by their names in the plain model."""
     for name, param in module.named_parameters():
         yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param

@@ -2,7 +2,6 @@
 """Stop on a non-finite loss and report the offending images."""
 
 from collections import deque
-from typing import List, Optional
 
 import torch
 from mmengine.hooks import Hook
@@ -48,7 +47,7 @@ class NaNGuardHook(Hook):
             self._scaler = None
 
     def after_train_iter(
-        self, runner, batch_idx: int, data_batch=None, outputs: Optional[dict] = None
+        self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         """Record the loss, and check the recorded ones when it is time."""
         if self._scaler is not None:
@@ -113,7 +112,7 @@ class NaNGuardHook(Hook):
         runner.message_hub.update_scalar('train/amp_skips', self._skips)
 
 
-def file_names(data_batch) -> List[str]:
+def file_names(data_batch) -> list[str]:
     """List the image files of a batch, as far as its data samples name them."""
     samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
     if not isinstance(samples, (list, tuple)):

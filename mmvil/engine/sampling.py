@@ -8,7 +8,6 @@ what was loaded before, in this process or in one that was killed.
 
 import itertools
 import random
-from typing import List, Tuple
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def seed_generators(*numbers: int) -> int:
 class _Draw(int):
     """Index of a sample in the dataset, with its position: (epoch, number in the epoch)."""
 
-    position: Tuple[int, int]
+    position: tuple[int, int]
 
 
 class _NumberedSampler:
@@ -99,7 +98,7 @@ class _SeededFetch:
         self.dataset = dataset
         self.seed = seed
 
-    def __call__(self, draws: List[_Draw]) -> list:
+    def __call__(self, draws: list[_Draw]) -> list:
         return [self._load(draw) for draw in draws]
 
     def _load(self, draw: _Draw):

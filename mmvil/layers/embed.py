@@ -1,8 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Patch and position embedding."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.projection.weight.flatten(1))
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed an image.
 
         Images that patches do not tile are padded with zeros on the right and at the bottom.
@@ -65,7 +63,7 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2).contiguous(), static_shape(x)[2:]
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a learned position embedding bicubically (align_corners=False, no antialiasing).
 
     Args:
@@ -83,7 +81,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Tuple[int, int]) -> Tensor:
     return maps.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
-def tokens_to_map(x: Tensor, grid: Tuple[int, int]) -> Tensor:
+def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
     maps = x.view(x.shape[0], *grid, x.shape[2]).permute(0, 3, 1, 2)
     return maps.contiguous() if is_exporting() else maps

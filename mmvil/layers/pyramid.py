@@ -2,7 +2,7 @@
 """Feature pyramid from plain feature maps of one stride."""
 
 import math
-from typing import Callable, List, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class FeaturePyramid(nn.Module):
         self,
         channels: int,
         scales: Sequence[float],
-        out_channels: Optional[Sequence[Optional[int]]] = None,
+        out_channels: Sequence[int | None] | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class FeaturePyramid(nn.Module):
                 raise ValueError(
                     f'Feature maps are rescaled by powers of two only, but {scale:g} was asked for.'
                 )
-            layers: List[nn.Module] = []
+            layers: list[nn.Module] = []
             for step in range(int(octave)):
                 if step:
                     layers += [norm_layer(channels), nn.GELU()]
@@ -50,6 +50,6 @@ class FeaturePyramid(nn.Module):
                 layers.append(nn.Conv2d(channels, out_channels[level], kernel_size=1))
             self.levels.append(nn.Sequential(*layers))
 
-    def forward(self, maps: Sequence[Tensor]) -> List[Tensor]:
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Rescale maps (B, D, h, w), one per level."""
         return [level(x) for level, x in zip(self.levels, maps)]

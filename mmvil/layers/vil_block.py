@@ -2,7 +2,6 @@
 """The ViL block: x + layer(norm(x)) in one reading direction."""
 
 import math
-from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ class ViLBlock(nn.Module):
         version: int = 2,
         drop_path_rate: float = 0.0,
         backend: str = 'auto',
-        chunk_size: Optional[int] = None,
+        chunk_size: int | None = None,
         lean: bool = True,
     ) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class ViLBlock(nn.Module):
         with torch.no_grad():  # heads forget at different speeds
             self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads))
 
-    def forward(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Apply the block to tokens.
 
         Args:
@@ -122,7 +121,7 @@ class ViLBlock(nn.Module):
             return self.drop_path(x, lambda tokens: self._layer(tokens, grid))
         return self.drop_path(x, lambda tokens: self._fused_layer(tokens, grid, weights))
 
-    def gates(self, x: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+    def gates(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations.
 
         Args:
@@ -135,7 +134,7 @@ class ViLBlock(nn.Module):
         *_, igate, fgate = self._cell_inputs(self.proj_up(self.norm(x)).chunk(2, dim=-1)[0], grid)
         return igate, fgate
 
-    def _layer(self, x: Tensor, grid: Tuple[int, int]) -> Tensor:
+    def _layer(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The layer of the paper: calls every submodule, and autograd keeps what it needs."""
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
         c, q, k, v, igate, fgate = self._cell_inputs(x_m, grid)
@@ -153,7 +152,7 @@ class ViLBlock(nn.Module):
         h = self.out_norm(h.flatten(0, 1)).view(h.shape)
         return self.proj_down((h + self.skip * c) * F.silu(z))
 
-    def _cell_inputs(self, x_m: Tensor, grid: Tuple[int, int]) -> Tuple[Tensor, ...]:
+    def _cell_inputs(self, x_m: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Convolved tokens (B, N, E); q, k, v (B, NH, N, DH); gates (B, NH, N), never computed in
         half precision.
         """
@@ -166,7 +165,7 @@ class ViLBlock(nn.Module):
             igate, fgate = (gate.transpose(1, 2) for gate in gates)
         return c, q, k, v, igate, fgate
 
-    def _fused_layer(self, x: Tensor, grid: Tuple[int, int], weights: LayerWeights) -> Tensor:
+    def _fused_layer(self, x: Tensor, grid: tuple[int, int], weights: LayerWeights) -> Tensor:
         """The layer as one function of the submodules' weights that keeps little for backward."""
         dtype = autocast_dtype(x)
         settings = LayerSettings(
@@ -187,7 +186,7 @@ class ViLBlock(nn.Module):
         )
         return vil_layer(x, weights, settings)
 
-    def _fusible_weights(self) -> Optional[LayerWeights]:
+    def _fusible_weights(self) -> LayerWeights | None:
         """Weights of all submodules, or None if the submodules have to be called.
 
         The fused layer replaces its submodules only while they are what the constructor made them:
@@ -233,7 +232,7 @@ class ViLBlock(nn.Module):
             )
         return None
 
-    def _why_not_fused(self) -> Optional[str]:
+    def _why_not_fused(self) -> str | None:
         """The first submodule that is not what the constructor made it, and why."""
         for name, kind in FUSED_SUBMODULES.items():
             module = self._modules[name]
@@ -306,7 +305,7 @@ class TokenConv(nn.Module):
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, grid: Tuple[int, int], reverse: bool) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
         """Convolve (B, N, E) in row-major order, whatever the direction."""
         return token_conv(x, self.weight, self.bias, grid, reverse)
 

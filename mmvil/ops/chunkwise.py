@@ -21,7 +21,8 @@ Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (G * n, L, D
 """
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class ChunkGates(NamedTuple):
     # DENSE_TRANSFER chunks (G, n, 1): what of the incoming state of chunk c is left at its end.
     transfer: Tensor
 
-    def sequence_tiles(self, size: int) -> List['ChunkGates']:
+    def sequence_tiles(self, size: int) -> list['ChunkGates']:
         return [ChunkGates(*parts) for parts in zip(*(x.split(size) for x in self))]
 
 
@@ -175,7 +176,7 @@ def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
 
 def chunkwise_forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, chunk_size: int
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute the mLSTM in O(N * (chunk_size + DH)) per head and channel.
 
     Args:
@@ -221,7 +222,7 @@ def _weights(gates: ChunkGates, reverse: bool, dtype: torch.dtype) -> Tensor:
     return decay_weights(source, running_max, reverse, dtype)
 
 
-def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> Tuple[Tensor, Tensor]:
+def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Tensor, Tensor]:
     """Incoming memory (G * n, DH, DH) and normalizer (G * n, 1, DH) of each chunk."""
     state_k = k * gates.to_state.flatten(0, 1)
     memory = torch.bmm(state_k.transpose(1, 2), v)
@@ -242,7 +243,7 @@ def chunkwise_backward(
     normalizer: Tensor,
     reverse: bool,
     chunk_size: int,
-) -> Tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:
     r"""Gradients of :func:`chunkwise_forward`, with scores and states computed again.
 
     No gradient passes through an exponential or a cumulative sum over pairs of tokens. Because the

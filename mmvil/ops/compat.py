@@ -3,7 +3,6 @@
 
 import warnings
 from contextlib import nullcontext
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ def has_global_module_hooks() -> bool:
     )
 
 
-def static_shape(x: Tensor) -> Tuple[int, ...]:
+def static_shape(x: Tensor) -> tuple[int, ...]:
     """Sizes of x as numbers, even where torch.jit.trace would record them as operations."""
     if not is_tracing():
         return tuple(x.shape)

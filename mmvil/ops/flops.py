@@ -9,8 +9,9 @@ As in all of that counter, only matrix products and convolutions count, and a mu
 its addition counts as two.
 """
 
+from collections.abc import Callable, Sequence
 from math import ceil, prod
-from typing import Any, Callable, Dict, Sequence
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def mlstm_flops(
     return 2 * batch * heads * multiply_adds
 
 
-def flop_formulas(visible_only: bool = False) -> Dict[Any, Callable[..., int]]:
+def flop_formulas(visible_only: bool = False) -> dict[Any, Callable[..., int]]:
     """Formulas to pass to ``FlopCounterMode`` as ``custom_mapping``.
 
     Args:

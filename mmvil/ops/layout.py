@@ -1,8 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Memory layouts of tokens (B, N, E), heads (B, NH, N, DH) and parameters."""
 
-from typing import Optional
-
 from torch import Tensor
 
 
@@ -44,6 +42,6 @@ def token_rows_to_write(x: Tensor) -> Tensor:
     return rows
 
 
-def contiguous(parameter: Optional[Tensor]) -> Optional[Tensor]:
+def contiguous(parameter: Tensor | None) -> Tensor | None:
     """Copy a parameter if it is not contiguous; None stays None."""
     return None if parameter is None else parameter.contiguous()

@@ -4,7 +4,7 @@
 The checks, the dtype of the arithmetic and the form that runs are decided here and nowhere else.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def mlstm(
     fgate: Tensor,
     reverse: bool = False,
     backend: str = 'auto',
-    chunk_size: Optional[int] = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     r"""Apply the mLSTM cell (xLSTM, arXiv 2405.04517, section 2.3) to a sequence, in one of its
     equivalent forms.
@@ -108,7 +108,7 @@ def mlstm(
     return operator(q, k, v, igate, fgate, reverse, *form)[0]
 
 
-def _traced_chunk_size(q: Tensor, chunk_size: Optional[int]) -> int:
+def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
     """Tokens in a chunk of a recorded graph, whose number of tokens may be left open."""
     _, _, tokens, head_width = static_shape(q)
     if isinstance(tokens, torch.SymInt):
@@ -122,7 +122,7 @@ def choose_form(
     length: int,
     head_width: int,
     backend: str,
-    chunk_size: Optional[int] = None,
+    chunk_size: int | None = None,
 ) -> Form:
     """Resolve a backend name to the form of the operator.
 
@@ -311,7 +311,7 @@ class _MLSTMBackward(torch.autograd.Function):
 def _fold_into_batch(function, size: int, in_dims, args):
     """Apply a function to vmapped tensors (B, NH, ...) as one batch of ``size`` * B."""
 
-    def fold(x: Tensor, dim: Optional[int]) -> Tensor:
+    def fold(x: Tensor, dim: int | None) -> Tensor:
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)
 

@@ -14,8 +14,6 @@ This costs :math:`n^2` products of a weight with a (DH, DH) memory, little as lo
 below the chunk length. Running maxima are those of masked matrices, as ONNX has no cumulative one.
 """
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +35,7 @@ def mlstm_traceable(
     reverse: bool,
     chunk_size: int,
     gate_dtype: torch.dtype = torch.float64,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute ``torch.ops.mmvil.mlstm`` for any number of tokens in one graph.
 
     Args:

@@ -6,8 +6,6 @@ form (quadratic in N); :mod:`mmvil.ops.chunkwise` adds to them what a chunk rece
 read before it. Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L).
 """
 
-from typing import Tuple
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def parallel_forward(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute the sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
@@ -71,7 +69,7 @@ def parallel_backward(
     v: Tensor,
     weights: Tensor,
     scale: float,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`parallel_forward` with respect to q, k and v; the scores are computed
     again.
 

@@ -3,7 +3,8 @@
 explicit gradients.
 """
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def _groups(x: Tensor, width: int) -> Tensor:
     return x.reshape(-1, x.shape[-1] // width, width).transpose(0, 1)
 
 
-def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor]) -> Tensor:
+def headwise_linear(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
     """Block-diagonal linear map.
 
     Args:
@@ -80,7 +81,7 @@ def headwise_linear(x: Tensor, dense: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def headwise_linear_backward(
     y_grad: Tensor, x: Tensor, dense: Tensor, with_bias: bool, x_grad: Tensor
-) -> Tuple[Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of :func:`headwise_linear`.
 
     Args:
@@ -118,7 +119,7 @@ def _by_block(gates: Tensor, size: int) -> Tensor:
 
 
 def fold_gates(
-    gates: Tensor, gates_bias: Tensor, weights: Tensor, biases: Optional[Tensor]
+    gates: Tensor, gates_bias: Tensor, weights: Tensor, biases: Tensor | None
 ) -> GateWeights:
     """Carry the gates' weights for [q, k, v] through the projections.
 
@@ -142,8 +143,8 @@ def fold_gates(
 
 
 def fold_gates_backward(
-    grads: GateWeights, gates: Tensor, weights: Tensor, biases: Optional[Tensor]
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    grads: GateWeights, gates: Tensor, weights: Tensor, biases: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`fold_gates`.
 
     Args:
@@ -164,7 +165,7 @@ def fold_gates_backward(
     return gates_grad, weights_grad, torch.mv(gates.t(), grads.bias).view(3, -1)
 
 
-def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> Tuple[Tensor, Tensor]:
+def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> tuple[Tensor, Tensor]:
     """Compute both gates without q, k, v and their concatenation.
 
     Args:
@@ -218,7 +219,7 @@ def _conv_layout(x: Tensor, weight: Tensor, grid: Sequence[int]):
 
 
 def token_conv(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: Sequence[int], reverse: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], reverse: bool
 ) -> Tensor:
     """Depthwise convolution over tokens, in their own layout (channels last).
 
@@ -256,7 +257,7 @@ def token_conv(
 
 def token_conv_backward(
     y_grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool, grid: Sequence[int], reverse: bool
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`token_conv`.
 
     Args:

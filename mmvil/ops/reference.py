@@ -5,7 +5,6 @@ This is the oracle that every other form is tested against. It is slow and clear
 """
 
 import math
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ def mlstm_reference(
     log_f = F.logsigmoid(fgate)
     memory = q.new_zeros(batch, heads, width, width)
     normalizer = q.new_zeros(batch, heads, width)
-    m: Optional[Tensor] = None
+    m: Tensor | None = None
     outputs = [None] * length
     for t in reversed(range(length)) if reverse else range(length):
         m_new = igate[:, :, t] if m is None else torch.maximum(log_f[:, :, t] + m, igate[:, :, t])

@@ -9,8 +9,6 @@ and the gated product are cheap next to the matrix products and are computed aga
 The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """
 
-from typing import Tuple
-
 import torch
 from torch import Tensor
 
@@ -68,7 +66,7 @@ class _ViLLayer(torch.autograd.Function):
 
 def _forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
-) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     with without_autocast(x):  # dtypes are explicit here
         return _form(settings).forward(x, w, settings)
 

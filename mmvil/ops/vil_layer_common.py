@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Parameters and settings of the ViL layer, and what its PyTorch and Triton forms share."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,32 +15,32 @@ class LayerWeights(NamedTuple):
     """
 
     norm_weight: Tensor  # (D, )
-    norm_bias: Optional[Tensor]
+    norm_bias: Tensor | None
     up_weight: Tensor  # (2E, D)
-    up_bias: Optional[Tensor]
+    up_bias: Tensor | None
     conv_weight: Tensor  # (E, 1, 3, 3) or (E, 1, K)
-    conv_bias: Optional[Tensor]
+    conv_bias: Tensor | None
     q_weight: Tensor  # (E / 4, 4, 4)
-    q_bias: Optional[Tensor]
+    q_bias: Tensor | None
     k_weight: Tensor
-    k_bias: Optional[Tensor]
+    k_bias: Tensor | None
     v_weight: Tensor
-    v_bias: Optional[Tensor]
+    v_bias: Tensor | None
     igate_weight: Tensor  # (NH, 3E)
     igate_bias: Tensor
     fgate_weight: Tensor  # (NH, 3E)
     fgate_bias: Tensor
     out_norm_weight: Tensor  # (E, )
-    out_norm_bias: Optional[Tensor]
+    out_norm_bias: Tensor | None
     skip: Tensor  # (E, )
     down_weight: Tensor  # (D, E)
-    down_bias: Optional[Tensor]
+    down_bias: Tensor | None
 
 
 class LayerSettings(NamedTuple):
     """Constants of one call of a layer."""
 
-    grid: Tuple[int, int]
+    grid: tuple[int, int]
     heads: int
     reverse: bool
     form: Form
@@ -50,12 +50,12 @@ class LayerSettings(NamedTuple):
     """Dtype of features and matrix products; gates and statistics are at least float32."""
 
 
-def cast(parameter: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Convert a parameter to a dtype; None stays None."""
     return None if parameter is None else parameter.to(dtype)
 
 
-def normalize(x: Tensor, w: LayerWeights, settings: LayerSettings) -> Tuple[Tensor, Tensor, Tensor]:
+def normalize(x: Tensor, w: LayerWeights, settings: LayerSettings) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of the input in the dtype of its weights, with mean and inverse deviation (B, N,
     1).
     """
@@ -70,9 +70,9 @@ def layer_norm_backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias of a LayerNorm over the last dimension, in the dtype of its
     weight.
     """
@@ -95,8 +95,8 @@ def sum_tokens(x: Tensor) -> Tensor:
 
 
 def linear_parameter_grads(
-    y_grad: Tensor, x: Tensor, bias: Optional[Tensor]
-) -> Tuple[Tensor, Optional[Tensor]]:
+    y_grad: Tensor, x: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight (out, in) and bias (out, ) of a linear map from those of its output (B,
     N, out) and its input (B, N, in).
     """

@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL layer in PyTorch: forward pass and explicit gradients."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from .vil_layer_common import (
 
 def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
-) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute the layer.
 
     Args:
@@ -63,8 +63,8 @@ def forward(
 
 
 def gradients(
-    y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
-) -> Tuple[Tensor, LayerWeights]:
+    y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
+) -> tuple[Tensor, LayerWeights]:
     """Compute the gradients of the input (B, N, D) and of all weights.
 
     Args:
@@ -177,9 +177,9 @@ class _Projections(NamedTuple):
     """The weights between the convolution and the cell, as the products take them."""
 
     blocks: Tensor  # (3, E / 4, 4, 4) of q, k, v, at least float32
-    biases: Optional[Tensor]  # (3, E), at least float32
+    biases: Tensor | None  # (3, E), at least float32
     gates: Tensor  # (2 NH, 3E), at least float32
-    dense: Tuple[Tensor, ...]  # of q, k, v, (groups, width, width) in the dtype of the features
+    dense: tuple[Tensor, ...]  # of q, k, v, (groups, width, width) in the dtype of the features
     folded_gates: GateWeights
 
 

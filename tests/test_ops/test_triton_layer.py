@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ if DEVICE.type == 'cuda':
 class Case(NamedTuple):
     heads: int
     width: int
-    grid: Tuple[int, int]
+    grid: tuple[int, int]
     batch: int = 2
     version: int = 2
     reverse: bool = False

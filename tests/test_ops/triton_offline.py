@@ -13,8 +13,9 @@ This does not work under TRITON_INTERPRET=1, where kernels are Python functions.
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
@@ -40,14 +41,14 @@ class Launch(NamedTuple):
     kernel: JITFunction
     grid: Any
     args: tuple
-    kwargs: Dict[str, Any]
+    kwargs: dict[str, Any]
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
 
 
-def record_launches(function: Callable[[], Any]) -> List[Launch]:
+def record_launches(function: Callable[[], Any]) -> list[Launch]:
     """Call a function and record its kernel launches instead of running them, on any device."""
     launches = []
 
@@ -59,7 +60,7 @@ def record_launches(function: Callable[[], Any]) -> List[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, arch: str) -> Dict[str, int]:
+def compile_launch(launch: Launch, arch: str) -> dict[str, int]:
     """Compile the kernel of a launch, with the same specialization of its arguments.
 
     Args:
@@ -88,7 +89,7 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget('cuda', int(arch.partition('_')[2]), 32)
 
 
-def _resources(compiled, target: GPUTarget) -> Dict[str, int]:
+def _resources(compiled, target: GPUTarget) -> dict[str, int]:
     if target.backend == 'hip':
         text = compiled.asm['amdgcn']
 

@@ -8,7 +8,7 @@ outputs, and which of them necks and heads read, are measured.
 import copy
 import inspect
 import math
-from typing import List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import ConfigDict
@@ -49,9 +49,9 @@ class BackboneProbe:
     def __init__(
         self,
         model: ConfigDict,
-        size: Tuple[int, int],
-        outputs: Optional[Sequence[Tuple[int, int]]] = None,
-        scope: Optional[str] = None,
+        size: tuple[int, int],
+        outputs: Sequence[tuple[int, int]] | None = None,
+        scope: str | None = None,
     ) -> None:
         cfg = model.backbone
         self.size, self.name, self.in_channels = size, type_name(cfg), cfg.get('in_channels', 3)
@@ -91,7 +91,7 @@ class BackboneProbe:
                     'a config whose main head reads the last map, such as FCN, PSPNet or UPerNet.'
                 )
 
-    def _measure(self, cfg: dict) -> List[tuple]:
+    def _measure(self, cfg: dict) -> list[tuple]:
         weights = ('init_cfg', 'pretrained')
         try:
             network = _build({key: cfg[key] for key in cfg if key not in weights})
@@ -135,7 +135,7 @@ class BackboneProbe:
             )
 
     @property
-    def strides(self) -> List[int]:
+    def strides(self) -> list[int]:
         """Stride of each map, a power of two."""
         return [2 ** round(math.log2(max(self.size) / max(shape[2:]))) for shape in self.shapes]
 
@@ -219,7 +219,7 @@ def _shapes(network: nn.Module, image: tuple, training: bool) -> list:
     return _shape_of(features if isinstance(features, (list, tuple)) else [features])
 
 
-def _shape_of(features) -> Union[list, tuple]:
+def _shape_of(features) -> list | tuple:
     if isinstance(features, Tensor):
         return tuple(features.shape)
     if isinstance(features, (list, tuple)):
@@ -227,7 +227,7 @@ def _shape_of(features) -> Union[list, tuple]:
     return [type(features).__name__]
 
 
-def _tensors(node) -> List[Tensor]:
+def _tensors(node) -> list[Tensor]:
     """Tensors inside nested tuples, lists and dicts."""
     if isinstance(node, Tensor):
         return [node]
@@ -238,7 +238,7 @@ def _tensors(node) -> List[Tensor]:
     return []
 
 
-def channels(tensors) -> List[Optional[int]]:
+def channels(tensors) -> list[int | None]:
     """Channels of each tensor (B, C, ...); None for what is no such tensor."""
     return [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in tensors]
 

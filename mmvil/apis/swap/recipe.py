@@ -2,7 +2,6 @@
 """Weights, optimizer and schedule of a config whose backbone is replaced."""
 
 import copy
-from typing import List
 
 from mmengine.config import Config, ConfigDict
 
@@ -10,7 +9,7 @@ from ..models import package_root
 from .probe import HEADS, as_list, type_name
 
 
-def drop_old_weights(cfg: Config) -> List[str]:
+def drop_old_weights(cfg: Config) -> list[str]:
     """Drop the old network's weights, in place, and return notes on what was dropped."""
     notes, model = [], cfg.model
     for node, name in ((cfg, 'load_from'), (model, 'pretrained')):
@@ -39,7 +38,7 @@ def drop_old_weights(cfg: Config) -> List[str]:
     return notes
 
 
-def replace_constructor(cfg: Config) -> List[str]:
+def replace_constructor(cfg: Config) -> list[str]:
     """Replace a layer decay of mmseg or mmdet, which know their own backbones only, by ours at the
     same rate.
     """
@@ -54,7 +53,7 @@ def replace_constructor(cfg: Config) -> List[str]:
     return [f'{constructor} is replaced by {wrapper.constructor}, layer_decay_rate={rate}']
 
 
-def use_recipe(cfg: Config) -> List[str]:
+def use_recipe(cfg: Config) -> list[str]:
     """Set our optimizer and schedule, over as many iterations or epochs as the config has.
 
     Raises:

@@ -2,7 +2,7 @@
 """Fit ViL, necks and heads to each other."""
 
 import copy
-from typing import List, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import ConfigDict
@@ -23,7 +23,7 @@ class RewireError(Exception):
 
 def rewire(
     model: ConfigDict, old: BackboneProbe, backbone: dict, keep_channels: bool
-) -> Tuple[ConfigDict, List[str]]:
+) -> tuple[ConfigDict, list[str]]:
     """Connect ViL with the neck and the heads.
 
     Args:
@@ -93,7 +93,7 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
     return new, [_describe(old, backbone), *notes]
 
 
-def _rewrite(node, old: Sequence[int], new: Sequence[int], where: str, notes: List[str]) -> None:
+def _rewrite(node, old: Sequence[int], new: Sequence[int], where: str, notes: list[str]) -> None:
     """Change the input widths of a neck or head in place."""
     if isinstance(node, (list, tuple)):
         # Of several necks the first one reads the backbone, of several heads each one does.
@@ -126,7 +126,7 @@ def _rewrite(node, old: Sequence[int], new: Sequence[int], where: str, notes: Li
 # ----------------------------------------------------------------------------------- options of ViL
 
 
-def count_blocks(arch: Union[str, dict]) -> int:
+def count_blocks(arch: str | dict) -> int:
     """Number of blocks of an architecture; raises ValueError if it is unknown."""
     with torch.device('meta'):
         return len(VisionLSTM(arch).layers)
@@ -163,7 +163,7 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
     return {key: value for key, value in options.items() if key not in backbone}
 
 
-def choose_out_indices(number: int, depth: int) -> Tuple[int, ...]:
+def choose_out_indices(number: int, depth: int) -> tuple[int, ...]:
     """Blocks to tap: the published ones for four maps, else evenly spaced; after whole pairs."""
     marks = (2, 3, 4, 6) if number == 4 else range(1, number + 1)
     ends = [depth * mark / marks[-1] for mark in marks]
@@ -187,7 +187,7 @@ def _describe(old: BackboneProbe, backbone: dict) -> str:
 # ----------------------------------------------------------------------------------------- checking
 
 
-def _run_vil(backbone: dict, size: Tuple[int, int]) -> List[Tensor]:
+def _run_vil(backbone: dict, size: tuple[int, int]) -> list[Tensor]:
     """ViL's features, on shapes alone."""
     options = {key: value for key, value in backbone.items() if key not in ('type', 'init_cfg')}
     with torch.device('meta'):

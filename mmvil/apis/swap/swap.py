@@ -2,8 +2,8 @@
 """Replace the backbone of an existing config by Vision-LSTM."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -15,12 +15,12 @@ from .rewire import count_blocks, rewire
 
 
 def swap_backbone(
-    cfg: Union[str, Path, Config],
-    arch: Union[str, dict] = 'small',
-    checkpoint: Optional[str] = None,
+    cfg: str | Path | Config,
+    arch: str | dict = 'small',
+    checkpoint: str | None = None,
     optim: bool = False,
     keep_channels: bool = False,
-    outputs: Optional[Sequence[Tuple[int, int]]] = None,
+    outputs: Sequence[tuple[int, int]] | None = None,
     **options,
 ) -> Config:
     """Replace the backbone of a config by Vision-LSTM.
@@ -105,7 +105,7 @@ def swap_backbone(
     return cfg
 
 
-def _image_size(cfg: Config) -> Tuple[int, int]:
+def _image_size(cfg: Config) -> tuple[int, int]:
     """Size of the training images, height first."""
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     size = preprocessor.get('size') or _crop_size(cfg.get('train_dataloader'))
@@ -114,7 +114,7 @@ def _image_size(cfg: Config) -> Tuple[int, int]:
     return size * 2 if len(size) == 1 else size
 
 
-def _crop_size(node) -> Union[int, tuple, None]:
+def _crop_size(node) -> int | tuple | None:
     """Size of the first crop in a training pipeline."""
     if isinstance(node, dict):
         if type_name(node) in ('RandomCrop', 'RandomResizedCrop', 'CenterCrop'):

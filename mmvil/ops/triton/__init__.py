@@ -5,9 +5,9 @@
 """
 
 import os
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
-from typing import Callable, Optional
 
 import torch
 
@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @torch.compiler.assume_constant_result
-def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
+def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Reason why the kernels cannot run, or None if they can.
 
     Args:
@@ -57,7 +57,7 @@ def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
 
 
 @lru_cache
-def triton_problem() -> Optional[str]:
+def triton_problem() -> str | None:
     """Reason why this installation of Triton cannot compile the kernels, or None if it can."""
     needed = '.'.join(map(str, MIN_TRITON))
     try:
@@ -70,7 +70,7 @@ def triton_problem() -> Optional[str]:
 
 
 @lru_cache
-def device_problem(kind: str, index: Optional[int]) -> Optional[str]:
+def device_problem(kind: str, index: int | None) -> str | None:
     """Reason why a device cannot run the kernels, or None if it can."""
     if interpreted():
         return None

@@ -31,7 +31,8 @@ How this maps to the hardware:
   atomics, and the same input gives the same bits.
 """
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,13 +49,13 @@ class BeforeCellWeights(NamedTuple):
     """Parameters between up-projection and cell, E channels in NH heads. Biases may be None."""
 
     conv_weight: Tensor  # (E, 1, 3, 3) or (E, 1, K)
-    conv_bias: Optional[Tensor]
+    conv_bias: Tensor | None
     q_weight: Tensor  # (E / 4, 4, 4)
-    q_bias: Optional[Tensor]
+    q_bias: Tensor | None
     k_weight: Tensor
-    k_bias: Optional[Tensor]
+    k_bias: Tensor | None
     v_weight: Tensor
-    v_bias: Optional[Tensor]
+    v_bias: Tensor | None
     igate_weight: Tensor  # (NH, 3E)
     igate_bias: Tensor
     fgate_weight: Tensor  # (NH, 3E)
@@ -540,7 +541,7 @@ def before_cell(
     heads: int,
     reverse: bool,
     with_gates: bool = True,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute convolution, SiLU, projections to q, k and v, and gates.
 
     Args:
@@ -607,7 +608,7 @@ def before_cell_backward(
     grid: Sequence[int],
     reverse: bool,
     x_grad: Tensor,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute the gradients of :func:`before_cell`.
 
     Args:
@@ -726,7 +727,7 @@ def before_cell_backward(
     return conv_sums.sum(0), sums.sum(0)
 
 
-def gradient_sizes(weights: BeforeCellWeights) -> Tuple[int, int]:
+def gradient_sizes(weights: BeforeCellWeights) -> tuple[int, int]:
     """Sizes of the results of :func:`before_cell_backward`, room for biases included."""
     w = weights
     channels = len(w.conv_weight)

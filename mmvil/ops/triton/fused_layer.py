@@ -8,7 +8,7 @@ cell's in the forward pass and 23 in the backward pass, where the PyTorch form h
 The parts are operators of torch, so a compiler sees one node for each.
 """
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from .norm_skip_gate import after_cell, after_cell_backward
 
 def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
-) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute the layer, as :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
     x_norm, _, _ = normalize(x, w, settings)
     up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
@@ -57,8 +57,8 @@ def forward(
 
 
 def gradients(
-    y_grad: Tensor, kept: Tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
-) -> Tuple[Tensor, LayerWeights]:
+    y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
+) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients, as :func:`mmvil.ops.vil_layer_eager.gradients`."""
     x, x_m, z, h, igate, fgate, normalizer = kept
     y_grad = y_grad.to(settings.dtype)
@@ -118,11 +118,11 @@ def gradients(
     )
 
 
-def _before_cell_weights(w: LayerWeights) -> List[Optional[Tensor]]:
+def _before_cell_weights(w: LayerWeights) -> list[Tensor | None]:
     return [getattr(w, name) for name in BeforeCellWeights._fields]
 
 
-def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> Dict[str, Any]:
+def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str, Any]:
     return dict(
         weight=w.out_norm_weight, bias=w.out_norm_bias, skip=w.skip, eps=settings.out_norm_eps
     )

@@ -26,7 +26,7 @@ as the matrix units would round them to it in any case, and in float32 otherwise
 range for a sum over all tokens).
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -90,7 +90,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
 class _Cell:
     """Launches of one call, with the sizes, constants and gate scalars that they share."""
 
-    def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: Optional[int]):
+    def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: int | None):
         batch, heads, self.length, self.width = q.shape
         self.q, self.k, self.v, self.fgate, self.reverse = q, k, v, fgate, reverse
         self.device, self.programs = q.device, batch * heads
@@ -118,7 +118,7 @@ class _Cell:
         """One number per token, in reading order."""
         return torch.empty(self.programs, self.length, dtype=dtype, device=self.device)
 
-    def in_reading_order(self, **tensors: Tensor) -> Dict[str, Any]:
+    def in_reading_order(self, **tensors: Tensor) -> dict[str, Any]:
         """Arguments for tensors (B, NH, N, ...): a pointer to the first token in reading order, and
         the strides from there.
         """
@@ -130,7 +130,7 @@ class _Cell:
             arguments[name], arguments[f'{name}_strides'] = x, strides
         return arguments
 
-    def denominators(self, h_grad: Tensor, h: Tensor, normalizer: Tensor) -> Dict[str, Tensor]:
+    def denominators(self, h_grad: Tensor, h: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
         """Scalars of the backward pass that need no matrix product."""
         names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
         by_token = {name: self.scalars() for name in names}
@@ -145,7 +145,7 @@ class _Cell:
         )
         return by_token
 
-    def states(self, a: Tensor, b: Tensor, by_token: Optional[Dict[str, Tensor]] = None):
+    def states(self, a: Tensor, b: Tensor, by_token: dict[str, Tensor] | None = None):
         """Incoming states and normalizers of all chunks but the first, or gradients of both."""
         bounds = triton.cdiv(self.length, self.chunk) - 1
         shape = (self.programs, bounds, self.width)
@@ -173,7 +173,7 @@ class _Cell:
             )
         return dict(states=states, state_vectors=vectors)
 
-    def products(self, kernel, by_token: Optional[Dict[str, Tensor]], **arguments) -> None:
+    def products(self, kernel, by_token: dict[str, Tensor] | None, **arguments) -> None:
         """Launch the kernel of the query side or the key side."""
         t = self.tiling
         kernel[(self.programs * triton.cdiv(self.length, t.rows),)](
@@ -194,7 +194,7 @@ class _Cell:
             num_stages=t.stages,
         )
 
-    def backward_scalars(self, by_token: Optional[Dict[str, Tensor]]) -> Dict[str, Tensor]:
+    def backward_scalars(self, by_token: dict[str, Tensor] | None) -> dict[str, Tensor]:
         names = ('inverse', 'normalizer_grad')  # in the forward pass any pointer will do
         return {name: by_token[name] if by_token else self.floor for name in names}
 
@@ -218,8 +218,8 @@ def mlstm_forward(
     igate: Tensor,
     fgate: Tensor,
     reverse: bool,
-    chunk_size: Optional[int] = None,
-) -> Tuple[Tensor, Tensor]:
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute the mLSTM cell.
 
     Args:
@@ -256,8 +256,8 @@ def mlstm_backward(
     h: Tensor,
     normalizer: Tensor,
     reverse: bool,
-    chunk_size: Optional[int] = None,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`mlstm_forward`.
 
     Args:

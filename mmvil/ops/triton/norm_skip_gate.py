@@ -9,7 +9,7 @@ and writes the gradients of h, c = SiLU(a) and z, and y again for the weight gra
 down-projection: 8 units, and a small second launch for the sums over tokens.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 import triton
@@ -176,7 +176,7 @@ def after_cell(
     a: Tensor,
     z: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     skip: Tensor,
     eps: float,
 ) -> Tensor:
@@ -209,10 +209,10 @@ def after_cell_backward(
     a: Tensor,
     z: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     skip: Tensor,
     eps: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`after_cell`.
 
     Args:
@@ -248,7 +248,7 @@ def after_cell_backward(
     return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(3, channels)
 
 
-def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> Dict[str, Any]:
+def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:
     """Arguments of both kernels, with tiles of about ``tile_size`` values."""
     h, rows = unit_stride(h), token_rows(z)
     heads, channels = h.shape[1], z.shape[-1]

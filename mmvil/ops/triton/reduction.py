@@ -3,8 +3,6 @@
 writes one partial sum, and these are added in a fixed order.
 """
 
-from typing import Tuple
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ results do not either.
 """
 
 
-def split_tokens(tokens: int, tile: int, programs_beside: int) -> Tuple[int, int]:
+def split_tokens(tokens: int, tile: int, programs_beside: int) -> tuple[int, int]:
     """Distribute tokens over programs.
 
     Args:

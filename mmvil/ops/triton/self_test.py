@@ -11,7 +11,8 @@ import argparse
 import faulthandler
 import sys
 import traceback
-from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Case(NamedTuple):
     """Sizes of an input, and the layer that it is for."""
 
     batch: int
-    grid: Tuple[int, int]
+    grid: tuple[int, int]
     reverse: bool
     version: int
     heads: int = 4
@@ -48,7 +49,7 @@ CASES = (
 
 def check(
     device: torch.device, dtype: torch.dtype, head_width: int, cases: Sequence[Case] = CASES
-) -> Optional[str]:
+) -> str | None:
     """Compare the kernels with PyTorch, and with a second run.
 
     Args:
@@ -100,7 +101,7 @@ def _squares(x: Tensor) -> Tensor:
     return rows.square().sum(1)
 
 
-def _results(function: Callable[..., Tensor], leaves: Dict[str, Optional[Tensor]], randn):
+def _results(function: Callable[..., Tensor], leaves: dict[str, Tensor | None], randn):
     """Output of a function and gradients of its leaves that are not None."""
     tensors = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
     output = function(**{**leaves, **tensors})
@@ -115,7 +116,7 @@ def _generator(device: torch.device):
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)
 
 
-def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
+def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> dict[str, Tensor]:
     """Run the cell alone: the layer's norm hides errors of the normalizer."""
     randn = _generator(device)
     batch, tokens = case.batch, case.grid[0] * case.grid[1]
@@ -138,7 +139,7 @@ def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> Dict[
     return _results(cell, leaves, randn)
 
 
-def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict[str, Tensor]:
+def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> dict[str, Tensor]:
     """Run the fused layer as under autocast: parameters in float32."""
     randn = _generator(device)
     tokens, inner = case.grid[0] * case.grid[1], case.heads * head_width
@@ -156,7 +157,7 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict
     def weight(*shape: int, inputs: int) -> Tensor:
         return (randn(*shape) / inputs**0.5).to(torch.promote_types(dtype, torch.float32))
 
-    def bias(size: int) -> Optional[Tensor]:
+    def bias(size: int) -> Tensor | None:
         return weight(size, inputs=4) if case.version == 2 else None
 
     conv = (inner, 1, 3, 3) if case.version == 2 else (inner, 1, 4)
@@ -191,7 +192,7 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> Dict
     return _results(layer, dict(x=x, **weights._asdict()), randn)
 
 
-def main(args: Optional[Sequence[str]] = None) -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """Print the verdict as the last line and return an exit status."""
     parser = argparse.ArgumentParser(prog='python -m mmvil.ops.triton.self_test')
     parser.add_argument('--device', type=torch.device, default='cuda')

@@ -23,7 +23,7 @@ from functools import cache
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import List, NamedTuple, Optional, TextIO, Tuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -65,12 +65,12 @@ class Subject(NamedTuple):
 class Verdict(NamedTuple):
     """Outcome of a self-test."""
 
-    problem: Optional[str]
+    problem: str | None
     lasting: bool = True
     """Whether another test would find the same; if not, nothing is known about the kernels."""
 
 
-def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> Optional[str]:
+def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Reason not to trust the kernels, or None. The first call takes about a minute.
 
     Args:
@@ -83,7 +83,7 @@ def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> Option
 
 
 @cache
-def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Optional[str]:
+def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str | None:
     try:
         subject = _subject(index, dtype, head_width, tf32)
     except Exception as error:  # a version of Triton that hides its compiler, or lacks it
@@ -121,7 +121,7 @@ def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Sub
     )
 
 
-def _ptxas(arch: int) -> Tuple[str, str]:
+def _ptxas(arch: int) -> tuple[str, str]:
     """Version of the ptxas that Triton uses for a GPU, and the variable that sets another."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
@@ -149,7 +149,7 @@ def _digest_of_kernels() -> str:
 # Files
 
 
-def _read(file: Path, subject: Subject) -> Optional[Verdict]:
+def _read(file: Path, subject: Subject) -> Verdict | None:
     """Read a verdict, or None if there is no valid one."""
     try:
         content = json.loads(file.read_text())
@@ -250,7 +250,7 @@ def _test(subject: Subject, index: int) -> Verdict:
     return Verdict(f'could not run: {error}', lasting=False)
 
 
-def _command(subject: Subject, index: int) -> List[str]:
+def _command(subject: Subject, index: int) -> list[str]:
     command = [sys.executable, '-m', f'{__package__}.self_test', f'--device=cuda:{index}']
     command += [f'--dtype={subject.dtype}', f'--head-width={subject.head_width}']
     return command + ['--tf32'] * subject.tf32
