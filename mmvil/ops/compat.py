@@ -53,7 +53,8 @@ def static_shape(x: Tensor) -> tuple[int, ...]:
 def tf32_is_allowed() -> bool:
     """Whether CUDA may round the operands of float32 matrix products to TF32."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, 'fp32_precision'):  # torch >= 2.9, where reading the old name may raise
+    # torch >= 2.9, where reading the old name may raise; before, the module raises at new names
+    if hasattr(torch.backends, 'fp32_precision'):
         return matmul.fp32_precision == 'tf32'
     return matmul.allow_tf32
 

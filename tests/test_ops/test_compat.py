@@ -21,7 +21,7 @@ matmul.allow_tf32 = True
 assert tf32_is_allowed()
 torch.set_float32_matmul_precision('highest')
 assert not tf32_is_allowed()
-if hasattr(matmul, 'fp32_precision'):
+if hasattr(torch.backends, 'fp32_precision'):
     matmul.fp32_precision = 'tf32'
     assert tf32_is_allowed()
     matmul.fp32_precision = 'ieee'
@@ -42,5 +42,6 @@ def test_tf32_is_allowed_by_either_interface():
 
 @pytest.mark.parametrize('allowed', [False, True])
 def test_tf32_is_allowed_in_torch_without_the_newer_interface(monkeypatch, allowed):
-    monkeypatch.setattr(torch.backends.cuda, 'matmul', SimpleNamespace(allow_tf32=allowed))
+    old = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=allowed)))
+    monkeypatch.setattr(torch, 'backends', old)
     assert tf32_is_allowed() is allowed
