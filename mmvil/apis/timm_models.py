@@ -25,12 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..backbones import VisionLSTM
-from ..checkpoints import (
-    OFFICIAL_CHECKPOINTS,
-    OfficialCheckpoint,
-    adapt_input_channels,
-    weights_of,
-)
+from ..checkpoints import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, adapt_input_channels, weights_of
 from ..layers import PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..ops.compat import static_shape
@@ -58,12 +53,7 @@ class TimmVisionLSTM(nn.Module):
     (B, D, h, w).
 
     Args:
-        arch (str | dict): As in :class:`mmvil.VisionLSTM`, like version, patch_size and stride.
-        version (int): Default: 2.
-        img_size (int | tuple[int, int]): Image size, height first, for which the position embedding
-            is made. Default: 224.
-        patch_size (int): Default: 16.
-        stride (int, optional): Default: ``patch_size``.
+        arch, version, img_size, patch_size, stride: As in :class:`mmvil.VisionLSTM`.
         in_chans (int): Default: 3.
         num_classes (int): 0 for no classifier. Default: 1000.
         global_pool (str, optional): 'bilateral_concat' (first and last token side by side),
@@ -77,7 +67,7 @@ class TimmVisionLSTM(nn.Module):
             ``strict_img_size``, as in timm. Default: not ``strict_img_size``.
         dynamic_img_pad (bool): Where patches do not tile an image, add zeros on the right and at
             the bottom; False refuses such images, and such an ``img_size``. Default: True.
-        device, dtype: Where and as what to create the parameters.
+        device, dtype: Device and dtype of the parameters.
         **kwargs: Further arguments of :class:`mmvil.VisionLSTM`: backend, lean, drop_path_mode.
 
     Raises:
@@ -127,36 +117,25 @@ class TimmVisionLSTM(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.embed_dim = self.backbone.embed_dims
         self.grad_checkpointing = False
+        reduction = self.backbone.stride
         self.feature_info = [
-            dict(
-                module=f'backbone.layers.{i}',
-                num_chs=self.num_features,
-                reduction=self.backbone.stride,
-            )
+            dict(module=f'backbone.layers.{i}', num_chs=self.num_features, reduction=reduction)
             for i in range(len(self.backbone.layers))
         ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.fc_norm: nn.Module = nn.Identity()
-        self.head: nn.Module = nn.Identity()
         self.to(dtype)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.global_pool = None
         if global_pool is None:
             global_pool = 'bilateral_concat' if version == 2 else 'bilateral_avg'
-        self._set_pool(global_pool)
-        self._set_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
     # ------------------------------------------------------------------------------- image size
 
     def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | None = None,
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None
     ) -> None:
-        """Resize the position embedding and resample the patch embedding for another size.
-
-        Args:
-            img_size (int | tuple[int, int], optional): As in the constructor. Default: the present
-                one.
-            patch_size (int, optional): The stride changes in proportion. Default: the present one.
+        """Resize the position embedding and resample the patch embedding for another image or patch
+        size; the stride changes with the patch size in proportion.
 
         Raises:
             ValueError: For sizes that do not fit. Nothing has changed then.
@@ -216,29 +195,11 @@ class TimmVisionLSTM(nn.Module):
         """Width of the classifier's input."""
         return self.num_features * (2 if self.global_pool == 'bilateral_concat' else 1)
 
-    def _like(self, module: nn.Module) -> nn.Module:
-        """Bring a new module to the device, dtype and mode of the model."""
+    def _new(self, kind: type[nn.Module], *sizes: int, **options: Any) -> nn.Module:
+        """Create a module on the device and in the dtype and mode of the model."""
         weight = self.backbone.pos_embed
-        return module.to(device=weight.device, dtype=weight.dtype).train(self.training)
-
-    def _set_pool(self, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ValueError(f'Unknown global_pool {global_pool!r}; choose from {POOLS}.')
-        self.global_pool = global_pool
-        self.fc_norm = nn.Identity()
-        if global_pool:
-            eps = 1e-5 if self.backbone.version == 2 else 1e-6
-            with self.backbone.pos_embed.device:
-                self.fc_norm = self._like(nn.LayerNorm(self.head_hidden_size, eps=eps))
-
-    def _set_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            with self.backbone.pos_embed.device:
-                self.head = self._like(nn.Linear(self.head_hidden_size, num_classes))
-                trunc_normal_(self.head.weight, std=2e-5)
-                nn.init.zeros_(self.head.bias)
+        module = kind(*sizes, device=weight.device, **options)
+        return module.to(weight.dtype).train(self.training)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -247,9 +208,20 @@ class TimmVisionLSTM(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling if another one is named."""
-        if global_pool is not None and global_pool != self.global_pool:
-            self._set_pool(global_pool)
-        self._set_classifier(num_classes)
+        if global_pool not in (None, self.global_pool):
+            if global_pool not in POOLS:
+                raise ValueError(f'Unknown global_pool {global_pool!r}; choose from {POOLS}.')
+            self.global_pool = global_pool
+            self.fc_norm = nn.Identity()
+            if global_pool:
+                eps = 1e-5 if self.backbone.version == 2 else 1e-6
+                self.fc_norm = self._new(nn.LayerNorm, self.head_hidden_size, eps=eps)
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = self._new(nn.Linear, self.head_hidden_size, num_classes)
+            trunc_normal_(self.head.weight, std=2e-5)
+            nn.init.zeros_(self.head.bias)
 
     # ---------------------------------------------------------------------------------- forward
 
@@ -296,8 +268,7 @@ class TimmVisionLSTM(nn.Module):
             intermediates_only (bool): Leave out the final features. Default: False.
 
         Returns:
-            list[Tensor] | tuple[Tensor, list[Tensor]]: The features, after what
-            ``forward_features`` returns.
+            list[Tensor] | tuple[Tensor, list[Tensor]]: The features, preceded by the final ones.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', but is {output_fmt!r}.")
@@ -337,10 +308,7 @@ class TimmVisionLSTM(nn.Module):
     # --------------------------------------------------------------------------------- training
 
     def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the features after these blocks do not need."""
         take, last = feature_take_indices(len(self.backbone.layers), indices)
@@ -364,10 +332,8 @@ class TimmVisionLSTM(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return groups for layer-wise learning rates: embeddings, pairs of blocks, the rest."""
-        pairs = [
-            (rf'^backbone\.layers\.(?:{2 * pair}|{2 * pair + 1})\.', (pair,))
-            for pair in range((len(self.backbone.layers) + 1) // 2)
-        ]
+        depth = len(self.backbone.layers)
+        pairs = [(rf'^backbone\.layers\.(?:{i}|{i + 1})\.', (i // 2,)) for i in range(0, depth, 2)]
         return dict(
             stem=r'^backbone\.(?:patch_embed|pos_embed)',
             blocks=r'^backbone\.layers' if coarse else pairs,
@@ -409,27 +375,7 @@ def _model_name(official: OfficialCheckpoint) -> str:
     return f'{prefix}_{official.arch.replace("_", "")}_patch16{stride}_224'
 
 
-def _pretrained_cfg(official: OfficialCheckpoint) -> dict[str, Any]:
-    grid = (224 - 16) // official.stride + 1
-    return dict(
-        url=official.url,
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(grid, grid),
-        crop_pct=1.0,
-        interpolation='bicubic',
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv='backbone.patch_embed.projection',
-        classifier='head',
-        origin_url='https://github.com/NX-AI/vision-lstm',
-        paper_ids='arXiv:2406.04303',
-    )
-
-
 def _register(name: str, official: OfficialCheckpoint) -> None:
-    """Register a function that builds a model."""
-
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         settings = dict(arch=official.arch, version=official.version)
         if official.stride != 16:
@@ -452,10 +398,22 @@ def _register(name: str, official: OfficialCheckpoint) -> None:
 # first is the default.
 default_cfgs = generate_default_cfgs(
     {
-        f'{_model_name(official)}.e{official.epochs}_in1k': _pretrained_cfg(official)
+        f'{_model_name(official)}.e{official.epochs}_in1k': dict(
+            url=official.url,
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=((224 - 16) // official.stride + 1,) * 2,
+            crop_pct=1.0,
+            interpolation='bicubic',
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv='backbone.patch_embed.projection',
+            classifier='head',
+            origin_url='https://github.com/NX-AI/vision-lstm',
+            paper_ids='arXiv:2406.04303',
+        )
         for official in OFFICIAL_CHECKPOINTS
     }
 )
-_MODELS = {_model_name(each): each for each in OFFICIAL_CHECKPOINTS}
-for _name in _MODELS:
-    _register(_name, _MODELS[_name])
+for _name, _official in {_model_name(each): each for each in OFFICIAL_CHECKPOINTS}.items():
+    _register(_name, _official)
