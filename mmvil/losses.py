@@ -1,9 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Cross entropy that does not depend on the distribution of a batch over processes.
-
-Data parallel training averages the gradients of the processes. That equals the gradient of the
-whole batch only if each loss is a mean over equally many labelled pixels.
-"""
+"""Cross entropy that does not depend on the distribution of a batch over processes."""
 
 from collections.abc import Sequence
 
@@ -18,18 +14,15 @@ from torch import Tensor, nn
 class GlobalBatchCrossEntropyLoss(nn.Module):
     """Cross entropy, averaged over the labelled pixels of all processes.
 
-    mmsegmentation's ``CrossEntropyLoss(avg_non_ignore=True)`` divides by the process's own number
-    of labelled pixels, so that the mean over processes gives a pixel more weight the fewer labelled
-    ones its process has. Here a process's sum is divided by the mean number of labelled pixels per
-    process, so that the averaged gradient is that of
+    Data parallel training averages the gradients of the processes. With mmsegmentation's
+    ``CrossEntropyLoss(avg_non_ignore=True)``, which divides by the process's own number of labelled
+    pixels, a pixel then counts more the fewer labelled ones its process has. Here a process's sum
+    is divided by the mean number of labelled pixels per process, so that the averaged gradient is
+    that of the mean over all labelled pixels. On one process both losses are equal.
 
-        sum of the losses of all labelled pixels / number of all labelled pixels.
-
-    On one process both losses are equal. A process's own value depends on its share of the labelled
-    pixels; :class:`mmvil.engine.AverageLogHook` logs the mean, the loss of the whole batch.
-
-    Gradients accumulated over several iterations are averaged iteration by iteration, because the
-    number of labelled pixels to come is not known.
+    A process's own value depends on its share of the labelled pixels;
+    :class:`mmvil.engine.AverageLogHook` logs the mean, the loss of the whole batch. Accumulated
+    gradients are averaged iteration by iteration.
 
     Args:
         class_weight (Sequence[float], optional): Weight of each class. Pixels then count with the
@@ -87,7 +80,9 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         if reduction_override == 'sum':
             return total
         if avg_factor is None:
-            avg_factor = _mean_over_processes(_labelled(label, ignore_index, class_weight))
+            avg_factor = _labelled(label, ignore_index, class_weight)
+            all_reduce(avg_factor, op='mean')
+            avg_factor.clamp_(min=torch.finfo(avg_factor.dtype).tiny)  # so that 0 / 0 gives 0
         return total / avg_factor
 
     def extra_repr(self) -> str:
@@ -102,9 +97,3 @@ def _labelled(label: Tensor, ignore_index: int, class_weight: Tensor | None) -> 
     if class_weight is None:
         return labelled.sum(dtype=torch.float32)
     return class_weight.float()[label[labelled]].sum()
-
-
-def _mean_over_processes(count: Tensor) -> Tensor:
-    """Average a count over processes; at least a tiny number, so that 0 / 0 gives 0."""
-    all_reduce(count, op='mean')
-    return count.clamp_(min=torch.finfo(count.dtype).tiny)

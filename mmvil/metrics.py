@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePath
 from statistics import mean
+from typing import Any
 
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
@@ -21,8 +22,7 @@ class SubsetAccuracy(BaseMetric):
         classes (Sequence[int]): The model's class for each class of the dataset: label i of the
             dataset is ``classes[i]`` of the model.
         topk (Sequence[int]): Default: (1, 5).
-        collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
-        prefix (str, optional): Prefix of the metric's name. Default: 'accuracy'.
+        **kwargs: ``collect_device`` and ``prefix`` of ``mmengine.BaseMetric``.
 
     Raises:
         ValueError: If the dataset has another number of classes.
@@ -30,14 +30,8 @@ class SubsetAccuracy(BaseMetric):
 
     default_prefix = 'accuracy'
 
-    def __init__(
-        self,
-        classes: Sequence[int],
-        topk: Sequence[int] = (1, 5),
-        collect_device: str = 'cpu',
-        prefix: str | None = None,
-    ) -> None:
-        super().__init__(collect_device=collect_device, prefix=prefix)
+    def __init__(self, classes: Sequence[int], topk: Sequence[int] = (1, 5), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.classes = list(classes)
         self.topk = tuple(topk)
 
@@ -73,8 +67,7 @@ class MeanCorruptionError(BaseMetric):
         reference_errors (dict[str, float]): Mean error of the reference model, in percent, for each
             corruption. mCE is reported if all of them occur at all severities.
         severities (int): Number of severities. Default: 5.
-        collect_device (str): 'cpu' or 'gpu'. Default: 'cpu'.
-        prefix (str, optional): Prefix of the metric's name. Default: 'corruption'.
+        **kwargs: ``collect_device`` and ``prefix`` of ``mmengine.BaseMetric``.
 
     Raises:
         ValueError: If an image has a corruption without reference error.
@@ -83,13 +76,9 @@ class MeanCorruptionError(BaseMetric):
     default_prefix = 'corruption'
 
     def __init__(
-        self,
-        reference_errors: dict[str, float],
-        severities: int = 5,
-        collect_device: str = 'cpu',
-        prefix: str | None = None,
+        self, reference_errors: dict[str, float], severities: int = 5, **kwargs: Any
     ) -> None:
-        super().__init__(collect_device=collect_device, prefix=prefix)
+        super().__init__(**kwargs)
         self.reference_errors = dict(reference_errors)
         self.severities = severities
 
@@ -111,17 +100,15 @@ class MeanCorruptionError(BaseMetric):
         for corruption, severity, is_wrong in results:
             wrong[corruption][severity].append(is_wrong)
         errors = {
-            corruption: 100 * mean([mean(images) for images in by_severity.values()])
+            corruption: 100 * mean(map(mean, by_severity.values()))
             for corruption, by_severity in wrong.items()
         }
         metrics = {
             f'error/{name}': errors[name] for name in self.reference_errors if name in errors
         }
-        metrics['top1'] = 100 - mean(list(errors.values()))
-        if set(errors) == set(self.reference_errors) and all(
-            len(by_severity) == self.severities for by_severity in wrong.values()
-        ):
-            metrics['mCE'] = 100 * mean(
-                [errors[name] / self.reference_errors[name] for name in errors]
-            )
+        metrics['top1'] = 100 - mean(errors.values())
+        complete = all(len(wrong[name]) == self.severities for name in self.reference_errors)
+        if complete:
+            ratios = [errors[name] / self.reference_errors[name] for name in errors]
+            metrics['mCE'] = 100 * mean(ratios)
         return metrics

@@ -28,9 +28,9 @@ def main():
     if args.data_root is None:
         raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
     kept = get_features(args)
-    device = get_device()
-    train, train_labels = (tensor.to(device) for tensor in kept['train'])
-    val, val_labels = (tensor.to(device) for tensor in kept['val'])
+    (train, train_labels), (val, val_labels) = (
+        (tensor.to(get_device()) for tensor in kept[split]) for split in ('train', 'val')
+    )
     if args.k > len(train):
         raise UserError(f'--k {args.k} is more than the {len(train)} training images')
 
@@ -79,13 +79,16 @@ def get_features(args):
     if classes['train'] != classes['val']:
         odd = sorted(set(classes['train']) ^ set(classes['val']))
         raise UserError(f'train and val have different classes, such as {odd[0]}')
-    backbone = build_backbone(cfg, args.checkpoint)
+    check_checkpoint(args.checkpoint)
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=args.checkpoint)
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
     preprocessor = MODELS.build(
         {'type': 'mmpretrain.ClsDataPreprocessor', **cfg.model.data_preprocessor}
     )
-    kept = dict(source=source)
-    for split, loader in loaders.items():
-        kept[split] = extract(backbone, preprocessor, loader, args.amp)
+    parts = [part.to(get_device()).eval() for part in (backbone, preprocessor)]
+    kept = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
+    kept['source'] = source
     if args.features:
         torch.save(kept, args.features)
     return kept
@@ -111,28 +114,14 @@ def make_dataloader(cfg, args, split):
     )
 
 
-def build_backbone(cfg, checkpoint):
-    """The backbone with its weights, in evaluation mode."""
-    check_checkpoint(checkpoint)
-    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = MODELS.build(cfg.model.backbone)
-    backbone.init_weights()
-    return backbone.eval()
-
-
 @torch.no_grad()
 def extract(backbone, preprocessor, dataloader, amp):
-    """Compute features of all images.
-
-    Returns:
-        tuple[Tensor, Tensor]: Features (images, channels), float32, and labels (images,).
-    """
-    device = get_device()
-    backbone, preprocessor = backbone.to(device), preprocessor.to(device)
+    """Features (images, channels) in float32, and labels (images,)."""
+    device = get_device().split(':')[0]
     features, labels = [], []
     for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):
         batch = preprocessor(batch)
-        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=amp):
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
             output = backbone(batch['inputs'])[-1]
         if output.dim() == 4:  # feature maps of a backbone without pooling
             output = output.mean((2, 3))

@@ -72,12 +72,11 @@ class Deployed(nn.Module):
             dict[str, str]: Metadata of the file.
         """
         preprocessor = self.model.data_preprocessor
+        order, values = 'bands as loaded', 'values as loaded'
         if self.channels == 3:
             flags = (getattr(preprocessor, x, False) for x in ('_channel_conversion', 'to_rgb'))
             order = 'RGB' if any(flags) else 'BGR'  # OpenMMLab's loaders read BGR
             values = '0 to 255'
-        else:
-            order, values = 'bands as loaded', 'values as loaded'
         if not self.normalize and hasattr(preprocessor, 'mean'):
             mean, std = (x.flatten().tolist() for x in (preprocessor.mean, preprocessor.std))
             values = f'{values}, minus {mean}, divided by {std}'
@@ -100,11 +99,8 @@ class Deployed(nn.Module):
 
 
 def decision(model, output):
-    """Find the rule by which a model derives an output from the scores of its head.
-
-    Args:
-        model (nn.Module): A segmentor or classifier.
-        output (str): 'logits', 'probabilities' or 'labels'.
+    """Find the rule by which a segmentor or classifier derives an output, one of ``OUTPUTS``, from
+    the scores of its head.
 
     Returns:
         Callable: Maps what the model's head returns to the output.
@@ -145,12 +141,10 @@ def segmentor_decision(model, output):
             f"output 'labels': {type(model).__name__} with one logit has no threshold, its own "
             'predict fails; use probabilities'
         )
+    kinds = BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead
     if output == 'probabilities' and not (
         _runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
-        and any(
-            _runs(head, kind, 'predict')
-            for kind in (BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead)
-        )
+        and any(_runs(head, kind, 'predict') for kind in kinds)
     ):
         return _unknown_decision(head, output)
     return lambda logits: _label_of_pixel(model, logits, output)
@@ -213,7 +207,8 @@ def _one_label(logits, output):
     """``ClsHead._get_predictions``."""
     if output == 'logits':
         return logits
-    return logits.softmax(1) if output == 'probabilities' else logits.softmax(1).argmax(1)
+    probabilities = logits.softmax(1)
+    return probabilities if output == 'probabilities' else probabilities.argmax(1)
 
 
 def _any_labels(head, logits, output):
@@ -282,23 +277,13 @@ def trace(model, size, static=False, chunk_size=None):
 
 
 def save_onnx(program, out, names, description=None, opset=20):
-    """Write an ONNX file.
-
-    Args:
-        program (ExportedProgram): Result of :func:`trace`.
-        out (str | Path): File to write.
-        names (list[str]): Names of the outputs.
-        description (dict[str, str], optional): Metadata, see :meth:`Deployed.describe`.
-        opset (int): Version of ONNX's operators. Default: 20.
+    """Write an ONNX file of a traced program, with the names of its outputs and, as metadata, a
+    description by :meth:`Deployed.describe`.
     """
+    io = dict(input_names=['images'], output_names=names)
     with torch.no_grad():
         onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=['images'],
-            output_names=names,
-            verbose=False,
+            program, dynamo=True, opset_version=opset, verbose=False, **io
         )
     onnx_program.model.metadata_props.update(description or {})
     onnx_program.save(out)
@@ -310,18 +295,13 @@ def save_pt2(program, out, description=None):
 
 
 def load_exported(path, format='onnx'):
-    """Load an exported file.
-
-    Args:
-        path (str | Path): The file.
-        format (str): 'onnx' or 'pt2'. Default: 'onnx'.
+    """Load an exported file, of the format 'onnx' or 'pt2'.
 
     Returns:
         Callable: Maps images (B, C, H, W) to a tensor, or to a dict of tensors by name.
     """
     if format == 'pt2':
-        module = torch.export.load(path).module()
-        return lambda images: module(images)
+        return torch.export.load(path).module()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -337,11 +317,7 @@ def load_exported(path, format='onnx'):
 
 
 def compare_output(actual, expected, are_labels=False):
-    """Compare an output of an exported file with that of PyTorch.
-
-    Args:
-        actual, expected (Tensor): Outputs of the file and of PyTorch.
-        are_labels (bool): Whether they are labels instead of scores. Default: False.
+    """Compare scores or labels from an exported file with those of PyTorch.
 
     Returns:
         tuple[float, str]: Largest difference relative to the largest score, or share of labels that

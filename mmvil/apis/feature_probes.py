@@ -21,9 +21,8 @@ def knn(
     """Classify by the k training images with the most similar features.
 
     Args:
-        train (Tensor): Features, shape (N, C).
+        train, test (Tensor): Features, shapes (N, C) and (M, C).
         train_labels (Tensor): Shape (N,).
-        test (Tensor): Features, shape (M, C).
         k (int): Number of neighbours.
         temperature (float, optional): Neighbours vote with weight exp(cosine / temperature).
             Default: None, equal weights.
@@ -48,13 +47,8 @@ def knn(
 def fit_linear(
     features: Tensor, labels: Tensor, penalty: float, max_iter: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Fit multinomial logistic regression by L-BFGS.
-
-    Args:
-        features (Tensor): Shape (N, C).
-        labels (Tensor): Shape (N,).
-        penalty (float): Half of it times the squared norm of the weight is added to the mean loss.
-        max_iter (int): Maximum number of iterations. Default: 200.
+    """Fit multinomial logistic regression of labels (N,) on features (N, C) by L-BFGS. Half the
+    penalty times the squared norm of the weight is added to the mean loss.
 
     Returns:
         tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
@@ -80,14 +74,8 @@ def fit_linear(
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> tuple[Tensor, float]:
-    """Classify by logistic regression on standardized features. The penalty on the weight is chosen
-    on a held-out fifth of the training images.
-
-    Args:
-        train (Tensor): Features, shape (N, C).
-        train_labels (Tensor): Shape (N,).
-        test (Tensor): Features, shape (M, C).
-        penalties (Sequence[float]): Candidates.
+    """Classify by logistic regression on standardized features, as :func:`knn`. The penalty on the
+    weight is chosen among ``penalties`` on a held-out fifth of the training images.
 
     Returns:
         tuple[Tensor, float]: Labels (M,) and the chosen penalty.

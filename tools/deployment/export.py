@@ -15,15 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mmvil.apis.deploy import (
-    OUTPUTS,
-    Deployed,
-    compare_output,
-    load_exported,
-    save_onnx,
-    save_pt2,
-    trace,
-)
+from mmvil.apis import deploy
 from mmvil.apis.inspect_blocks import find_backbone, trained_size
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
@@ -40,41 +32,27 @@ def make_export_parser():
     add('checkpoint', help='checkpoint file')
     add('--out', type=Path, help='file to write (default: CONFIG_NAME.onnx)')
     add('--format', choices=FORMATS.values(), help='(default: by the suffix of --out, else onnx)')
-    add('--output', choices=OUTPUTS, default='logits', help='what the file returns (%(default)s)')
-    add(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='image size to trace and check with (default: that of the position embedding)',
-    )
+    outputs = dict(choices=deploy.OUTPUTS, default='logits')
+    add('--output', help='what the file returns (%(default)s)', **outputs)
+    pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
+    add('--size', help='image to trace and check with (default: as trained)', **pair)
     add('--static', action='store_true', help='one image of exactly --size, for simpler runtimes')
-    add(
-        '--normalized-input',
-        action='store_true',
-        help='leave mean and standard deviation to the caller',
-    )
+    add('--normalized-input', action='store_true', help='leave mean and deviation to the caller')
     add('--chunk-size', type=int, help='tokens in a chunk of the mLSTM (default: by head width)')
     add('--opset', type=int, default=20, help='ONNX opset (%(default)s)')
-    add(
-        '--tolerance',
-        type=float,
-        default=1e-3,
-        help='largest accepted difference from PyTorch, relative to the largest output; with '
-        '--output labels: share of labels that differ (%(default)s)',
-    )
+    accepted = 'accepted difference, relative to the largest output or of labels (%(default)s)'
+    add('--tolerance', type=float, default=1e-3, help=accepted)
     return parser
 
 
 def complete(args):
     """Choose format and file, and check that PyTorch and the packages for ONNX can export."""
+    suffix = args.out.suffix if args.out else '.onnx'
+    args.format = args.format or FORMATS.get(suffix)
     if args.format is None:
-        suffix = args.out.suffix if args.out else '.onnx'
-        if suffix not in FORMATS:
-            raise UserError(
-                f'--out ends with {suffix!r}; use .onnx or .pt2, or choose a format by --format'
-            )
-        args.format = FORMATS[suffix]
+        raise UserError(
+            f'--out ends with {suffix!r}; use .onnx or .pt2, or choose a format by --format'
+        )
     args.out = args.out or Path(f'{Path(args.config).stem}.{args.format}')
     if not hasattr(torch.compiler, 'is_exporting'):
         raise UserError(
@@ -93,7 +71,7 @@ def complete(args):
 
 @torch.no_grad()
 def timed(function, images):
-    """Result of a call by output name, and the milliseconds of a second call."""
+    """Result of a call, and the milliseconds of a second call."""
     result = function(images)
     start = time.perf_counter()
     function(images)
@@ -101,10 +79,8 @@ def timed(function, images):
 
 
 def check(model, exported, shapes):
-    """Compare an exported file with PyTorch on random images, and print the differences.
-
-    Returns:
-        float: Largest difference, see :func:`mmvil.apis.deploy.compare_output`.
+    """Compare an exported file with PyTorch on random images, print the differences, and return the
+    largest one, see :func:`mmvil.apis.deploy.compare_output`.
     """
     generator = torch.Generator().manual_seed(0)
     differences = []
@@ -112,11 +88,12 @@ def check(model, exported, shapes):
         images = torch.rand(shape, generator=generator) * 255
         if not model.normalize:
             images = images / 64 - 2
-        results = timed(model, images), timed(exported, images)
-        (expected, expected_time), (actual, actual_time) = results
+        (expected, expected_time), (actual, actual_time) = (
+            timed(function, images) for function in (model, exported)
+        )
         for name in model.names:
             one, other = (x[name] if isinstance(x, dict) else x for x in (actual, expected))
-            difference, said = compare_output(one, other, model.output == 'labels')
+            difference, said = deploy.compare_output(one, other, model.output == 'labels')
             task = f'{name}: ' if len(model.names) > 1 else ''
             print(
                 f'  {"x".join(map(str, shape)):>16}: {task}{said}; '
@@ -131,7 +108,7 @@ def main():
     complete(args)
     cfg = load_config(args.config, args.cfg_options)
     model = build_model(cfg, args.checkpoint)
-    model = Deployed(model, args.output, normalize=not args.normalized_input).eval()
+    model = deploy.Deployed(model, args.output, normalize=not args.normalized_input).eval()
     size = tuple(args.size or trained_size(find_backbone(model)))
     description = model.describe(size)
 
@@ -139,12 +116,12 @@ def main():
     logging.getLogger('torch').setLevel(logging.ERROR)
     warnings.simplefilter('ignore')  # of exporters, to their own developers
     start = time.perf_counter()
-    program = trace(model, size, args.static, args.chunk_size)
+    program = deploy.trace(model, size, args.static, args.chunk_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.format == 'onnx':
-        save_onnx(program, args.out, model.names, description, args.opset)
+        deploy.save_onnx(program, args.out, model.names, description, args.opset)
     else:
-        save_pt2(program, args.out, description)
+        deploy.save_pt2(program, args.out, description)
     megabytes, seconds = args.out.stat().st_size / 1e6, time.perf_counter() - start
     print(f'Wrote {args.out} ({megabytes:.1f} MB, {seconds:.0f} s)')
     print(f'  input  {description["input"]}\n  output {args.output}')
@@ -153,7 +130,7 @@ def main():
     shapes = [(1, model.channels, *size)]
     if not args.static:  # a second size that the patches do not tile, larger and smaller than both
         shapes.append((3, model.channels, size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, 16)))
-    worst = check(model, load_exported(args.out, args.format), shapes)
+    worst = check(model, deploy.load_exported(args.out, args.format), shapes)
     if not worst <= args.tolerance:
         raise UserError(
             f'{args.out} differs from PyTorch by {worst:.1e}, more than --tolerance '
