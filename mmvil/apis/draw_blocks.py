@@ -1,5 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Draw gates, memory decay, receptive fields and features of a ViL, see inspect_blocks.py."""
+"""Draw gates, memory decay, receptive fields and features of a ViL, see inspect_blocks.py.
+
+Each function takes the backbone, one or several images, and the indices of the blocks to draw, and
+returns a figure of matplotlib. Heads: None is the mean over them. Positions ``at`` of a token are
+(y, x), as fractions of height and width.
+"""
 
 import copy
 from typing import NamedTuple
@@ -9,15 +14,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from .inspect_blocks import (
-    block_features,
-    block_gates,
-    decay_weights,
-    half_life,
-    principal_colors,
-    receptive_field,
-    token_at,
-)
+from . import inspect_blocks
 
 DIRECTIONS = ('forward', 'backward')
 COLORS = ('tab:blue', 'tab:orange')
@@ -37,29 +34,17 @@ class ImagePair(NamedTuple):
 
 @torch.no_grad()
 def draw_gates(backbone, image, blocks, head=None):
-    """Draw both gates of some blocks over the image.
-
-    Args:
-        backbone (VisionLSTM): The backbone.
-        image (ImagePair): The image.
-        blocks (list[int]): Blocks to draw.
-        head (int, optional): Head to draw. Default: the mean over heads.
-
-    Returns:
-        Figure: Of matplotlib.
-    """
+    """Draw both gates of some blocks over the image."""
     _, grid = backbone.embed(image.x)
-    gates = block_gates(backbone, image.x)
+    gates = inspect_blocks.block_gates(backbone, image.x)
     figure, axes = _figure(2, len(blocks) + 1, image.aspect, extra=1)
     _show(axes[0, 0], image.picture, 'image')
     axes[1, 0].axis('off')
     for column, block in enumerate(blocks, 1):
         igate, fgate = (_one_head(gate[0], head).view(grid).cpu() for gate in gates[block])
         # Each map has its own range: blocks differ more than places do.
-        for axis, values, colors in (
-            (axes[0, column], igate, 'magma'),
-            (axes[1, column], fgate.sigmoid(), 'viridis'),
-        ):
+        maps = zip(axes[:, column], (igate, fgate.sigmoid()), ('magma', 'viridis'))
+        for axis, values, colors in maps:
             drawn = _show(axis, values, cmap=colors)
             bar = figure.colorbar(drawn, ax=axis, location='bottom', shrink=0.9, pad=0.02)
             bar.locator = MaxNLocator(3)
@@ -73,33 +58,25 @@ def draw_gates(backbone, image, blocks, head=None):
 
 @torch.no_grad()
 def draw_decay(backbone, image, blocks, head=None, at=(0.5, 0.5)):
-    """Draw the weights of all tokens for one token, and half-lives of the memory in all blocks.
-
-    Args:
-        backbone, image, blocks, head: See :func:`draw_gates`; ``blocks`` and ``head`` choose the
-            weights.
-        at (tuple[float, float]): Position (y, x) of the token as fractions of height and width.
-
-    Returns:
-        Figure: Of matplotlib.
-    """
+    """Draw the weights of all tokens for one token, and half-lives of the memory in all blocks."""
     _, grid = backbone.embed(image.x)
-    gates = block_gates(backbone, image.x)
+    gates = inspect_blocks.block_gates(backbone, image.x)
     panel = 2.3 * image.aspect
     figure = plt.figure(figsize=(2.3 * (len(blocks) + 1) + 0.6, panel + 3.4), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=[panel + 0.5, 2.9])
 
-    token = token_at(grid, at)
+    token = inspect_blocks.token_at(grid, at)
     height, width = image.picture.shape[:2]
     y, x = (token // grid[1] + 0.5) / grid[0] * height, (token % grid[1] + 0.5) / grid[1] * width
     axes = above.subplots(1, len(blocks) + 1, squeeze=False)[0]
     _show(axes[0], image.picture, 'image and token')
+    colors = dict(cmap='inferno', vmin=0, vmax=1, extent=(0, width, height, 0))
     for axis, block in zip(axes[1:], blocks):
         igate, fgate = gates[block]
-        weights = decay_weights(igate[0], fgate[0], backbone.layers[block].reverse, token)
-        weights = _one_head(weights, head).view(grid).cpu()
-        extent = (0, width, height, 0)
-        drawn = _show(axis, weights, _name_of(block), cmap='inferno', vmin=0, vmax=1, extent=extent)
+        weights = inspect_blocks.decay_weights(
+            igate[0], fgate[0], backbone.layers[block].reverse, token
+        )
+        drawn = _show(axis, _one_head(weights, head).view(grid).cpu(), _name_of(block), **colors)
     for axis in axes:
         axis.plot(x, y, 's', mfc='none', mec='cyan', ms=6)
     above.colorbar(drawn, ax=axes, label='weight $D_{tj}$', shrink=0.8)
@@ -110,7 +87,7 @@ def draw_decay(backbone, image, blocks, head=None, at=(0.5, 0.5)):
 def _draw_half_lives(axis, fgates, grid):
     """Draw the half-life of each head, in rows of tokens, from forget gates (NH, N) per block."""
     for block, fgate in enumerate(fgates):
-        rows = half_life(fgate).cpu() / grid[1]
+        rows = inspect_blocks.half_life(fgate).cpu() / grid[1]
         low, middle, high = np.quantile(rows, [0.1, 0.5, 0.9], axis=1)
         places = block + np.linspace(-0.27, 0.27, len(fgate))
         color = COLORS[block % 2]
@@ -132,14 +109,8 @@ def _draw_half_lives(axis, fgates, grid):
 
 
 def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
-    """Draw receptive fields after some blocks, trained (above) and with random blocks (below).
-
-    Args:
-        backbone, blocks, at: See :func:`draw_decay`.
-        images (list[ImagePair]): Images of one size, over which gradients are averaged.
-
-    Returns:
-        Figure: Of matplotlib.
+    """Draw receptive fields after some blocks, trained (above) and with random blocks (below),
+    averaged over images of one size.
     """
     torch.manual_seed(0)
     untrained = copy.deepcopy(backbone)
@@ -147,7 +118,7 @@ def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
         block.reset_parameters()
     figure, axes = _figure(2, len(blocks), images[0].aspect, extra=1)
     for line, model, label in zip(axes, (backbone, untrained), ('trained', 'random blocks')):
-        maps = receptive_field(model, [image.x for image in images], blocks, at)
+        maps = inspect_blocks.receptive_field(model, [image.x for image in images], blocks, at)
         for axis, values in zip(line, maps.clamp_min(1e-8).log10().cpu()):
             drawn = _show(axis, values, cmap='magma', vmin=-4, vmax=0)
         line[0].set_ylabel(label)
@@ -161,23 +132,15 @@ def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
 
 @torch.no_grad()
 def draw_pca(backbone, images, blocks):
-    """Draw features after some blocks as colors, one row per image.
-
-    Args:
-        backbone, blocks: See :func:`draw_gates`.
-        images (list[ImagePair]): Images of any sizes.
-
-    Returns:
-        Figure: Of matplotlib.
-    """
-    features = [block_features(backbone, image.x) for image in images]
+    """Draw features after some blocks as colors, one row per image, of any sizes."""
+    features = [inspect_blocks.block_features(backbone, image.x) for image in images]
     aspect = max(image.aspect for image in images)
     figure, axes = _figure(len(images), len(blocks) + 1, aspect)
     for axis, image in zip(axes[:, 0], images):
         _show(axis, image.picture)
     axes[0, 0].set_title('image')
     for column, block in enumerate(blocks, 1):
-        colors = principal_colors([tokens[block][0] for tokens in features])
+        colors = inspect_blocks.principal_colors([tokens[block][0] for tokens in features])
         for axis, image, color in zip(axes[:, column], images, colors):
             _, grid = backbone.embed(image.x)
             _show(axis, color.view(*grid, 3).cpu())
@@ -201,7 +164,7 @@ def _one_head(x, head):
     return x.mean(0) if head is None else x[head]
 
 
-def _figure(rows, columns, aspect, width=2.3, extra=0.6):
+def _figure(rows, columns, aspect, extra=0.6):
     """A grid of panels in the shape of the images."""
-    size = (width * columns + extra, rows * (width * aspect + 0.1) + 0.6)
+    size = (2.3 * columns + extra, rows * (2.3 * aspect + 0.1) + 0.6)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')

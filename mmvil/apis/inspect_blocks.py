@@ -1,10 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Features, gates, memory decay and receptive fields of the blocks of a ViL.
 
-All functions read a model through forward hooks on its blocks:
-
-    igate, fgate = block_gates(backbone, images)[0]
-    weights = decay_weights(igate[0], fgate[0], backbone.layers[0].reverse, token=100)
+igate, fgate = block_gates(backbone, images)[0]
+weights = decay_weights(igate[0], fgate[0], backbone.layers[0].reverse, token=100)
 """
 
 import math
@@ -17,15 +15,11 @@ from ..ops.gates import gate_statistics
 
 
 def find_backbone(model):
-    """Return the first VisionLSTM inside a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    backbone = next((x for x in model.modules() if isinstance(x, VisionLSTM)), None)
-    if backbone is None:
-        raise ValueError('the model has no VisionLSTM')
-    return backbone
+    """Return the first VisionLSTM inside a model; raises ValueError if there is none."""
+    for module in model.modules():
+        if isinstance(module, VisionLSTM):
+            return module
+    raise ValueError('the model has no VisionLSTM')
 
 
 def trained_size(backbone):
@@ -34,15 +28,9 @@ def trained_size(backbone):
 
 
 def default_blocks(backbone, pairs):
-    """Choose blocks that represent a VisionLSTM.
-
-    Args:
-        backbone (VisionLSTM): The backbone.
-        pairs (bool): Both reading directions at the beginning, in the middle and at the end;
-            otherwise the blocks whose features are returned, or single blocks over the depth.
-
-    Returns:
-        list[int]: Indices, ascending.
+    """Choose blocks that represent a VisionLSTM: ``pairs`` for both reading directions at the
+    beginning, in the middle and at the end; otherwise those whose features are returned, or single
+    ones over the depth.
     """
     count = len(backbone.layers)
     if not pairs and len(backbone.out_indices) > 1:
@@ -59,42 +47,25 @@ def token_at(grid, at):
 
 
 def block_features(backbone, images):
-    """Compute the tokens after each block.
-
-    Args:
-        backbone (VisionLSTM): The backbone.
-        images (Tensor): Shape (B, C, H, W).
-
-    Returns:
-        list[Tensor]: One tensor (B, N, D) per block.
-    """
+    """Compute the tokens (B, N, D) after each block, from images (B, C, H, W)."""
+    x, grid = backbone.embed(images)
     features = []
-    hooks = [
-        block.register_forward_hook(lambda block, args, output: features.append(output))
-        for block in backbone.layers
-    ]
-    try:
-        backbone(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for block in backbone.layers:
+        x = block(x, grid)
+        features.append(x)
     return features
 
 
 def block_gates(backbone, images):
-    """Compute the gate pre-activations of each block.
-
-    Args:
-        backbone (VisionLSTM): The backbone.
-        images (Tensor): Shape (B, C, H, W).
-
-    Returns:
-        list[tuple[Tensor, Tensor]]: Input and forget gate (B, NH, N) per block.
+    """Compute the pre-activations (B, NH, N) of input and forget gate of each block, from images
+    (B, C, H, W).
     """
-    features = block_features(backbone, images)
     x, grid = backbone.embed(images)
-    inputs = [x, *features[:-1]]
-    return [block.gates(x, grid) for block, x in zip(backbone.layers, inputs)]
+    gates = []
+    for block in backbone.layers:
+        gates.append(block.gates(x, grid))
+        x = block(x, grid)
+    return gates
 
 
 def decay_weights(igate, fgate, reverse, token):
@@ -121,16 +92,14 @@ def half_life(fgate):
 
 
 def receptive_field(backbone, images, blocks, at):
-    """Compute the effective receptive field of one token (Luo et al., 2016).
-
-    This is the absolute gradient of the token's features with respect to the pixels, summed over
-    channels and averaged over images.
+    """Compute the effective receptive field of one token (Luo et al., 2016): the absolute gradient
+    of its features with respect to the pixels, summed over channels and averaged over images.
 
     Args:
         backbone (VisionLSTM): The backbone.
         images (list[Tensor]): Images of one size, each (1, C, H, W).
         blocks (list[int]): Blocks whose outputs are the features.
-        at (tuple[float, float]): Position (y, x) of the token as fractions of height and width.
+        at (tuple[float, float]): See :func:`token_at`.
 
     Returns:
         Tensor: Shape (blocks, H, W), each map normalized to a maximum of 1.
@@ -149,13 +118,8 @@ def receptive_field(backbone, images, blocks, at):
 
 
 def principal_colors(features):
-    """Project features to their three principal components as RGB colors, shared by all images.
-
-    Args:
-        features (list[Tensor]): Tokens (N, D) of each image.
-
-    Returns:
-        list[Tensor]: Colors (N, 3) in [0, 1] of each image, 2% clipped at both ends.
+    """Project the tokens (N, D) of each image to three principal components, shared by all images,
+    as RGB colors (N, 3) in [0, 1], 2% clipped at both ends.
     """
     tokens = torch.cat(features).double()
     tokens = tokens - tokens.mean(0)

@@ -13,13 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmvil.apis.draw_blocks import (
-    ImagePair,
-    draw_decay,
-    draw_gates,
-    draw_pca,
-    draw_receptive_field,
-)
+from mmvil.apis import draw_blocks
 from mmvil.apis.inspect_blocks import default_blocks, find_backbone, trained_size
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
@@ -43,36 +37,26 @@ def make_picture_parser():
     add('checkpoint', help='checkpoint file')
     add('--out', type=Path, help='picture to write (default: PICTURE.png)')
     add('--blocks', type=int, nargs='+', help='0-based (default: pairs, or those of out_indices)')
-    add(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='resize images (default: the training size for classifiers, no resizing otherwise)',
-    )
-    add(
-        '--at',
-        type=float,
-        nargs=2,
-        default=(0.5, 0.5),
-        metavar=('Y', 'X'),
-        help='decay, receptive_field: the token, as fractions of height and width (%(default)s)',
-    )
+    pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
+    add('--size', help='resize images (default: as trained for classifiers, else not)', **pair)
+    pair = dict(type=float, nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'))
+    token = 'decay, receptive_field: the token, as fractions of height and width (%(default)s)'
+    add('--at', help=token, **pair)
     add('--head', type=int, help='gates, decay: one head (default: the mean over heads)')
     add('--num', type=int, default=4, help='images of a folder (%(default)s)')
     add('--device', default='cpu', help='(%(default)s)')
     return parser
 
 
-def read_images(paths, reader, model, size=None):
-    """Read images as the config's loader does, resized if a size is given."""
-    images = []
-    for path in paths:
-        image = reader.load(path)['img']
-        if size is not None:
-            image = resize(image, size)
-        images.append(ImagePair(reader.picture(image), preprocess(model, image)))
-    return images
+def read_image(path, reader, model, size=None):
+    """Read an image as the config's loader does, resize it if a size is given, and normalize it as
+    the model does, without padding.
+    """
+    image = reader.load(path)['img']
+    if size is not None:
+        image = resize(image, size)
+    x = model.data_preprocessor(dict(inputs=[to_tensor(image)]))['inputs']
+    return draw_blocks.ImagePair(reader.picture(image), x[..., : image.shape[0], : image.shape[1]])
 
 
 def to_tensor(image):
@@ -87,12 +71,6 @@ def resize(image, size):
     y = F.interpolate(x, tuple(size), mode='bicubic', antialias=True).clamp(x.min(), x.max())
     y = y if np.issubdtype(image.dtype, np.floating) else y.round()
     return y[0].permute(1, 2, 0).numpy().astype(image.dtype)
-
-
-def preprocess(model, image):
-    """Normalize an image (H, W[, C]) as the model does, to (1, C, H, W), and crop any padding."""
-    inputs = model.data_preprocessor(dict(inputs=[to_tensor(image)]))['inputs']
-    return inputs[..., : image.shape[0], : image.shape[1]]
 
 
 def check(args, backbone, images):
@@ -119,18 +97,19 @@ def main():
     size = args.size
     if size is None and cfg.get('default_scope') == 'mmpretrain':
         size = trained_size(backbone)
-    images = read_images(paths, ImageReader(cfg), model, size)
+    reader = ImageReader(cfg)
+    images = [read_image(path, reader, model, size) for path in paths]
     args.blocks = args.blocks or default_blocks(backbone, args.picture in ('gates', 'decay'))
     check(args, backbone, images)
 
     if args.picture == 'gates':
-        figure = draw_gates(backbone, images[0], args.blocks, args.head)
+        figure = draw_blocks.draw_gates(backbone, images[0], args.blocks, args.head)
     elif args.picture == 'decay':
-        figure = draw_decay(backbone, images[0], args.blocks, args.head, args.at)
+        figure = draw_blocks.draw_decay(backbone, images[0], args.blocks, args.head, args.at)
     elif args.picture == 'receptive_field':
-        figure = draw_receptive_field(backbone, images, args.blocks, args.at)
+        figure = draw_blocks.draw_receptive_field(backbone, images, args.blocks, args.at)
     else:
-        figure = draw_pca(backbone, images, args.blocks)
+        figure = draw_blocks.draw_pca(backbone, images, args.blocks)
     out = args.out or Path(f'{args.picture}.png')
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

@@ -12,52 +12,30 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 
-def find_logs(path):
-    """Find the logs of one run: several if it was interrupted and resumed.
+def read_run(path):
+    """Collect every scalar of a run, from several logs if it was interrupted and resumed; later
+    ones override earlier ones step by step.
 
     Args:
         path (Path): A work directory of mmengine, one of its time-stamped folders, or a log.
 
     Returns:
-        list[Path]: Files named ``scalars.json``, oldest first.
-
-    Raises:
-        FileNotFoundError: If there is none.
+        dict[str, dict[int, float]]: Value by step of each scalar.
     """
     logs = [path] if path.is_file() else sorted(path.glob('**/vis_data/scalars.json'))
     if not logs:
-        raise FileNotFoundError(
-            f'No vis_data/scalars.json under {path}: give the --work-dir of a training run.'
-        )
-    return logs
-
-
-def read_logs(paths):
-    """Collect every scalar of a run.
-
-    Args:
-        paths (list[Path]): Logs with one JSON object per line. Later logs override earlier ones
-            step by step.
-
-    Returns:
-        dict[str, dict[int, float]]: Value by step of each scalar.
-    """
+        sys.exit(f'No vis_data/scalars.json under {path}: give the --work-dir of a training run.')
     curves = {}
-    for path in paths:
-        for line in path.read_text().splitlines():
-            scalars = json.loads(line)
-            for name, value in scalars.items():
-                curves.setdefault(name, {})[scalars['step']] = value
+    for line in [line for log in logs for line in log.read_text().splitlines()]:
+        scalars = json.loads(line)
+        for name, value in scalars.items():
+            curves.setdefault(name, {})[scalars['step']] = value
     return curves
 
 
 def plot(runs, metric, out):
-    """Draw the loss (left axis, line) and the metric (right axis, dots) over the iterations.
-
-    Args:
-        runs (dict[str, dict]): Curves as :func:`read_logs` returns them, by name of the run.
-        metric (str): Name of the validation metric, in percent, such as 'mIoU'.
-        out (Path): Picture to write.
+    """Draw the loss (left axis, line) and the metric in percent (right axis, dots) over the
+    iterations, of the curves of each run by name.
     """
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
@@ -81,10 +59,7 @@ def main():
     parser.add_argument('--metric', default='mIoU', help='in percent (%(default)s)')
     parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
-    try:
-        runs = {path.name: read_logs(find_logs(path)) for path in args.runs}
-    except FileNotFoundError as error:
-        sys.exit(str(error))
+    runs = {path.name: read_run(path) for path in args.runs}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(runs, args.metric, args.out)
     print(f'Curve: {args.out}')

@@ -21,17 +21,7 @@ IGNORED = 255
 
 
 def overlay(image, labels, palette, opacity=0.65):
-    """Paint the classes over an image; ignored pixels stay unpainted.
-
-    Args:
-        image (ndarray): (H, W, 3) uint8.
-        labels (ndarray): (H, W), class indices or 255.
-        palette (list): One RGB color per class.
-        opacity (float): Opacity of the paint.
-
-    Returns:
-        ndarray: (H, W, 3) uint8.
-    """
+    """Paint classes (H, W) over an image (H, W, 3) uint8; ignored pixels stay unpainted."""
     known = labels != IGNORED
     out = image.astype(np.float32)
     out[known] *= 1 - opacity
@@ -40,12 +30,8 @@ def overlay(image, labels, palette, opacity=0.65):
 
 
 def draw(model, samples, out):
-    """Write a picture with one column per sample: image, ground truth, prediction.
-
-    Args:
-        model (nn.Module): Segmentor from ``mmseg.apis.init_model``.
-        samples (list[dict]): Data of images, from ``dataset.get_data_info``.
-        out (Path): Picture to write.
+    """Write a picture with one column per sample: image, ground truth, prediction of a segmentor.
+    Samples come from ``dataset.get_data_info``.
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     reader = ImageReader(model.cfg)
@@ -66,9 +52,8 @@ def draw(model, samples, out):
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[:, 0], ('image', 'ground truth', 'prediction')):
         axis.set_ylabel(title)
-    keys = [
-        Patch(color=np.array(palette[i]) / 255, label=classes[i]) for i in sorted(shown - {IGNORED})
-    ]
+    colors = np.array(palette) / 255
+    keys = [Patch(color=colors[i], label=classes[i]) for i in sorted(shown - {IGNORED})]
     figure.legend(handles=keys, loc='outside lower center', ncols=10, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
@@ -76,13 +61,12 @@ def draw(model, samples, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of a segmentor')
-    parser.add_argument('checkpoint', help='checkpoint of the segmentor')
-    parser.add_argument('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
-    parser.add_argument(
-        '--num', type=int, default=5, help='number of images, evenly spread (%(default)s)'
-    )
-    parser.add_argument('--device', default='cpu', help='(%(default)s)')
+    add = parser.add_argument
+    add('config', help='config of a segmentor')
+    add('checkpoint', help='checkpoint of the segmentor')
+    add('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
+    add('--num', type=int, default=5, help='number of images, evenly spread (%(default)s)')
+    add('--device', default='cpu', help='(%(default)s)')
     args = parser.parse_args()
     for path in (args.config, args.checkpoint):
         if not Path(path).is_file():
