@@ -30,9 +30,9 @@ __all__ = ['cached_path', 'convert_checkpoint', 'fetch_checkpoint', 'read_checkp
 def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str, Any]:
     """Convert an official checkpoint to one of mmpretrain's ``ImageClassifier``.
 
-    Version, width, depth, patch size, image size and number of classes are read off the tensors.
-    The stride of the patches is not in them; it is taken from, in this order, ``stride``, the note
-    of the training code in the file, the name of the file, or the patch size.
+    The architecture is read off the tensors. The stride of the patches is not in them; it is taken
+    from, in this order, ``stride``, the note of the training code in the file, the name of the
+    file, or the patch size.
 
     Args:
         path (str | Path): An official file, in the layout of the training checkpoints or of the
@@ -62,6 +62,7 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
             f'{", ".join(list(source)[:3])} …'
         )
     names = official_names(source)
+    unknown = {key: source[key] for key, name in names.items() if name is None}
     known = {key: source[key] for key, name in names.items() if name is not None}
     state_dict = {
         name: value.to(torch.promote_types(original.dtype, torch.float32))
@@ -71,11 +72,10 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
         architecture = infer_architecture(state_dict)
     except ValueError as error:
         raise ValueError(f'{path} is no complete Vision-LSTM classifier. {error}') from error
-    architecture['stride'], architecture['stride_from'] = _find_stride(
-        stride, checkpoint, path, architecture['patch_size']
-    )
+    found = (stride, 'as given') if stride is not None else _find_stride(checkpoint, path)
+    assumed = architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
+    architecture['stride'], architecture['stride_from'] = found or assumed
     model = _classifier_config(architecture)
-    unknown = {key: source[key] for key, name in names.items() if name is None}
     _check_complete(path, {**state_dict, **unknown}, model)
     return dict(
         state_dict=state_dict,
@@ -89,35 +89,25 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     )
 
 
-def _find_stride(
-    given: int | None, checkpoint: Mapping, path: Path, patch_size: int
-) -> tuple[int, str]:
+def _find_stride(checkpoint: Mapping, path: Path) -> tuple[int, str] | None:
     noted = checkpoint.get('ctor_kwargs')
     noted = noted.get('stride') if isinstance(noted, Mapping) else None
     noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted
-    by_name = re.search(r'stride(\d+)', path.stem)
-    if given is not None:
-        return given, 'as given'
     if isinstance(noted, int):
         return noted, 'noted in the file'
-    if by_name:
-        return int(by_name[1]), 'by the name of the file'
-    return patch_size, 'assumed: the patch size, because tensors do not tell'
+    by_name = re.search(r'stride(\d+)', path.stem)
+    return by_name and (int(by_name[1]), 'by the name of the file')
 
 
 def _classifier_config(architecture: Mapping) -> dict:
     """Config of the ``ImageClassifier``."""
     sizes = {key: architecture[key] for key in ('embed_dims', 'depth')}
     names = [name for name, value in VisionLSTM.arch_settings.items() if value == sizes]
+    same = ('version', 'img_size', 'patch_size', 'stride', 'in_channels', 'out_type')
     backbone = dict(
         type='mmvil.VisionLSTM',
         arch=names[-1] if names else sizes,  # 'tiny' rather than 't'
-        version=architecture['version'],
-        img_size=architecture['img_size'],
-        patch_size=architecture['patch_size'],
-        stride=architecture['stride'],
-        in_channels=architecture['in_channels'],
-        out_type=architecture['out_type'],
+        **{key: architecture[key] for key in same},
     )
     pooled = 2 if architecture['out_type'] == 'bilateral_concat' else 1
     return dict(
@@ -149,8 +139,7 @@ def _check_complete(path: Path, state_dict: Mapping[str, Tensor], model: dict) -
     except ValueError as error:
         raise ValueError(f'{path} is no Vision-LSTM that can be built: {error}') from error
     wanted = {**backbone.state_dict(prefix='backbone.'), **fc.state_dict(prefix='head.fc.')}
-    misfit = describe_misfit(state_dict, wanted, strict=True, limit=None)
-    if misfit:
+    if misfit := describe_misfit(state_dict, wanted, strict=True, limit=None):
         raise ValueError(
             f'{path} is not the Vision-LSTM that its tensors suggest (version {backbone.version}, '
             f'{backbone.embed_dims} wide, {len(backbone.layers)} blocks). By the names of mmvil, '

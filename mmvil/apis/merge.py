@@ -10,14 +10,8 @@ from ..checkpoints.sharded import is_sharded, join_shards
 
 
 def merge_shards(src: Path, dst: Path) -> int:
-    """Write the weights in a folder of shards to one file.
-
-    Args:
-        src (Path): Folder that FSDP (of mmvil) or DeepSpeed wrote.
-        dst (Path): Checkpoint file to write.
-
-    Returns:
-        int: Number of tensors.
+    """Write the weights in a folder of shards, of FSDP (of mmvil) or DeepSpeed, to one file, and
+    return the number of tensors.
 
     Raises:
         ValueError: If the folder holds no shards, or DeepSpeed is needed and not installed.
@@ -34,10 +28,7 @@ def merge_shards(src: Path, dst: Path) -> int:
 
 def join_deepspeed_shards(folder: Path) -> dict:
     """Read the float32 weights from the optimizer state of DeepSpeed, by DeepSpeed's own reader,
-    which trusts its files.
-
-    Raises:
-        ValueError: If DeepSpeed is not installed.
+    which trusts its files. Raises ValueError if DeepSpeed is not installed.
     """
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

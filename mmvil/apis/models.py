@@ -68,7 +68,6 @@ def get_model(
         ValueError: If there is no such model, or the checkpoint does not fit.
 
     Example:
-        >>> import mmvil
         >>> logits = mmvil.get_model('vil2-tiny', pretrained=True)(images)
         >>> maps = mmvil.get_model('vil2-base', out_indices=(7, 11, 15, 23))(images)
     """
@@ -80,18 +79,16 @@ def get_model(
     _register_mmpretrain('get_model()')
     import mmpretrain
 
-    settings = dict(kwargs)
+    def add(part, **settings):
+        kwargs[part] = dict(**settings, **kwargs.get(part) or {})
+
     if num_classes is not None:
-        settings['head'] = dict(num_classes=num_classes, **settings.get('head') or {})
-        settings['data_preprocessor'] = dict(
-            num_classes=num_classes, **settings.get('data_preprocessor') or {}
-        )
+        add('head', num_classes=num_classes)
+        add('data_preprocessor', num_classes=num_classes)
     if out_indices is not None:
-        settings['head'] = None
-        settings['backbone'] = dict(
-            out_indices=out_indices, out_type='featmap', **settings.get('backbone') or {}
-        )
-    model = mmpretrain.get_model(name, pretrained=False, **settings)
+        kwargs['head'] = None
+        add('backbone', out_indices=out_indices, out_type='featmap')
+    model = mmpretrain.get_model(name, pretrained=False, **kwargs)
     if pretrained:
         address = f'mmvil://{find_official(name).name}' if pretrained is True else str(pretrained)
         _load(model, address, keep_head=num_classes is not None)
@@ -106,10 +103,10 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
     head = {name: value for name, value in own.items() if name.startswith('head.')}
     if keep_head and describe_misfit(state, head, optional=head):
         MMLogger.get_current_instance().info(f'{address} has other classes: head not loaded.')
-        state = {name: value for name, value in state.items() if name not in head}
-        own = {name: value for name, value in own.items() if name not in head}
-    misfit = describe_misfit(state, own, limit=None)
-    if misfit:
+        for name in head:
+            del own[name]
+            state.pop(name, None)
+    if misfit := describe_misfit(state, own, limit=None):
         raise ValueError(
             f'{address} does not fit this model: {misfit}. Choose another model or checkpoint'
             + (', or give num_classes.' if not keep_head else '.')
@@ -122,17 +119,15 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
 def register_models() -> None:
     """Register ViL's classifiers with mmpretrain and timm, if installed, by name.
 
-    Afterwards ``mmpretrain.list_models('vil2-*')`` and ``timm.list_models('mmvil*')`` list them,
-    and ``mmpretrain.get_model``, ``mmpretrain.inference_model`` and ``timm.create_model`` build
-    them. Calling it again does nothing.
+    Afterwards ``mmpretrain.list_models('vil2-*')`` and ``timm.list_models('mmvil*')`` list them.
+    Calling it again does nothing.
 
     Raises:
         ImportError: If neither is installed.
         FileNotFoundError: If this installation of mmvil lacks the list of models.
 
     Example:
-        >>> from mmvil import register_models
-        >>> register_models()
+        >>> mmvil.register_models()
         >>> mmpretrain.inference_model('vil2-tiny', 'cat.jpg', pretrained=True)
         >>> timm.create_model('mmvil_tiny_patch16_224', pretrained=True)
     """

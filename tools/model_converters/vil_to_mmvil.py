@@ -21,12 +21,8 @@ def make_converter_parser():
     add = parser.add_argument
     add('src', help='official file, or mmvil://NAME to download it')
     add('dst', type=Path, help='file to write')
-    add(
-        '--stride',
-        type=int,
-        help='pixels between patches, which weights do not contain (default: from the file or its '
-        'name, else the patch size)',
-    )
+    default = 'from the file or its name, else the patch size'
+    add('--stride', type=int, help=f'pixels between patches; weights lack it (default: {default})')
     add('--check', action='store_true', help='build the model, load it strictly and run it')
     add('--force', action='store_true', help='replace DST if it exists')
     return parser
