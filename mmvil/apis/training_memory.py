@@ -1,13 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Predict the memory of a training from shapes alone, and measure it on a GPU.
+"""Predict the memory of a training from shapes alone, and measure it on a GPU."""
 
-memory = TrainingMemory(cfg, gpus=4)
-batch = memory.largest_batch(20 * GIB)
-"""
-
+import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from unittest import mock
 
 import torch
@@ -49,10 +46,7 @@ class TrainingMemory:
         self.model = build_training_model(cfg)
         weights = bytes_of(self.model.state_dict().values())
         trained = bytes_of(p for p in self.model.parameters() if p.requires_grad)
-        self.always = {
-            'weights': weights,
-            'optimizer state': int(optimizer_state(cfg) * trained),
-        }
+        self.always = {'weights': weights, 'optimizer state': int(optimizer_state(cfg) * trained)}
         hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
         if any(hook and hook.get('type') == 'EMAHook' for hook in hooks):
             self.always['averaged weights (EMA)'] = weights
@@ -64,11 +58,7 @@ class TrainingMemory:
             _make_fake(self.model)
 
     def step(self, batch):
-        """Peak bytes of a step: input, activations, temporaries and gradients.
-
-        Args:
-            batch (int): Number of images.
-        """
+        """Peak bytes of a step of ``batch`` images: input, activations, temporaries, gradients."""
         if batch not in self._steps:
             counter = _AllocationCounter([*self.model.parameters(), *self.model.buffers()])
             with self._mode, _without_accuracy(), counter:
@@ -95,16 +85,8 @@ class TrainingMemory:
 
 
 def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
-    """Train on random images.
-
-    Args:
-        cfg (Config): Config of the training, of mmseg or mmpretrain.
-        batch (int): Number of images.
-        size (tuple[int, int], optional): See :class:`TrainingMemory`.
-        device (str): Default: 'cuda'.
-        warmup (int): Steps before the measurement; the first one makes the optimizer's state.
-            Default: 1.
-        rounds (int): Measured steps. Default: 5.
+    """Train on batches of random images of a size, see :class:`TrainingMemory`, and measure
+    ``rounds`` steps after ``warmup`` ones, the first of which makes the optimizer's state.
 
     Returns:
         tuple[float, float]: Peak bytes allocated by torch (0 on a CPU), and images per second.
@@ -126,10 +108,8 @@ def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
 
 
 def build_training_model(cfg):
-    """Build the model of a config in training mode, without stochastic depth in ViL.
-
-    Raises:
-        ValueError: If the config is of neither mmseg nor mmpretrain.
+    """Build the model of a config in training mode, without stochastic depth in ViL; raises
+    ValueError if the config is of neither mmseg nor mmpretrain.
     """
     scope = cfg.get('default_scope')
     if scope not in ('mmseg', 'mmpretrain'):
@@ -149,22 +129,21 @@ def train_step(model, cfg, batch, device='cpu', size=None):
     inputs, samples = random_batch(cfg, batch, device, size)
     with _autocast(cfg, device):
         losses = model.loss(inputs, samples)
-    loss, _ = model.parse_losses(losses)
-    loss.backward()
+    model.parse_losses(losses)[0].backward()
 
 
 def random_batch(cfg, batch, device='cpu', size=None):
     """Make normalized images (B, C, H, W) of the training size, and data samples with labels."""
-    height, width = size or training_size(cfg)
+    size = size or training_size(cfg)
     channels = cfg.model.backbone.get('in_channels', 3)
-    inputs = torch.randn(batch, channels, height, width).to(device)
+    inputs = torch.randn(batch, channels, *size).to(device)
     if cfg.default_scope == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
         head = cfg.model.decode_head
         head = head[0] if isinstance(head, list) else head
-        labels = torch.randint(head.num_classes, (batch, 1, height, width)).to(device)
+        labels = torch.randint(head.num_classes, (batch, 1, *size)).to(device)
         return inputs, [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
     from mmpretrain.structures import DataSample
 
@@ -173,11 +152,7 @@ def random_batch(cfg, batch, device='cpu', size=None):
 
 
 def training_size(cfg):
-    """Height and width of training images.
-
-    Raises:
-        ValueError: If the config does not contain them.
-    """
+    """Height and width of training images; raises ValueError if the config lacks them."""
     size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.model.backbone.get('img_size')
     if size is None:
         raise ValueError('the config has no size of training images; add --shape HEIGHT WIDTH')
@@ -199,21 +174,16 @@ def bytes_of(tensors):
 
 def optimizer_state(cfg):
     """Number of values that the optimizer of a config keeps per weight."""
-    numel = 1000
-    weight = torch.nn.Parameter(torch.zeros(numel))
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    weight.grad = torch.ones_like(weight)
     optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': [weight]})
-    weight.grad = torch.ones(numel)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
-    return sum(value.numel() for value in kept if value.numel() > 1) / numel
+    return sum(value.numel() for value in kept if value.numel() > 1) / weight.numel()
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """Count the bytes that results of operations hold at most.
-
-    Args:
-        ignored (Iterable[Tensor]): Tensors whose storages are not counted.
-    """
+    """Count the bytes that results of operations hold at most, beside the ``ignored`` tensors."""
 
     def __init__(self, ignored):
         super().__init__()
@@ -241,28 +211,20 @@ class _AllocationCounter(TorchDispatchMode):
             self.peak = max(self.peak, self._now)
 
 
-@contextmanager
 def _autocast(cfg, device):
-    """Mixed precision as on a GPU.
-
-    A CPU's autocast differs in two things that count: it knows bfloat16 (as many bytes as float16),
-    and leaves the loss in half precision.
+    """Mixed precision as on a GPU. A CPU's autocast differs in two things that count: it knows
+    bfloat16 (as many bytes as float16), and leaves the loss in half precision.
     """
-    dtype = amp_dtype(cfg)
-    if dtype is None or device != 'cpu':
-        with torch.autocast(device, dtype=dtype) if dtype else nullcontext():
-            yield
-        return
-    cross_entropy = F.cross_entropy
+    dtype, stack = amp_dtype(cfg), ExitStack()
+    if dtype is not None and device == 'cpu':
+        dtype, cross_entropy = torch.bfloat16, F.cross_entropy
 
-    def in_float32(logits, *args, **kwargs):
-        return cross_entropy(logits.float(), *args, **kwargs)
+        def in_float32(logits, *args, **kwargs):
+            return cross_entropy(logits.float(), *args, **kwargs)
 
-    with (
-        torch.autocast('cpu', dtype=torch.bfloat16),
-        mock.patch.object(F, 'cross_entropy', in_float32),
-    ):
-        yield
+        stack.enter_context(mock.patch.object(F, 'cross_entropy', in_float32))
+    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
+    return stack
 
 
 def _make_fake(model):
@@ -277,8 +239,7 @@ def _make_fake(model):
 
 def _without_accuracy():
     """Leave out mmseg's accuracy, for the log: it selects pixels, a shape that depends on data."""
-    try:
-        from mmseg.models.decode_heads import decode_head
-    except ImportError:
+    decode_head = sys.modules.get('mmseg.models.decode_heads.decode_head')
+    if decode_head is None:
         return nullcontext()
     return mock.patch.object(decode_head, 'accuracy', lambda pred, *_, **__: pred.new_zeros(1))

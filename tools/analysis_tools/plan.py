@@ -12,18 +12,10 @@ import json
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
+from torch._subclasses import fake_tensor
 
-from mmvil.apis.training_memory import (
-    GIB,
-    TrainingMemory,
-    amp_dtype,
-    measure_training,
-    training_size,
-)
+from mmvil.apis import training_memory
+from mmvil.apis.training_memory import GIB, TrainingMemory
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
@@ -35,21 +27,13 @@ def make_plan_parser():
     add_config_arguments(parser)
     add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
     add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
-    add(
-        '--headroom',
-        type=float,
-        default=0.1,
-        help="fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)",
-    )
+    headroom = "fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)"
+    add('--headroom', type=float, default=0.1, help=headroom)
     add('--batch-size', type=int, help="images per update, in total (default: the recipe's)")
     add('--shape', type=int, nargs='+', metavar='PIXELS', help='size of training images')
     add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
-    add(
-        '--images-per-second',
-        type=float,
-        metavar='X',
-        help='throughput of one GPU, from --measure or a training log, to estimate the duration',
-    )
+    speed = 'throughput of one GPU, from --measure or a training log, to estimate the duration'
+    add('--images-per-second', type=float, metavar='X', help=speed)
     add('--json', metavar='FILE', help='write the numbers to a file, too')
     return parser
 
@@ -95,23 +79,25 @@ def options_for(cfg, batch, steps):
     if steps == 1:
         return options
     options['optim_wrapper.accumulative_counts'] = steps
-    if cfg.train_cfg.get('max_iters'):
-        for key in ('max_iters', 'val_interval'):
-            if key in cfg.train_cfg:
-                options[f'train_cfg.{key}'] = steps * cfg.train_cfg[key]
-        for index, scheduler in enumerate(cfg.get('param_scheduler') or []):
-            for key in ('begin', 'end'):
-                if scheduler.get(key) and not scheduler.get('by_epoch', True):
-                    options[f'param_scheduler.{index}.{key}'] = steps * scheduler[key]
-        checkpoint = cfg.get('default_hooks', {}).get('checkpoint', {})
-        if not checkpoint.get('by_epoch', True) and checkpoint.get('interval', -1) > 0:
-            options['default_hooks.checkpoint.interval'] = steps * checkpoint['interval']
+    if not cfg.train_cfg.get('max_iters'):
+        return options
+    nodes = {'train_cfg': cfg.train_cfg}
+    for index, scheduler in enumerate(cfg.get('param_scheduler') or []):
+        if not scheduler.get('by_epoch', True):
+            nodes[f'param_scheduler.{index}'] = scheduler
+    checkpoint = cfg.get('default_hooks', {}).get('checkpoint', {})
+    if not checkpoint.get('by_epoch', True):
+        nodes['default_hooks.checkpoint'] = checkpoint
+    for name, node in nodes.items():
+        for key in ('max_iters', 'val_interval', 'begin', 'end', 'interval'):
+            if node.get(key, 0) > 0:
+                options[f'{name}.{key}'] = steps * node[key]
     return options
 
 
 def print_memory(args, cfg, memory, largest):
     height, width = memory.size
-    precision = f'{amp_dtype(cfg) or torch.float32}'.removeprefix('torch.')
+    precision = str(training_memory.amp_dtype(cfg) or torch.float32).removeprefix('torch.')
     print(f'{args.config}: {height} x {width} pixels, {precision}')
     for name, size in {**memory.always, 'each image of a step': memory.per_image()}.items():
         print(f'  {name:32}{size / GIB:8.2f} GiB')
@@ -122,12 +108,11 @@ def print_memory(args, cfg, memory, largest):
 
 
 def print_duration(args, cfg, total, speed):
-    speed *= args.gpus
-    print(f'{args.gpus} such GPUs: at best {speed:.1f} images/s', end='')
+    said = f'{args.gpus} such GPUs: at best {args.gpus * speed:.1f} images/s'
     if cfg.train_cfg.get('max_iters'):
-        hours = total * cfg.train_cfg.max_iters / speed / 3600
-        print(f', {hours:.1f} hours for the training', end='')
-    print('.')
+        hours = total * cfg.train_cfg.max_iters / (args.gpus * speed) / 3600
+        said += f', {hours:.1f} hours for the training'
+    print(said + '.')
 
 
 def main():
@@ -135,11 +120,14 @@ def main():
     cfg = load_config(args.config, args.cfg_options)
     check(args)
     total = args.batch_size or recipe_batch(cfg)
-    size = (args.shape[0], args.shape[-1]) if args.shape else training_size(cfg)
+    size = (args.shape[0], args.shape[-1]) if args.shape else training_memory.training_size(cfg)
     memory = TrainingMemory(cfg, args.gpus, size)
     try:
         largest = memory.largest_batch(args.gpu_memory * GIB * (1 - args.headroom))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+    ) as error:
         raise UserError(
             f'the memory of this model depends on data ({error.func}), not on shapes alone; try '
             'batches on the GPU instead'
@@ -153,15 +141,6 @@ def main():
             'configs/_base_/strategies/fsdp.py'
         )
     batch, steps = shared
-    options = options_for(cfg, batch, steps)
-    needed = memory.total(max(batch, 2))
-    print(
-        f'Batch {total} = {args.gpus} GPU(s) x {batch} images x {steps} accumulated step(s), '
-        f'{needed / GIB:.2f} GiB per GPU:\n'
-    )
-    print('  --cfg-options ' + ' \\\n    '.join(f'{key}={value}' for key, value in options.items()))
-    if steps > 1 and cfg.default_scope == 'mmseg':
-        print('\nBatch norm and the mean over labelled pixels are those of one step.')
     report = dict(
         largest_batch=largest,
         batch=total,
@@ -170,13 +149,21 @@ def main():
         per_image=memory.per_image(),
         batch_per_gpu=batch,
         accumulated=steps,
-        options=options,
-        bytes=needed,
+        options=options_for(cfg, batch, steps),
+        bytes=memory.total(max(batch, 2)),
     )
+    print(
+        f'Batch {total} = {args.gpus} GPU(s) x {batch} images x {steps} accumulated step(s), '
+        f'{report["bytes"] / GIB:.2f} GiB per GPU:\n'
+    )
+    options = [f'{key}={value}' for key, value in report['options'].items()]
+    print('  --cfg-options ' + ' \\\n    '.join(options))
+    if steps > 1 and cfg.default_scope == 'mmseg':
+        print('\nBatch norm and the mean over labelled pixels are those of one step.')
 
     speed = args.images_per_second
     if args.measure:
-        peak, speed = measure_training(cfg, batch, size)
+        peak, speed = training_memory.measure_training(cfg, batch, size)
         predicted = TrainingMemory(cfg, size=size).total(batch)
         report.update(measured_bytes=peak, images_per_second=speed)
         print(
