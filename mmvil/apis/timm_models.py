@@ -53,22 +53,22 @@ class TimmVisionLSTM(nn.Module):
     (B, D, h, w).
 
     Args:
-        arch, version, img_size, patch_size, stride: As in :class:`mmvil.VisionLSTM`.
+        arch, img_size: As in :class:`mmvil.VisionLSTM`.
         in_chans (int): Default: 3.
         num_classes (int): 0 for no classifier. Default: 1000.
         global_pool (str, optional): 'bilateral_concat' (first and last token side by side),
             'bilateral_avg' (their mean), 'avg' (mean of all) or '' (none). Default: as published,
             the first for version 2 and the second for version 1.
         drop_rate (float): Dropout before the classifier. Default: 0.
-        drop_path_rate (float): Stochastic depth, the same in all blocks. Default: 0.
         strict_img_size (bool, optional): Refuse images of another size than ``img_size``. Default:
             False, unless ``dynamic_img_size`` is False.
         dynamic_img_size (bool, optional): Accept images of any size; True outweighs
             ``strict_img_size``, as in timm. Default: not ``strict_img_size``.
         dynamic_img_pad (bool): Where patches do not tile an image, add zeros on the right and at
             the bottom; False refuses such images, and such an ``img_size``. Default: True.
-        device, dtype: Device and dtype of the parameters.
-        **kwargs: Further arguments of :class:`mmvil.VisionLSTM`: backend, lean, drop_path_mode.
+        device, dtype: Of the parameters.
+        **kwargs: Further arguments of :class:`mmvil.VisionLSTM`, such as version, patch_size,
+            stride, drop_path_rate and backend.
 
     Raises:
         ValueError: For unknown choices and sizes that do not fit, here and in ``forward``.
@@ -79,15 +79,12 @@ class TimmVisionLSTM(nn.Module):
     def __init__(
         self,
         arch: str | dict = 'base',
-        version: int = 2,
+        *,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        stride: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str | None = None,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         strict_img_size: bool | None = None,
         dynamic_img_size: bool | None = None,
         dynamic_img_pad: bool = True,
@@ -97,23 +94,14 @@ class TimmVisionLSTM(nn.Module):
     ) -> None:
         super().__init__()
         with nullcontext() if device is None else torch.device(device):
-            self.backbone = VisionLSTM(
-                arch,
-                version=version,
-                img_size=img_size,
-                patch_size=patch_size,
-                stride=stride,
-                in_channels=in_chans,
-                drop_path_rate=drop_path_rate,
-                **kwargs,
-            )
+            self.backbone = VisionLSTM(arch, img_size=img_size, in_channels=in_chans, **kwargs)
         if strict_img_size is None:
             strict_img_size = dynamic_img_size is False
         self.dynamic_img_size = bool(dynamic_img_size or not strict_img_size)
         self.dynamic_img_pad = dynamic_img_pad
         self._traits = dict(fixed_input_size=not self.dynamic_img_size)  # timm reads it
         self.img_size = to_2tuple(img_size)
-        self._check_tiling(self.img_size, patch_size, self.backbone.stride)
+        self._check_tiling(self.img_size, self.backbone.patch_size, self.backbone.stride)
         self.in_chans = in_chans
         self.num_features = self.embed_dim = self.backbone.embed_dims
         self.grad_checkpointing = False
@@ -126,7 +114,7 @@ class TimmVisionLSTM(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.global_pool = None
         if global_pool is None:
-            global_pool = 'bilateral_concat' if version == 2 else 'bilateral_avg'
+            global_pool = 'bilateral_concat' if self.backbone.version == 2 else 'bilateral_avg'
         self.reset_classifier(num_classes, global_pool)
 
     # ------------------------------------------------------------------------------- image size
@@ -155,15 +143,14 @@ class TimmVisionLSTM(nn.Module):
             )
         self._check_tiling(img_size, patch_size, stride)
 
-        grid = tuple(side // patch_size for side in img_size)
-        if grid != tuple(backbone.pos_embed.shape[1:3]):
-            backbone.pos_embed = _parameter_like(
-                backbone.pos_embed, resize_pos_embed(backbone.pos_embed.detach(), grid)
-            )
+        pos_embed, grid = backbone.pos_embed, tuple(side // patch_size for side in img_size)
+        if grid != tuple(pos_embed.shape[1:3]):
+            resized = resize_pos_embed(pos_embed.detach(), grid)
+            backbone.pos_embed = nn.Parameter(resized, pos_embed.requires_grad)
         if patch_size != backbone.patch_size:
             projection = backbone.patch_embed.projection
             weight = resample_patch_embed(projection.weight.detach(), [patch_size, patch_size])
-            projection.weight = _parameter_like(projection.weight, weight)
+            projection.weight = nn.Parameter(weight, projection.weight.requires_grad)
             projection.kernel_size, projection.stride = (patch_size,) * 2, (stride,) * 2
             backbone.patch_size, backbone.stride = patch_size, stride
             for info in self.feature_info:
@@ -291,11 +278,9 @@ class TimmVisionLSTM(nn.Module):
             self._check_image(x)
         x, grid = backbone.embed(x)
         intermediates = []
+        with_checkpoints = self.grad_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(backbone.layers):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, grid)
-            else:
-                x = layer(x, grid)
+            x = checkpoint(layer, x, grid) if with_checkpoints else layer(x, grid)
             if index in take:
                 intermediates.append(x)
             if index == last:
@@ -332,25 +317,18 @@ class TimmVisionLSTM(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return groups for layer-wise learning rates: embeddings, pairs of blocks, the rest."""
-        depth = len(self.backbone.layers)
-        pairs = [(rf'^backbone\.layers\.(?:{i}|{i + 1})\.', (i // 2,)) for i in range(0, depth, 2)]
-        return dict(
-            stem=r'^backbone\.(?:patch_embed|pos_embed)',
-            blocks=r'^backbone\.layers' if coarse else pairs,
-        )
-
-
-def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=old.requires_grad)
+        depth, layers = len(self.backbone.layers), r'^backbone\.layers'
+        pairs = [(rf'{layers}\.(?:{i}|{i + 1})\.', (i // 2,)) for i in range(0, depth, 2)]
+        stem = r'^backbone\.(?:patch_embed|pos_embed)'
+        return dict(stem=stem, blocks=layers if coarse else pairs)
 
 
 # -------------------------------------------------------------------------------------- registering
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename weights of official checkpoints and of our classifiers for timm's model.
-
-    The norm of another pooling is left out: it starts anew, as the classifier behind it does.
+    """Rename weights of official checkpoints and of our classifiers for timm's model. The norm of
+    another pooling is left out: it starts anew, as the classifier behind it does.
 
     Raises:
         ValueError: If they are of neither 3 channels nor the model's.
