@@ -24,16 +24,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from mmvil.apis.vtab1k import (
-    DATASETS,
-    Protocol,
-    as_csv,
-    as_markdown,
-    check_data,
-    identify,
-    read_architecture,
-    summarize,
-)
+from mmvil.apis import vtab1k
 from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run
@@ -46,28 +37,25 @@ def main():
     stem = Path(args.checkpoint.replace('://', '/')).stem
     args.work_dir = args.work_dir or os.path.join('work_dirs', 'vtab1k', stem)
     claims = Claims(Path(args.work_dir, 'runs'), args.stale_after, args.max_attempts)
-    protocol = Protocol(claims, args.datasets, args.lrs, args.seeds)
+    protocol = vtab1k.Protocol(claims, args.datasets, args.lrs, args.seeds)
     if args.status:
         print('\n'.join([*protocol.progress_by_dataset(), protocol.progress()]))
         report(protocol, args)
         return
 
     check_checkpoint(args.checkpoint)
-    architecture = read_architecture(args.checkpoint)
+    architecture = vtab1k.read_architecture(args.checkpoint)
     for dataset in args.datasets:
         classes = config_of(dataset).model.head.num_classes
-        for note in check_data(Path(args.data_root, dataset), classes):
+        for note in vtab1k.check_data(Path(args.data_root, dataset), classes):
             print(f'note: {note}')
     if args.check:
         print(f'Data and checkpoint are in place: {protocol.size} runs.')
         return
     settings = dict(lrs=protocol.lrs, seeds=args.seeds, cfg_options=args.cfg_options)
-    settings.update(identify(args.checkpoint))
-    agree_on_settings(args.work_dir, settings)
-    if args.retry:
-        for job, state in protocol.runs().items():
-            if state == 'failed':
-                claims.forget_attempts(job.name)
+    agree_on_settings(args.work_dir, settings | vtab1k.identify(args.checkpoint))
+    for job in failed_runs(protocol) if args.retry else ():
+        claims.forget_attempts(job.name)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # give the run back
     screen = Screen()
@@ -93,8 +81,8 @@ def make_vtab_parser():
     add('data_root', help='folder with one folder per dataset')
     add('checkpoint', help="pre-trained classifier: mmvil's or the authors'")
     add('--work-dir', help='folder of all processes (default: work_dirs/vtab1k/CHECKPOINT)')
-    names = dict(nargs='+', choices=DATASETS, default=DATASETS, metavar='NAME')
-    add('--datasets', help=f'only these of {", ".join(DATASETS)}', **names)
+    names = dict(nargs='+', choices=vtab1k.DATASETS, default=vtab1k.DATASETS, metavar='NAME')
+    add('--datasets', help=f'only these of {", ".join(vtab1k.DATASETS)}', **names)
     lrs = dict(nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR')
     add('--lrs', help='learning rates to choose from (default: the published five)', **lrs)
     add('--seeds', type=int, default=5, help='number of seeds (default: 5)')
@@ -120,9 +108,7 @@ class Watch(Hook):
     """Show the epochs, keep the final accuracy, end a run that another process has taken over."""
 
     def __init__(self, job, claim, show):
-        self.job = job
-        self.claim = claim
-        self.show = show
+        self.job, self.claim, self.show = job, claim, show
         self.accuracy = None
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
@@ -143,9 +129,7 @@ def make_config(job, args, architecture) -> Config:
     cfg = config_of(job.dataset)
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
-        version=architecture['version'],
-        patch_size=architecture['patch_size'],
-        out_type=architecture['out_type'],
+        **{key: architecture[key] for key in ('version', 'patch_size', 'out_type')},
         init_cfg=dict(type='Pretrained', checkpoint=args.checkpoint),
     )
     concat = architecture['out_type'] == 'bilateral_concat'
@@ -191,12 +175,12 @@ def train(job, claim, args, architecture, show) -> dict:
 
 def agree_on_settings(folder, settings):
     """Raise unless the processes that share a folder have the same settings."""
-    path = Path(folder, 'settings.json')
+    path, text = Path(folder, 'settings.json'), json.dumps(settings, indent=1)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(settings, indent=1) + '\n')
+        write(path, text + '\n')
     noted = json.loads(path.read_text())
-    for key, value in json.loads(json.dumps(settings)).items():
+    for key, value in json.loads(text).items():
         if noted.get(key) != value:
             raise UserError(
                 f'{folder} was begun with {key} {noted.get(key)}, not {value}. Give the same '
@@ -204,14 +188,18 @@ def agree_on_settings(folder, settings):
             )
 
 
+def failed_runs(protocol):
+    return [job for job, state in protocol.runs().items() if state == 'failed']
+
+
 def report(protocol, args) -> bool:
     """Write and print the tables, and name failed runs. Returns whether there are none."""
-    rows, details = summarize(protocol, Path(args.checkpoint).stem)
-    table = as_markdown(rows, details)
+    rows, details = vtab1k.summarize(protocol, Path(args.checkpoint).stem)
+    table = vtab1k.as_markdown(rows, details)
     write(Path(args.work_dir, 'results.md'), table)
-    write(Path(args.work_dir, 'results.csv'), as_csv(rows))
+    write(Path(args.work_dir, 'results.csv'), vtab1k.as_csv(rows))
     print(f'\n{table}\nalso in {args.work_dir}/results.md and results.csv')
-    failed = [job for job, state in protocol.runs().items() if state == 'failed']
+    failed = failed_runs(protocol)
     if failed:
         print(f'\nFailed runs: {len(failed)}. --retry tries them again.')
         for job in failed:
@@ -223,16 +211,15 @@ class Screen:
     """Lines of a log, and on a terminal a status line below that is overwritten."""
 
     def __init__(self):
-        self.stream = sys.stdout
-        self.is_terminal = self.stream.isatty()
+        self.print = partial(print, file=sys.stdout, flush=True)  # in runs, stdout is discarded
+        self.start = '\r\033[K' if sys.stdout.isatty() else ''
 
     def say(self, text):
-        start = '\r\033[K' if self.is_terminal else ''
-        print(f'{start}{time.strftime("%H:%M:%S")} {text}', file=self.stream, flush=True)
+        self.print(f'{self.start}{time.strftime("%H:%M:%S")} {text}')
 
     def show(self, text):
-        if self.is_terminal:
-            print(f'\r\033[K{text}', end='', file=self.stream, flush=True)
+        if self.start:
+            self.print(f'{self.start}{text}', end='')
 
 
 if __name__ == '__main__':

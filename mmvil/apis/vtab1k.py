@@ -3,6 +3,7 @@
 
 import csv
 import io
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ GROUPS = dict(
         *('smallnorb_azi', 'smallnorb_ele'),
     ),
 )
-DATASETS = [dataset for group in GROUPS.values() for dataset in group]
+DATASETS = [*itertools.chain(*GROUPS.values())]
 
 # arXiv 2406.04303v3. The average is over the 19 datasets, not over the groups.
 PUBLISHED = {
@@ -56,10 +57,9 @@ class Job:
 
 
 class Protocol:
-    """The protocol: runs, their states, and what follows from their results.
-
-    For each dataset, every learning rate is tuned with every seed; the best one is trained again
-    with every seed and evaluated on test.
+    """The runs, their states, and what follows from their results: for each dataset, every learning
+    rate is tuned with every seed; the best one is trained again with every seed and evaluated on
+    test.
 
     Args:
         claims (mmvil.cli.run_queue.Claims): Knows states and results of runs by name.
@@ -73,60 +73,47 @@ class Protocol:
         self.datasets = datasets
         self.lrs = sorted(lrs)
         self.seeds = range(seeds)
-        self.results = {}
-
-    @property
-    def size(self) -> int:
-        """Number of runs in all."""
-        return len(self.datasets) * self.runs_per_dataset
-
-    @property
-    def runs_per_dataset(self) -> int:
-        return len(self.seeds) * (len(self.lrs) + 1)
+        self.runs_per_dataset = seeds * (len(lrs) + 1)
+        self.size = len(datasets) * self.runs_per_dataset
+        self._results = {}
 
     def runs(self) -> dict[Job, str]:
         """States of all runs that are known by now. The final runs of a dataset are known when its
         search has ended.
         """
-        tuning = {
-            dataset: [job for lr in self.lrs for job in self._jobs(dataset, 'tune', lr)]
-            for dataset in self.datasets
+        choices = self.datasets, ('tune', 'final'), self.lrs, self.seeds
+        jobs = [Job(*choice) for choice in itertools.product(*choices)]
+        states = self.claims.states([job.name for job in jobs])
+        searching = {
+            job.dataset
+            for job in jobs
+            if job.phase == 'tune' and states[job.name] not in ('done', 'failed')
         }
-        known = self._states([job for jobs in tuning.values() for job in jobs])
-        final = []
-        for dataset, jobs in tuning.items():
-            if all(known[job] in ('done', 'failed') for job in jobs):
-                lr = self.best_lr(dataset)
-                final += [] if lr is None else self._jobs(dataset, 'final', lr)
-        known.update(self._states(final))
+        best = {each: self.best_lr(each) for each in self.datasets if each not in searching}
+        known = [job for job in jobs if job.phase == 'tune' or job.lr == best.get(job.dataset)]
         # By dataset, so that complete rows of the table come early; what has failed before, last.
         order = {dataset: i for i, dataset in enumerate(self.datasets)}
-        return dict(
-            sorted(known.items(), key=lambda item: (order[item[0].dataset], item[1] == 'again'))
-        )
+        known.sort(key=lambda job: (order[job.dataset], states[job.name] == 'again'))
+        return {job: states[job.name] for job in known}
 
     def best_lr(self, dataset: str) -> float | None:
         """Learning rate with the best mean accuracy on val200, the smallest of equal ones. One that
         lacks a seed, because its run failed, is not considered.
         """
-        means = {}
-        for lr in self.lrs:
-            found = self.accuracies(dataset, 'tune', lr)
-            if None not in found:
-                means[lr] = statistics.mean(found)
-        return max(means, key=means.get) if means else None
+        found = {lr: self.accuracies(dataset, 'tune', lr) for lr in self.lrs}
+        means = {lr: statistics.mean(each) for lr, each in found.items() if None not in each}
+        return max(means, key=means.get, default=None)
 
     def accuracies(self, dataset: str, phase: str, lr: float) -> list[float | None]:
         """Accuracy for each seed; None where the run has not finished."""
-        results = [self._result(job) for job in self._jobs(dataset, phase, lr)]
+        results = [self._result(Job(dataset, phase, lr, seed)) for seed in self.seeds]
         return [result and result['accuracy'] for result in results]
 
     def progress(self) -> str:
         """How far all processes together are, and how long it will take."""
         states = self.runs()
         count = Counter(states.values())
-        done = filter(None, [self._result(job) for job, state in states.items() if state == 'done'])
-        seconds = [result['seconds'] for result in done]
+        seconds = [self._result(job)['seconds'] for job in states if states[job] == 'done']
         left = self.size - count['done'] - count['failed']
         text = f'{count["done"]} of {self.size} runs'
         if count['failed']:
@@ -147,34 +134,21 @@ class Protocol:
             lines.append(line + ''.join(f', {count[dataset, state]} {state}' for state in more))
         return lines
 
-    def _jobs(self, dataset, phase, lr):
-        return [Job(dataset, phase, lr, seed) for seed in self.seeds]
-
-    def _result(self, job):
-        if job not in self.results:
+    def _result(self, job: Job) -> dict | None:
+        if job not in self._results:
             result = self.claims.result(job.name)
             if result is None:
                 return None
-            self.results[job] = result
-        return self.results[job]
-
-    def _states(self, jobs):
-        states = self.claims.states([job.name for job in jobs])
-        return {job: states[job.name] for job in jobs}
+            self._results[job] = result
+        return self._results[job]
 
 
 # -- Checkpoint ------------------------------------------------------------------------------------
 
 
 def read_architecture(checkpoint: str) -> dict:
-    """Read the sizes of the classifier in a checkpoint, see
-    :func:`mmvil.checkpoints.infer_architecture`.
-
-    Args:
-        checkpoint (str): File, URL or ``mmvil://NAME``; ours or an official one.
-
-    Raises:
-        ValueError: If it holds no Vision-LSTM classifier.
+    """Read the sizes of the classifier in a checkpoint (file, URL or ``mmvil://NAME``), see
+    :func:`mmvil.checkpoints.infer_architecture`; raises ValueError if there is none.
     """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     try:
@@ -195,10 +169,6 @@ def identify(checkpoint: str) -> dict[str, str]:
 
 def check_data(folder: str | Path, num_classes: int) -> list[str]:
     """Check that lists and images of a dataset exist and that labels are in range.
-
-    Args:
-        folder (str | Path): Folder of the dataset.
-        num_classes (int): Number of its classes.
 
     Returns:
         list[str]: Warnings, of lists whose length is not the published one.
@@ -232,11 +202,7 @@ def check_data(folder: str | Path, num_classes: int) -> list[str]:
 
 
 def summarize(protocol: Protocol, name: str) -> tuple[dict, dict]:
-    """Compute means over seeds and datasets of what has finished.
-
-    Args:
-        protocol (Protocol): Its results.
-        name (str): Name of the model in the table.
+    """Compute means over seeds and datasets of what has finished, under the name of the model.
 
     Returns:
         tuple[dict, dict]: {row: {column: number or None}} of the groups, ours and published; and
@@ -256,29 +222,25 @@ def summarize(protocol: Protocol, name: str) -> tuple[dict, dict]:
         group: statistics.mean(map(test.get, datasets)) if set(datasets) <= set(test) else None
         for group, datasets in dict(GROUPS, average=DATASETS).items()
     }
-    rows = {name: {**ours, **test}}
-    for published, numbers in PUBLISHED.items():
-        rows[published] = dict(zip(ours, numbers))
-    return rows, details
+    published = {model: dict(zip(ours, numbers)) for model, numbers in PUBLISHED.items()}
+    return {name: {**ours, **test}, **published}, details
 
 
 def as_markdown(rows: dict, details: dict) -> str:
     """Format a summary as two Markdown tables: groups, and datasets."""
     columns = (*GROUPS, 'average')
-    lines = ['| VTAB-1K, top-1 accuracy on test in % | ' + ' | '.join(columns) + ' |']
+    lines = [_row('VTAB-1K, top-1 accuracy on test in %', *columns)]
     lines.append('|---|' + '---:|' * len(columns))
-    for name, numbers in rows.items():
-        lines.append(f'| {name} | ' + ' | '.join(_number(numbers[key]) for key in columns) + ' |')
-    if any(rows[name][key] is None for name in rows for key in columns):
+    lines += [_row(name, *(numbers[key] for key in columns)) for name, numbers in rows.items()]
+    if any(numbers[key] is None for numbers in rows.values() for key in columns):
         lines += ['', '– : not all datasets of the group are complete.']
     if details:
-        lines += ['', '| dataset | group | learning rate | val200 | test | std of test |']
+        lines += ['', _row('dataset', 'group', 'learning rate', 'val200', 'test', 'std of test')]
         lines.append('|---|---|---:|---:|---:|---:|')
     for group, datasets in GROUPS.items():
         for dataset in filter(details.get, datasets):
-            lr, val, test, spread = details[dataset]
-            numbers = ' | '.join(map(_number, (val, test, spread)))
-            lines.append(f'| {dataset} | {group} | {lr:g} | {numbers} |')
+            lr, *numbers = details[dataset]
+            lines.append(_row(dataset, group, f'{lr:g}', *numbers))
     return '\n'.join(lines) + '\n'
 
 
@@ -293,5 +255,6 @@ def as_csv(rows: dict) -> str:
     return text.getvalue()
 
 
-def _number(value) -> str:
-    return '–' if value is None else f'{value:.1f}'
+def _row(*cells: str | float | None) -> str:
+    shown = ('–' if x is None else x if isinstance(x, str) else f'{x:.1f}' for x in cells)
+    return f'| {" | ".join(shown)} |'
