@@ -16,16 +16,13 @@ def count_parameters(model):
 
 
 def count_multiply_adds(model, shape, needed=False):
-    """Multiply-adds of one forward pass by part, and in all.
+    """Count the multiply-adds of one forward pass by part, and in all.
 
     Args:
         model (nn.Module): A model of OpenMMLab on the meta device. Parts that inference skips, such
             as auxiliary heads, count 0.
         shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
         needed (bool): Count what the equations need instead of what is executed. Default: False.
-
-    Returns:
-        dict[str, int]: By name of the part; 'total' comes last.
     """
     parts = _parts(model)
     counts = {name: 0 for name, _ in parts}
@@ -45,8 +42,11 @@ def count_multiply_adds(model, shape, needed=False):
         return call
 
     def leave_out_zeros(projection, args, _):
+        """Its diagonal blocks are executed joined into wider ones, with zeros between them."""
         nonlocal zeros
-        zeros += _products_with_zeros(projection, args[0])
+        x, size = args[0], projection.weight.shape[-1]
+        executed = dense_block_width(size, x.shape[-1] // projection.num_heads)
+        zeros += x.numel() * (executed - size)
 
     hooks = [
         module.register_forward_hook(leave_out_zeros)
@@ -64,16 +64,6 @@ def count_multiply_adds(model, shape, needed=False):
         for hook in hooks:
             hook.remove()
     return {**counts, 'total': total()}
-
-
-def _products_with_zeros(projection, x):
-    """Multiply-adds of a block-diagonal projection that are executed without being needed: its
-    blocks are joined into wider ones, with zeros between them.
-    """
-    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-    size = projection.weight.shape[-1]
-    executed = dense_block_width(size, channels // projection.num_heads)
-    return tokens * channels * (executed - size)
 
 
 def _parts(model):

@@ -1,9 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Compare time and memory of models that take turns.
 
-    builders = dict(deit=build_deit, vil=lambda size: mmvil.VisionLSTM(img_size=size))
-    records = compare(builders, torch.randn(8, 3, 224, 224))
-
 In each round every model runs once, and ratios are taken inside the round: what else the machine
 does then affects all models alike, and ratios can be trusted where times cannot.
 """
@@ -87,8 +84,8 @@ def add_ratios(records):
 
 
 def saved_bytes(model, image, amp=None):
-    """Count the bytes in distinct storages that autograd keeps between forward and backward pass,
-    parameters excluded.
+    """Count the bytes in distinct storages, parameters excluded, that autograd keeps for the
+    backward pass.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}

@@ -5,10 +5,11 @@ python tools/analysis_tools/benchmark.py --arch tiny --sizes 224 512 1024 --plot
 python tools/analysis_tools/benchmark.py --backends parallel chunkwise --lean on off --sizes 512
 python tools/analysis_tools/benchmark.py --timm convnext_tiny --config configs/upernet_r18_camvid.py
 
-All models take turns, round after round, and each is compared with DeiT inside the round: what else
-the machine does then affects all of them alike, and ratios can be trusted where times cannot.
+All models take turns, and each is compared with DeiT inside a round: what else the machine does
+affects all of them alike, and ratios can be trusted where times cannot.
 """
 
+import itertools
 import json
 import platform
 import statistics
@@ -32,37 +33,18 @@ def make_benchmark_parser():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add('--arch', choices=ARCHS, default='tiny', help='size of ViL and DeiT (%(default)s)')
-    add(
-        '--backends',
-        nargs='+',
-        choices=[name for name in mmvil.ops.BACKENDS if name != 'reference'],
-        default=['auto'],
-        help='forms of the mLSTM (auto)',
-    )
-    add(
-        '--lean',
-        nargs='+',
-        choices=['on', 'off'],
-        default=['on'],
-        help='keep little for the backward pass, or everything, or both in turn (on)',
-    )
+    backends = [name for name in mmvil.ops.BACKENDS if name != 'reference']
+    some = dict(nargs='+', choices=backends, default=['auto'])
+    add('--backends', help='forms of the mLSTM (auto)', **some)
+    some = dict(nargs='+', choices=['on', 'off'], default=['on'])
+    add('--lean', help='keep little for the backward pass, or all, or both in turn (on)', **some)
     add('--compile', action='store_true', help='each model once more with torch.compile')
     add('--timm', nargs='+', default=[], metavar='NAME', help='more models, from timm')
     add('--config', nargs='+', default=[], help='more models: the backbones of configs')
-    add(
-        '--sizes',
-        type=int,
-        nargs='+',
-        default=[224, 512, 1024],
-        metavar='PIXELS',
-        help='square images, multiples of 16 pixels (224 512 1024)',
-    )
-    add(
-        '--batch',
-        type=int,
-        nargs='+',
-        help='images, one number for all sizes or one for each (8 at 224 pixels, fewer above)',
-    )
+    some = dict(type=int, nargs='+', metavar='PIXELS', default=[224, 512, 1024])
+    add('--sizes', help='square images, multiples of 16 pixels (224 512 1024)', **some)
+    batch = 'images, one number for all sizes or one for each (8 at 224 pixels, fewer above)'
+    add('--batch', type=int, nargs='+', help=batch)
     add('--modes', nargs='+', choices=MODES, default=list(MODES))
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
     add('--amp', choices=['float16', 'bfloat16'], help='autocast (default: float32)')
@@ -100,12 +82,11 @@ def check(args):
 def make_builders(args):
     """Builder of each model by name, DeiT first."""
     builders = {f'DeiT-{args.arch}': timm_builder(f'deit_{args.arch}_patch16_224')}
-    for backend in args.backends:
-        for lean in args.lean:
-            name = f'ViL-{args.arch}'
-            name += '' if backend == 'auto' else f' {backend}'
-            name += '' if lean == 'on' else ' keeping all'
-            builders[name] = vil_builder(arch=args.arch, backend=backend, lean=lean == 'on')
+    for backend, lean in itertools.product(args.backends, args.lean):
+        name = f'ViL-{args.arch}'
+        name += '' if backend == 'auto' else f' {backend}'
+        name += '' if lean == 'on' else ' keeping all'
+        builders[name] = vil_builder(arch=args.arch, backend=backend, lean=lean == 'on')
     builders.update((name, timm_builder(name)) for name in args.timm)
     builders.update((Path(path).stem, config_builder(path)) for path in args.config)
     if args.compile:
@@ -167,6 +148,10 @@ def describe(args):
     )
 
 
+def milliseconds(record):
+    return 1e3 * statistics.median(record['seconds_per_image'])
+
+
 def print_table(records):
     width = max(len(record['model']) for record in records)
     print(
@@ -175,10 +160,9 @@ def print_table(records):
     )
     for record in records:
         size = f'{record["size"]} x {record["size"]}'
-        milliseconds = 1e3 * statistics.median(record['seconds_per_image'])
         print(
             f'{size:>11} {record["batch"]:>5} {record["mode"]:8} {record["model"]:{width}} '
-            f'{milliseconds:>9.1f} {record["time_ratio"]:>6.2f} '
+            f'{milliseconds(record):>9.1f} {record["time_ratio"]:>6.2f} '
             f'{scaled(record["multiply_adds_per_image"], 1e9):>8} '
             f'{scaled(record["saved_bytes_per_image"], 1e6):>9} '
             f'{scaled(record["peak_bytes"], 1e6):>8}'
@@ -207,17 +191,15 @@ def plot(records, path):
     figure, axes = plt.subplots(1, len(modes) + 1, figsize=size, layout='constrained')
     for name in dict.fromkeys(record['model'] for record in records):
         own = [record for record in records if record['model'] == name]
-        for mode, axis in zip(modes, axes):
-            points = [
-                (r['size'], 1e6 * statistics.median(r['seconds_per_image']) / (r['size'] / 16) ** 2)
-                for r in own
-                if r['mode'] == mode
-            ]
-            axis.plot(*zip(*points), marker='o', label=name)
-        saved = [(r['size'], r['saved_bytes_per_image']) for r in own]
-        points = [(size, kept / 1e6) for size, kept in saved if kept is not None]
-        if points:
-            axes[-1].plot(*zip(*points), marker='o', label=name)
+        points = {mode: [] for mode in (*modes, 'saved')}
+        for record in own:
+            patches = (record['size'] / 16) ** 2
+            points[record['mode']].append((record['size'], 1e3 * milliseconds(record) / patches))
+            if record['saved_bytes_per_image'] is not None:
+                points['saved'].append((record['size'], record['saved_bytes_per_image'] / 1e6))
+        for axis, curve in zip(axes, points.values()):
+            if curve:
+                axis.plot(*zip(*curve), marker='o', label=name)
     titles = [f'{mode}: µs per 16 x 16 patch' for mode in modes]
     sizes = sorted({record['size'] for record in records})
     for axis, title in zip(axes, [*titles, 'saved for backward: MB per image']):

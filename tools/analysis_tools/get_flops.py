@@ -42,17 +42,10 @@ def make_flops_parser():
     parser = make_parser(__doc__, whole=True)
     add_config_arguments(parser)
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument(
-        '--shape',
-        type=int,
-        nargs='+',
-        metavar='PIXELS',
-        help="height and width of the image, or one number for both (default: the backbone's "
-        'img_size, or 224)',
-    )
-    sizes.add_argument(
-        '--sizes', type=int, nargs='+', metavar='PIXELS', help='several square images: the growth'
-    )
+    some = dict(type=int, nargs='+', metavar='PIXELS')
+    shape = "height and width, or one number for both (default: the backbone's img_size, or 224)"
+    sizes.add_argument('--shape', help=shape, **some)
+    sizes.add_argument('--sizes', help='several square images: the growth', **some)
     parser.add_argument('--json', metavar='FILE', help='write the numbers to a file, too')
     return parser
 
@@ -84,10 +77,8 @@ def print_growth(counts):
     for count in counts:
         height, width = count['shape']
         needed, executed = count['needed']['total'], count['executed']['total']
-        print(
-            f'{f"{height} x {width}":>14}{giga(needed):>12}{giga(executed):>12}'
-            f'{executed / (height * width / 256) / 1e6:>28.2f} M'
-        )
+        per_patch = f'{executed / (height * width / 256) / 1e6:.2f} M'
+        print(f'{f"{height} x {width}":>14}{giga(needed):>12}{giga(executed):>12}{per_patch:>30}')
 
 
 def main():
@@ -97,14 +88,12 @@ def main():
     model = build_model(cfg)
     parameters = count_parameters(model)
     channels = cfg.model.backbone.get('in_channels', 3)
-    counts = [
-        dict(
-            shape=shape,
-            needed=count_multiply_adds(model, (1, channels, *shape), needed=True),
-            executed=count_multiply_adds(model, (1, channels, *shape)),
+    counts = []
+    for size in sizes:
+        needed, executed = (
+            count_multiply_adds(model, (1, channels, *size), needed) for needed in (True, False)
         )
-        for shape in sizes
-    ]
+        counts.append(dict(shape=size, needed=needed, executed=executed))
 
     print(f'{args.config}, {parameters["total"]:,} parameters')
     if args.sizes:
