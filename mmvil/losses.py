@@ -58,13 +58,9 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
             cls_score (Tensor): Logits, shape (B, K, H, W).
             label (Tensor): Classes, shape (B, H, W).
             weight (Tensor, optional): Weight of each pixel, shape (B, H, W), from pixel samplers.
-            avg_factor (float, optional): Divisor of the sum of the losses, instead of the number
-                of labelled pixels.
-            reduction_override (str, optional): 'none' for the losses of pixels, or 'sum'.
+            avg_factor (float, optional): Divisor instead of the number of labelled pixels.
+            reduction_override (str, optional): 'none' for the losses (B, H, W) of pixels, or 'sum'.
             ignore_index (int): Label of pixels that do not count.
-
-        Returns:
-            Tensor: A scalar; (B, H, W) with ``reduction_override='none'``.
         """
         # The sum over an image's pixels exceeds float16's range.
         cls_score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
@@ -80,20 +76,14 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         if reduction_override == 'sum':
             return total
         if avg_factor is None:
-            avg_factor = _labelled(label, ignore_index, class_weight)
+            labelled = label != ignore_index
+            if class_weight is None:
+                avg_factor = labelled.sum(dtype=torch.float32)  # a tensor: no wait for the GPU
+            else:
+                avg_factor = class_weight.float()[label[labelled]].sum()
             all_reduce(avg_factor, op='mean')
             avg_factor.clamp_(min=torch.finfo(avg_factor.dtype).tiny)  # so that 0 / 0 gives 0
         return total / avg_factor
 
     def extra_repr(self) -> str:
         return f'loss_weight={self.loss_weight:g}, class_weight={self.class_weight}'
-
-
-def _labelled(label: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
-    """Count labelled pixels, by the weights of their classes. A number instead of a tensor would
-    make the CPU wait for the GPU.
-    """
-    labelled = label != ignore_index
-    if class_weight is None:
-        return labelled.sum(dtype=torch.float32)
-    return class_weight.float()[label[labelled]].sum()

@@ -75,17 +75,16 @@ def get_features(args):
     cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.default_scope)
     loaders = {split: make_dataloader(cfg, args, split) for split in ('train', 'val')}
-    classes = {split: loader.dataset.CLASSES for split, loader in loaders.items()}
-    if classes['train'] != classes['val']:
-        odd = sorted(set(classes['train']) ^ set(classes['val']))
+    train, val = (loader.dataset.CLASSES for loader in loaders.values())
+    if train != val:
+        odd = sorted(set(train) ^ set(val))
         raise UserError(f'train and val have different classes, such as {odd[0]}')
     check_checkpoint(args.checkpoint)
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=args.checkpoint)
     backbone = MODELS.build(cfg.model.backbone)
     backbone.init_weights()
-    preprocessor = MODELS.build(
-        {'type': 'mmpretrain.ClsDataPreprocessor', **cfg.model.data_preprocessor}
-    )
+    kind = dict(type='mmpretrain.ClsDataPreprocessor')
+    preprocessor = MODELS.build({**kind, **cfg.model.data_preprocessor})
     parts = [part.to(get_device()).eval() for part in (backbone, preprocessor)]
     kept = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
     kept['source'] = source
@@ -98,20 +97,15 @@ def make_dataloader(cfg, args, split):
     folder = Path(args.data_root, split)
     if not folder.is_dir() or not any(path.is_dir() for path in folder.iterdir()):
         raise UserError(f'data not found: expected {folder.absolute()}/CLASS/IMAGE')
-    return Runner.build_dataloader(
-        dict(
-            batch_size=args.batch_size,
-            num_workers=args.workers,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(
-                type='CustomDataset',
-                data_root=args.data_root,
-                data_prefix=split,
-                pipeline=cfg.test_dataloader.dataset.pipeline,
-            ),
-        )
+    dataset = dict(type='CustomDataset', data_root=args.data_root, data_prefix=split)
+    loader = dict(
+        dataset=dict(dataset, pipeline=cfg.test_dataloader.dataset.pipeline),
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        collate_fn=dict(type='default_collate'),
+        sampler=dict(type='DefaultSampler', shuffle=False),
     )
+    return Runner.build_dataloader(loader)
 
 
 @torch.no_grad()

@@ -1,10 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Export segmentors and classifiers to ONNX or torch.export, and compare the files with PyTorch.
 
-    deployed = Deployed(model, output='labels').eval()
-    save_onnx(trace(deployed, (512, 512)), 'model.onnx', deployed.names)
-
-See docs/deployment.md.
+deployed = Deployed(model, output='labels').eval()
+save_onnx(trace(deployed, (512, 512)), 'model.onnx', deployed.names)
 """
 
 import copy
@@ -63,13 +61,8 @@ class Deployed(nn.Module):
         return next(x.in_channels for x in self.model.modules() if isinstance(x, nn.Conv2d))
 
     def describe(self, size):
-        """Describe input, output and classes for users of the file.
-
-        Args:
-            size (tuple[int, int]): Height and width of training images.
-
-        Returns:
-            dict[str, str]: Metadata of the file.
+        """Describe input, output, classes, and the size (height, width) of training images, for
+        users of the file: dict[str, str].
         """
         preprocessor = self.model.data_preprocessor
         order, values = 'bands as loaded', 'values as loaded'
@@ -84,8 +77,7 @@ class Deployed(nn.Module):
         return dict(
             input=f'(batch, {self.channels}, height, width) float32, {order}, {values}',
             output=self.output,
-            classes=json.dumps(meta.get('classes')),
-            palette=json.dumps(meta.get('palette')),
+            **{key: json.dumps(meta.get(key)) for key in ('classes', 'palette')},
             trained_at=json.dumps(list(size)),
             mmvil=__version__,
         )
@@ -147,22 +139,53 @@ def segmentor_decision(model, output):
         and any(_runs(head, kind, 'predict') for kind in kinds)
     ):
         return _unknown_decision(head, output)
-    return lambda logits: _label_of_pixel(model, logits, output)
+
+    def decide(logits):
+        """As ``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
+        if output == 'logits':
+            return logits
+        if logits.shape[1] > 1:
+            return logits.softmax(1) if output == 'probabilities' else logits.argmax(1)
+        foreground = logits.sigmoid()
+        if output == 'probabilities':
+            return foreground
+        return (foreground > heads.threshold).squeeze(1).long()
+
+    return decide
 
 
 def head_decision(head, output):
     """Find the rule for what a head of mmpretrain returns, or a classifier without a head."""
     from mmpretrain import models
 
-    def runs(*kinds):
-        return any(_runs(head, kind, 'predict', '_get_predictions') for kind in kinds)
+    def one_label(logits):
+        """As ``ClsHead._get_predictions``."""
+        if output == 'logits':
+            return logits
+        probabilities = logits.softmax(1)
+        return probabilities if output == 'probabilities' else probabilities.argmax(1)
 
-    if runs(models.ClsHead, models.TimmClassifier, models.HuggingFaceClassifier):
-        return lambda logits: _one_label(logits, output)
-    if runs(models.MultiLabelClsHead):
-        return lambda logits: _any_labels(head, logits, output)
-    if runs(models.ConformerHead):
-        return lambda branches: _one_label(torch.add(*branches), output)
+    def any_labels(logits):
+        """As ``MultiLabelClsHead._get_predictions``, the labels as 0 and 1 (B, classes)."""
+        if output == 'logits':
+            return logits
+        probabilities = logits.sigmoid()
+        if output == 'probabilities':
+            return probabilities
+        if head.thr is not None:
+            return (probabilities >= head.thr).long()
+        highest = probabilities.topk(head.topk).indices
+        return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
+
+    for kind, rule in (
+        (models.ClsHead, one_label),
+        (models.TimmClassifier, one_label),
+        (models.HuggingFaceClassifier, one_label),
+        (models.MultiLabelClsHead, any_labels),
+        (models.ConformerHead, lambda branches: one_label(torch.add(*branches))),
+    ):
+        if _runs(head, kind, 'predict', '_get_predictions'):
+            return rule
     return _unknown_decision(head, output)
 
 
@@ -189,39 +212,6 @@ def _runs(module, kind, *methods):
         getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
         for name in methods
     )
-
-
-def _label_of_pixel(model, logits, output):
-    """``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
-    if output == 'logits':
-        return logits
-    if logits.shape[1] > 1:
-        return logits.softmax(1) if output == 'probabilities' else logits.argmax(1)
-    foreground = logits.sigmoid()
-    if output == 'probabilities':
-        return foreground
-    return (foreground > model.decode_head.threshold).squeeze(1).long()
-
-
-def _one_label(logits, output):
-    """``ClsHead._get_predictions``."""
-    if output == 'logits':
-        return logits
-    probabilities = logits.softmax(1)
-    return probabilities if output == 'probabilities' else probabilities.argmax(1)
-
-
-def _any_labels(head, logits, output):
-    """``MultiLabelClsHead._get_predictions``, the labels as 0 and 1 (B, classes)."""
-    if output == 'logits':
-        return logits
-    probabilities = logits.sigmoid()
-    if output == 'probabilities':
-        return probabilities
-    if head.thr is not None:
-        return (probabilities >= head.thr).long()
-    highest = probabilities.topk(head.topk).indices
-    return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
 
 
 # -- Graph and file --------------------------------------------------------------------------------

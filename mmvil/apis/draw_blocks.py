@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Draw gates, memory decay, receptive fields and features of a ViL, see inspect_blocks.py.
 
-Each function takes the backbone, one or several images, and the indices of the blocks to draw, and
-returns a figure of matplotlib. Heads: None is the mean over them. Positions ``at`` of a token are
-(y, x), as fractions of height and width.
+Each function takes the backbone, images, and the indices of blocks, and returns a figure. Without
+``head``, the mean over heads is drawn; ``at`` is the position (y, x) of a token, as fractions of
+height and width.
 """
 
 import copy
@@ -125,8 +125,7 @@ def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
     for axis, block in zip(axes[0], blocks):
         axis.set_title(f'after block {block}')
     figure.colorbar(drawn, ax=axes, label='log10 of the relative gradient', shrink=0.8)
-    number = f'{len(images)} image{"s" if len(images) > 1 else ""}'
-    figure.suptitle(f'Effective receptive field of one token, mean of {number}')
+    figure.suptitle(f'Effective receptive field of one token, mean of {len(images)} image(s)')
     return figure
 
 

@@ -44,9 +44,7 @@ def knn(
     return torch.cat(predictions)
 
 
-def fit_linear(
-    features: Tensor, labels: Tensor, penalty: float, max_iter: int = 200
-) -> tuple[Tensor, Tensor]:
+def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Fit multinomial logistic regression of labels (N,) on features (N, C) by L-BFGS. Half the
     penalty times the squared norm of the weight is added to the mean loss.
 
@@ -57,7 +55,7 @@ def fit_linear(
     weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
     bias = features.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, line_search_fn='strong_wolfe'
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn='strong_wolfe'
     )
 
     def closure():
@@ -84,12 +82,12 @@ def linear_probe(
     train, test = (train - mean) / std, (test - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held_out, rest = order[: len(train) // 5], order[len(train) // 5 :]
-    scores = {}
+    scores = []
     for penalty in penalties:
         weight, bias = fit_linear(train[rest], train_labels[rest], penalty)
         found = (train[held_out] @ weight + bias).argmax(1)
-        scores[penalty] = accuracy(found, train_labels[held_out])
-    best = max(penalties, key=lambda penalty: (scores[penalty], penalty))
+        scores.append((accuracy(found, train_labels[held_out]), penalty))
+    _, best = max(scores)
     weight, bias = fit_linear(train, train_labels, best)
     return (test @ weight + bias).argmax(1), best
 

@@ -1,9 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Features, gates, memory decay and receptive fields of the blocks of a ViL.
-
-igate, fgate = block_gates(backbone, images)[0]
-weights = decay_weights(igate[0], fgate[0], backbone.layers[0].reverse, token=100)
-"""
+"""Features, gates, memory decay and receptive fields of the blocks of a ViL."""
 
 import math
 

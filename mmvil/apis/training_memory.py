@@ -44,8 +44,8 @@ class TrainingMemory:
     def __init__(self, cfg, gpus=1, size=None):
         self.cfg, self.size = cfg, size
         self.model = build_training_model(cfg)
-        weights = bytes_of(self.model.state_dict().values())
-        trained = bytes_of(p for p in self.model.parameters() if p.requires_grad)
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.always = {'weights': weights, 'optimizer state': int(optimizer_state(cfg) * trained)}
         hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
         if any(hook and hook.get('type') == 'EMAHook' for hook in hooks):
@@ -161,15 +161,9 @@ def training_size(cfg):
 
 def amp_dtype(cfg):
     """Dtype of autocast; None in float32."""
-    wrapper = cfg.optim_wrapper
-    if wrapper.get('type') != 'AmpOptimWrapper':
+    if cfg.optim_wrapper.get('type') != 'AmpOptimWrapper':
         return None
-    return getattr(torch, wrapper.get('dtype') or 'float16')
-
-
-def bytes_of(tensors):
-    """Bytes of the elements of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return getattr(torch, cfg.optim_wrapper.get('dtype') or 'float16')
 
 
 def optimizer_state(cfg):

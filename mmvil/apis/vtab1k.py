@@ -17,15 +17,11 @@ from ..checkpoints import infer_architecture, weights_of
 from ..checkpoints.loaders import sha256
 
 GROUPS = dict(
-    natural=(
-        *('caltech101', 'cifar', 'dtd', 'oxford_flowers102', 'oxford_iiit_pet', 'svhn'),
-        'sun397',
-    ),
-    specialized=('patch_camelyon', 'eurosat', 'resisc45', 'diabetic_retinopathy'),
+    natural='caltech101 cifar dtd oxford_flowers102 oxford_iiit_pet svhn sun397'.split(),
+    specialized='patch_camelyon eurosat resisc45 diabetic_retinopathy'.split(),
     structured=(
-        *('clevr_count', 'clevr_dist', 'dmlab', 'kitti', 'dsprites_loc', 'dsprites_ori'),
-        *('smallnorb_azi', 'smallnorb_ele'),
-    ),
+        'clevr_count clevr_dist dmlab kitti dsprites_loc dsprites_ori smallnorb_azi smallnorb_ele'
+    ).split(),
 )
 DATASETS = [*itertools.chain(*GROUPS.values())]
 
@@ -135,12 +131,11 @@ class Protocol:
         return lines
 
     def _result(self, job: Job) -> dict | None:
-        if job not in self._results:
-            result = self.claims.result(job.name)
-            if result is None:
-                return None
+        """Result of a run, read once; None while it has not finished."""
+        result = self._results.get(job) or self.claims.result(job.name)
+        if result:
             self._results[job] = result
-        return self._results[job]
+        return result
 
 
 # -- Checkpoint ------------------------------------------------------------------------------------

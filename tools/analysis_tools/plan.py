@@ -52,13 +52,12 @@ def check(args):
 
 def recipe_batch(cfg):
     """Batch size for which the learning rate of a config is meant."""
-    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
-    if base is None:
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise UserError(
             'the config does not say for which batch its learning rate is meant; add --batch-size '
             'or, for example, --cfg-options auto_scale_lr.base_batch_size=16'
         )
-    return base
+    return cfg.auto_scale_lr.base_batch_size
 
 
 def share(total, gpus, largest):

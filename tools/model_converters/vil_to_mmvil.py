@@ -4,12 +4,12 @@
 python tools/model_converters/vil_to_mmvil.py vil2_tiny16_e800_in1k.th vil2_tiny16.pth --check
 """
 
-import os
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import save_checkpoint
 
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
 from mmvil.cli.errors import UserError
@@ -30,22 +30,17 @@ def make_converter_parser():
 
 def describe(meta: dict) -> str:
     """Architecture and origin of a converted checkpoint."""
-    found = meta['architecture']
-    stride = f'stride {found["stride"]} ({found["stride_from"]})'
+    size = 'x'.join(map(str, meta['architecture']['img_size']))
     return (
-        f'ViL version {found["version"]}, {found["depth"]} blocks, {found["embed_dims"]} wide, '
-        f'{found["num_heads"]} heads, patch size {found["patch_size"]}, {stride}, '
-        f'image size {"x".join(map(str, found["img_size"]))}, {found["num_classes"]} classes\n'
-        f'SHA-256 of {meta["source"]}: {meta["source_sha256"]}'
-    )
+        'ViL version {version}, {depth} blocks, {embed_dims} wide, {num_heads} heads, patch size '
+        '{patch_size}, stride {stride} ({stride_from}), image size {size}, {num_classes} classes\n'
+        'SHA-256 of {source}: {source_sha256}'
+    ).format(size=size, **meta, **meta['architecture'])
 
 
-def check(path: Path) -> str:
-    """Build the model that a converted file describes, load it strictly and run it."""
+def check(checkpoint: dict) -> str:
+    """Build the model that a converted checkpoint describes, load it strictly and run it."""
     init_default_scope('mmpretrain')
-    from mmpretrain.registry import MODELS
-
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
     model = MODELS.build(cfg.model).eval()
     model.load_state_dict(checkpoint['state_dict'], strict=True)
@@ -70,15 +65,10 @@ def main():
     checkpoint = convert_checkpoint(source, args.stride)
     print(describe(checkpoint['meta']))
 
-    # Written elsewhere first: DST is never half a file, nor one that failed its check.
-    unfinished = target.with_name(f'.{target.name}.{os.getpid()}')
-    try:
-        torch.save(checkpoint, unfinished)
-        if args.check:
-            print(check(unfinished))
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if args.check:
+        print(check(checkpoint))
+    # Atomically: DST is never half a file.
+    save_checkpoint(checkpoint, str(target), backend_args=dict(backend='mmvil_atomic'))
     print(f'Wrote {target}.')
 
 

@@ -1,14 +1,13 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the networks of a config on shapes alone, on the meta device.
-
-This takes the place of a table of network families: the number, widths and strides of a backbone's
-outputs, and which of them necks and heads read, are measured.
+"""Run the networks of a config on shapes alone, on the meta device: number, widths and strides of a
+backbone's outputs, and which of them necks and heads read, are measured, not looked up by type.
 """
 
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 import torch
 from mmengine.config import ConfigDict
@@ -16,19 +15,15 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 # Heads that are called with the features and nothing that only their model knows.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
 
 
 class BackboneProbe:
-    """Outputs of a config's backbone, and which of them are read.
-
-    Args:
-        model (ConfigDict): Config of the whole model.
-        size (tuple[int, int]): Image size, height first.
-        outputs (Sequence[tuple[int, int]], optional): Channels and strides, instead of measuring.
-        scope (str, optional): Default scope of the config.
+    """Outputs of the backbone of a model's config, for images of a size, and which of them are
+    read. ``outputs`` gives channels and strides instead of measuring.
 
     Attributes:
         shapes (list[tuple]): Shape of each output: (2, C, h, w) of a map, (2, C) of a vector.
@@ -50,8 +45,8 @@ class BackboneProbe:
         self,
         model: ConfigDict,
         size: tuple[int, int],
-        outputs: Sequence[tuple[int, int]] | None = None,
-        scope: str | None = None,
+        outputs: Sequence[tuple[int, int]] | None,
+        scope: str | None,
     ) -> None:
         cfg = model.backbone
         self.size, self.name, self.in_channels = size, type_name(cfg), cfg.get('in_channels', 3)
@@ -59,10 +54,8 @@ class BackboneProbe:
         if outputs is None:
             self.shapes = self._measure(cfg)
         else:
-            self.shapes = [
-                (2, width, *(math.ceil(side / stride) for side in size))
-                for width, stride in outputs
-            ]
+            grids = [[math.ceil(side / stride) for side in size] for _, stride in outputs]
+            self.shapes = [(2, width, *grid) for (width, _), grid in zip(outputs, grids)]
         self.neck_pools = type_name(model.get('neck')) == 'GlobalAveragePooling'
         self.pooled = len(self.shapes) == 1 and (len(self.shapes[0]) == 2 or self.neck_pools)
         self._check_shapes()
@@ -79,8 +72,7 @@ class BackboneProbe:
         elif results or self.has_neck:
             self.read = outputs_read(results or self.maps, features)
         else:  # heads with compiled operators, say, do not run on shapes alone
-            heads = [_configured_to_read(model.get(key), len(features)) for key in HEADS]
-            self.read = set().union(*heads) or set(range(len(features)))
+            self.read = _configured_to_read(model, len(features))
         main = {key: tensors for key, tensors in results.items() if key != 'auxiliary_head'}
         if main and not self.has_neck:
             read, last = outputs_read(main, features), max(self.read, default=0)
@@ -141,11 +133,9 @@ class BackboneProbe:
 
 
 def run_readers(model: dict, features: Sequence[Tensor]):
-    """Run the neck and the heads of a model on features.
-
-    Returns:
-        tuple: The heads' input (list[Tensor], None if the neck cannot be run), the outputs of each
-        kind of head (dict[str, list[Tensor]]), and why the heads cannot be run (str | None).
+    """Run the neck and the heads of a model on features. Returns the heads' input (list[Tensor],
+    None if the neck cannot be run), the outputs of each kind of head (dict[str, list[Tensor]]), and
+    why the heads cannot be run (str | None).
     """
     try:
         maps = list(_build(model['neck'])(tuple(features))) if model.get('neck') else features
@@ -173,21 +163,28 @@ def outputs_read(results, features: Sequence[Tensor]) -> set:
     return {index for index, grad in enumerate(grads) if grad is not None}
 
 
-def _configured_to_read(node, number: int) -> set:
-    """Indices of a number of features that a head reads according to its config."""
+def readers(node, name: str) -> Iterator[tuple[str, dict]]:
+    """Iterate over the configs in a neck or head that read its input, with their names."""
     if isinstance(node, (list, tuple)):
-        return set().union(*(_configured_to_read(each, number) for each in node))
-    read = set()
-    if isinstance(node, dict):
-        if 'in_channels' in node:
-            last = isinstance(node.in_channels, int)
-            index = node.get('in_index', -1 if last else range(number))
-            read = {each % number for each in as_list(index)}
-            read |= {0} if node.get('c1_in_channels') else set()
-        for child in node.values():
+        # Of several necks the first one reads the backbone, of several heads each one does.
+        for number, each in enumerate(node[:1] if name == 'neck' else node):
+            yield from readers(each, f'{name}[{number}]')
+    elif isinstance(node, dict):
+        yield name, node
+        for key, child in node.items():  # heads made of heads, such as K-Net's
             if isinstance(child, dict) and 'in_index' in child:
-                read |= _configured_to_read(child, number)
-    return read
+                yield from readers(child, f'{name}.{key}')
+
+
+def _configured_to_read(model: dict, number: int) -> set:
+    """Indices of a number of features that the heads read according to their configs."""
+    read = set()
+    for _, node in (reader for key in HEADS for reader in readers(model.get(key), key)):
+        if 'in_channels' in node:
+            default = -1 if isinstance(node.in_channels, int) else range(number)
+            read |= {each % number for each in as_list(node.get('in_index', default))}
+            read |= {0} if node.get('c1_in_channels') else set()
+    return read or set(range(number))
 
 
 def _build(cfg) -> nn.Module:
@@ -229,13 +226,7 @@ def _shape_of(features) -> list | tuple:
 
 def _tensors(node) -> list[Tensor]:
     """Tensors inside nested tuples, lists and dicts."""
-    if isinstance(node, Tensor):
-        return [node]
-    if isinstance(node, dict):
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        return [tensor for each in node for tensor in _tensors(each)]
-    return []
+    return [each for each in tree_flatten(node)[0] if isinstance(each, Tensor)]
 
 
 def channels(tensors) -> list[int | None]:
@@ -257,4 +248,4 @@ def type_name(cfg) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:300]
+    return textwrap.shorten(f'{type(error).__name__}: {error}', 300)

@@ -19,11 +19,9 @@ def drop_old_weights(cfg: Config) -> list[str]:
     old = model.backbone.get('init_cfg')
     if isinstance(old, dict) and old.get('checkpoint'):
         notes.append(f'the checkpoint {old.checkpoint!r} of the old backbone is dropped')
-    blanket = model.pop('init_cfg', None)
-    if blanket:
-        notes.append(
-            "model.init_cfg is dropped: it would initialize ViL's layers anew, gates included"
-        )
+    if blanket := model.pop('init_cfg', None):
+        why = "it would initialize ViL's layers anew, gates included"
+        notes.append(f'model.init_cfg is dropped: {why}')
         pretrained = any(each.get('type') == 'Pretrained' for each in as_list(blanket))
         # A head that relied on it keeps it.
         for node in [node for key in ('neck', *HEADS) for node in as_list(model.get(key))]:
@@ -71,8 +69,8 @@ def use_recipe(cfg: Config) -> list[str]:
     recipe = Config.fromfile(package_root() / 'configs' / '_base_' / 'schedules' / f'{name}.py')
 
     warm_up, cosine = recipe.param_scheduler
-    share = warm_up.end / cosine.end
-    end = warm_up.end if warm_up.by_epoch == by_epoch else round(share * total)
+    same_unit = warm_up.by_epoch == by_epoch
+    end = warm_up.end if same_unit else round(warm_up.end / cosine.end * total)
     end = min(end, total // 10)
     if end == 0:  # too short to warm up
         recipe.param_scheduler = [cosine]
@@ -81,15 +79,14 @@ def use_recipe(cfg: Config) -> list[str]:
         if by_epoch:
             part.convert_to_iter_based = True
 
-    batch, old = recipe.auto_scale_lr.base_batch_size, cfg.get('auto_scale_lr') or {}
-    recipe.auto_scale_lr = {**recipe.auto_scale_lr, **old}
+    batch, optimizer = recipe.auto_scale_lr.base_batch_size, recipe.optim_wrapper.optimizer
+    recipe.auto_scale_lr.update(cfg.get('auto_scale_lr') or {})
     factor = recipe.auto_scale_lr.base_batch_size / batch
-    recipe.optim_wrapper.optimizer.lr *= factor
+    optimizer.lr *= factor
     if 'eta_min' in cosine:
         cosine.eta_min *= factor
     for key in ('optim_wrapper', 'param_scheduler', 'auto_scale_lr'):
         cfg[key] = recipe[key]
-    optimizer = recipe.optim_wrapper.optimizer
     return [
         f'optimizer and schedule are those of {name}: {optimizer.type}, lr {optimizer.lr:g} for '
         f'batches of {recipe.auto_scale_lr.base_batch_size}, {total} '

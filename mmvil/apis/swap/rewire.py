@@ -9,7 +9,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor
 
 from ...backbones import VisionLSTM
-from .probe import HEADS, BackboneProbe, channels, outputs_read, run_readers, type_name
+from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers, type_name
 
 # Names of the width of a module's input in configs.
 INPUT_WIDTHS = ('in_channels', 'embed_dim', 'input_features')
@@ -77,7 +77,7 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
     features = _run_vil(backbone, old.size)
 
     if new.get('neck'):
-        _rewrite(new.neck, old.widths, channels(features), 'neck', notes)
+        notes += _rewrite(new.neck, 'neck', old.widths, channels(features))
     maps, _, failure = run_readers(dict(neck=new.get('neck')), features)
     if maps is None:
         raise RewireError(failure)
@@ -88,39 +88,32 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
         if old.failure:
             raise RewireError(f'the heads cannot be run here on shapes alone, {old.failure}')
         for key in HEADS:
-            _rewrite(new.get(key), before, after, key, notes)
+            notes += _rewrite(new.get(key), key, before, after)
     _check_runs(new, old, features)
     return new, [_describe(old, backbone), *notes]
 
 
-def _rewrite(node, old: Sequence[int], new: Sequence[int], where: str, notes: list[str]) -> None:
-    """Change the input widths of a neck or head in place."""
-    if isinstance(node, (list, tuple)):
-        # Of several necks the first one reads the backbone, of several heads each one does.
-        for number, each in enumerate(node[:1] if where == 'neck' else node):
-            _rewrite(each, old, new, f'{where}[{number}]', notes)
-        return
-    if not isinstance(node, dict):
-        return
-    expected = {key: node.get('in_index') for key in INPUT_WIDTHS if key in node}
-    if node.get('c1_in_channels'):  # DeepLabV3+ takes its details from the first map
-        expected['c1_in_channels'] = 0
-    for key, index in expected.items():
-        value = node[key]
-        if isinstance(value, (list, tuple)):
-            index = range(len(value)) if index is None else index
-            was, becomes = (type(value)(widths[i] for i in index) for widths in (old, new))
-        else:
-            index = -1 if index is None else index
-            was, becomes = old[index], new[index]
-        if value != was:
-            raise RewireError(f'{where}.{key} is {value}, but its input has {was} channels')
-        node[key] = becomes
-        if was != becomes:
-            notes.append(f'{where}.{key}: {was} -> {becomes}')
-    for key, child in node.items():  # heads made of heads, such as K-Net's
-        if isinstance(child, dict) and 'in_index' in child:
-            _rewrite(child, old, new, f'{where}.{key}', notes)
+def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) -> list[str]:
+    """Change the input widths of a neck or head in place, and return the changes."""
+    notes = []
+    for where, node in readers(neck_or_head, name):
+        expected = {key: node.get('in_index') for key in INPUT_WIDTHS if key in node}
+        if node.get('c1_in_channels'):  # DeepLabV3+ takes its details from the first map
+            expected['c1_in_channels'] = 0
+        for key, index in expected.items():
+            value = node[key]
+            if isinstance(value, (list, tuple)):
+                index = range(len(value)) if index is None else index
+                was, becomes = (type(value)(widths[i] for i in index) for widths in (old, new))
+            else:
+                index = -1 if index is None else index
+                was, becomes = old[index], new[index]
+            if value != was:
+                raise RewireError(f'{where}.{key} is {value}, but its input has {was} channels')
+            node[key] = becomes
+            if was != becomes:
+                notes.append(f'{where}.{key}: {was} -> {becomes}')
+    return notes
 
 
 # ----------------------------------------------------------------------------------- options of ViL
@@ -154,10 +147,8 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
     if keep or any(stride != plain for stride in strides):
         options['pyramid'] = pyramid = dict(strides=tuple(strides))
         if keep:
-            pyramid['out_channels'] = tuple(
-                width if index in old.read else None
-                for index, width in enumerate(old.widths[: len(strides)])
-            )
+            widths = enumerate(old.widths[: len(strides)])
+            pyramid['out_channels'] = tuple(w if i in old.read else None for i, w in widths)
         if 'SyncBN' in str(model):
             pyramid['norm_cfg'] = dict(type='SyncBN')
     return {key: value for key, value in options.items() if key not in backbone}
@@ -204,11 +195,9 @@ def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> No
     maps, results, failure = run_readers(new, features)
     if maps is None or (failure and not old.failure):
         raise RewireError(failure)
-    if results and outputs_read(results, features) != old.read:
-        raise RewireError(
-            f'outputs {sorted(outputs_read(results, features))} are read, before it was '
-            f'{sorted(old.read)}'
-        )
+    read = outputs_read(results, features) if results else old.read
+    if read != old.read:
+        raise RewireError(f'outputs {sorted(read)} are read, before it was {sorted(old.read)}')
     widths = {key: channels(tensors) for key, tensors in results.items()}
     if not old.failure and widths != old.results:
         raise RewireError(f'heads output {widths} channels instead of {old.results}')

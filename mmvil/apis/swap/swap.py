@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
+from ...engine.config_nodes import dicts
 from .probe import BackboneProbe, type_name
 from .recipe import drop_old_weights, replace_constructor, use_recipe
 from .rewire import count_blocks, rewire
@@ -29,20 +30,18 @@ def swap_backbone(
     classifier that pools its features gets ViL's own pooling, with which its checkpoints were
     trained. ``in_channels`` of the necks and heads that read them becomes ViL's width. Where a head
     expects more than its config says, ViL's maps are projected to the old widths instead
-    (``pyramid.out_channels``), and necks and heads stay as they are. Either way necks and heads are
-    run on the new features, on shapes alone.
+    (``pyramid.out_channels``). Either way necks and heads are run on the new features, on shapes
+    alone.
 
-    Data, crop size, losses, batch size and schedule stay. Dropped are pre-trained weights of the
-    old network (``pretrained``, ``init_cfg``, ``load_from``) and a blanket ``model.init_cfg``,
-    which would overwrite ViL's initialization. An optimizer constructor that knows the old
-    backbone's layers is replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Each change
-    is logged.
+    Data, crop size, losses, batch size and schedule stay. Weights and a blanket initialization of
+    the old network are dropped. An optimizer constructor that knows the old backbone's layers is
+    replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Each change is logged.
 
     Args:
         cfg (str | Path | Config): A config of mmsegmentation, mmpretrain or mmdetection, or its
             file. It is not changed.
-        arch (str | dict): As for :class:`mmvil.VisionLSTM`; 'vil-s' and the like are understood,
-            too. Default: 'small'.
+        arch (str | dict): As for :class:`mmvil.VisionLSTM`, or 'vil-s' and the like. Default:
+            'small'.
         checkpoint (str, optional): Weights of ViL, ours or the authors'. Default: None.
         optim (bool): Replace optimizer and learning rate schedule by ours: the ADE20K recipe, or
             for classifiers the ImageNet recipe. The number of iterations or epochs stays, and the
@@ -51,8 +50,7 @@ def swap_backbone(
             heads alone. Default: False.
         outputs (Sequence[tuple[int, int]], optional): Channels and stride of each map that the old
             backbone outputs. Only needed where it cannot be built. Default: measured.
-        **options: Further options of :class:`mmvil.VisionLSTM`, which win over those chosen here:
-            ``version``, ``img_size``, ``drop_path_rate``, ``frozen_stages`` ...
+        **options: Further options of :class:`mmvil.VisionLSTM`, which win over those chosen here.
 
     Returns:
         Config: The new config.
@@ -61,9 +59,7 @@ def swap_backbone(
         ValueError: If the model has no backbone that ViL can replace, with the reason.
 
     Example:
-        >>> from mmengine.config import Config
-        >>> from mmvil import swap_backbone
-        >>> cfg = swap_backbone(Config.fromfile('pspnet_r50-d8_4xb4-80k_ade20k-512x512.py'), 'tiny')
+        >>> cfg = mmvil.swap_backbone('pspnet_r50-d8_4xb4-80k_ade20k-512x512.py', 'tiny')
         >>> cfg.model.decode_head.in_channels
         192
     """
@@ -108,20 +104,13 @@ def swap_backbone(
 def _image_size(cfg: Config) -> tuple[int, int]:
     """Size of the training images, height first."""
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    size = preprocessor.get('size') or _crop_size(cfg.get('train_dataloader'))
+    crops = [
+        step.get('crop_size', step.get('scale'))
+        for step in dicts(cfg.get('train_dataloader'))
+        if type_name(step) in ('RandomCrop', 'RandomResizedCrop', 'CenterCrop')
+    ]
+    crops = [crop for crop in crops if isinstance(crop, int) or all(type(x) is int for x in crop)]
+    size = preprocessor.get('size') or next(iter(crops), None)
     size = size or cfg.model.backbone.get('img_size') or 224
     size = (size, size) if isinstance(size, int) else tuple(size)
     return size * 2 if len(size) == 1 else size
-
-
-def _crop_size(node) -> int | tuple | None:
-    """Size of the first crop in a training pipeline."""
-    if isinstance(node, dict):
-        if type_name(node) in ('RandomCrop', 'RandomResizedCrop', 'CenterCrop'):
-            size = node.get('crop_size', node.get('scale'))
-            if isinstance(size, int) or all(isinstance(side, int) for side in size):
-                return size
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        return next(filter(None, map(_crop_size, node)), None)
-    return None
