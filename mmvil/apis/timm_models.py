@@ -117,8 +117,6 @@ class TimmVisionLSTM(nn.Module):
             global_pool = 'bilateral_concat' if self.backbone.version == 2 else 'bilateral_avg'
         self.reset_classifier(num_classes, global_pool)
 
-    # ------------------------------------------------------------------------------- image size
-
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None
     ) -> None:
@@ -175,8 +173,6 @@ class TimmVisionLSTM(nn.Module):
                 'model with dynamic_img_pad=True.'
             )
 
-    # ------------------------------------------------------------------------------- classifier
-
     @property
     def head_hidden_size(self) -> int:
         """Width of the classifier's input."""
@@ -209,8 +205,6 @@ class TimmVisionLSTM(nn.Module):
             self.head = self._new(nn.Linear, self.head_hidden_size, num_classes)
             trunc_normal_(self.head.weight, std=2e-5)
             nn.init.zeros_(self.head.bias)
-
-    # ---------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images (B, C, H, W): logits (B, classes)."""
@@ -290,8 +284,6 @@ class TimmVisionLSTM(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return x if self.backbone.norm is None else self.backbone.norm(x)
 
-    # --------------------------------------------------------------------------------- training
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -321,9 +313,6 @@ class TimmVisionLSTM(nn.Module):
         pairs = [(rf'{layers}\.(?:{i}|{i + 1})\.', (i // 2,)) for i in range(0, depth, 2)]
         stem = r'^backbone\.(?:patch_embed|pos_embed)'
         return dict(stem=stem, blocks=layers if coarse else pairs)
-
-
-# -------------------------------------------------------------------------------------- registering
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

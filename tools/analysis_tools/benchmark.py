@@ -76,11 +76,8 @@ def check(args):
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
-# -- Models: functions from an image size ----------------------------------------------------------
-
-
 def make_builders(args):
-    """Builder of each model by name, DeiT first."""
+    """Functions from an image size to a model by its name, DeiT first."""
     builders = {f'DeiT-{args.arch}': timm_builder(f'deit_{args.arch}_patch16_224')}
     for backend, lean in itertools.product(args.backends, args.lean):
         name = f'ViL-{args.arch}'
@@ -130,9 +127,6 @@ def config_builder(path):
 
 def compiled(build):
     return lambda size: torch.compile(build(size), dynamic=False)
-
-
-# -- Report ----------------------------------------------------------------------------------------
 
 
 def describe(args):

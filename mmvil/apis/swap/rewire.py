@@ -116,9 +116,6 @@ def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) ->
     return notes
 
 
-# ----------------------------------------------------------------------------------- options of ViL
-
-
 def count_blocks(arch: str | dict) -> int:
     """Number of blocks of an architecture; raises ValueError if it is unknown."""
     with torch.device('meta'):
@@ -173,9 +170,6 @@ def _describe(old: BackboneProbe, backbone: dict) -> str:
     else:
         outputs = 'maps at the stride of its patches'
     return f'VisionLSTM {backbone["arch"]!r} stands in for {old.name}, with {outputs}'
-
-
-# ----------------------------------------------------------------------------------------- checking
 
 
 def _run_vil(backbone: dict, size: tuple[int, int]) -> list[Tensor]:
