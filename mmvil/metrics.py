@@ -100,15 +100,13 @@ class MeanCorruptionError(BaseMetric):
         for corruption, severity, is_wrong in results:
             wrong[corruption][severity].append(is_wrong)
         errors = {
-            corruption: 100 * mean(map(mean, by_severity.values()))
-            for corruption, by_severity in wrong.items()
+            name: 100 * mean(map(mean, wrong[name].values()))
+            for name in self.reference_errors
+            if name in wrong
         }
-        metrics = {
-            f'error/{name}': errors[name] for name in self.reference_errors if name in errors
-        }
+        metrics = {f'error/{name}': error for name, error in errors.items()}
         metrics['top1'] = 100 - mean(errors.values())
-        complete = all(len(wrong[name]) == self.severities for name in self.reference_errors)
-        if complete:
+        if all(len(wrong[name]) == self.severities for name in self.reference_errors):
             ratios = [errors[name] / self.reference_errors[name] for name in errors]
             metrics['mCE'] = 100 * mean(ratios)
         return metrics
