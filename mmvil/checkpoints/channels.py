@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import print_log
 from torch import Tensor
 
 _FIRST_WEIGHT = 'patch_embed.projection.weight'
@@ -48,27 +48,15 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
 def adapt_backbone_channels(
     state_dict: dict[str, Tensor], in_channels: int, prefix: str = ''
 ) -> dict[str, Tensor]:
-    """Adapt pre-trained weights of a backbone to images with other channels, and log it.
-
-    Args:
-        state_dict (dict[str, Tensor]): Weights to start from; not changed.
-        in_channels (int): Channels of the images.
-        prefix (str): Prefix of the backbone's weights. Default: ''.
-
-    Returns:
-        dict[str, Tensor]: The weights; a new dict if one was adapted.
-
-    Raises:
-        ValueError: As :func:`adapt_input_channels` does.
+    """Adapt pre-trained weights of a backbone, whose names have a prefix, by
+    :func:`adapt_input_channels`, and log it. Return a new dict if there was something to adapt.
     """
     given = input_channels(state_dict, prefix)
     if given in (None, in_channels):
         return state_dict
     name = prefix + _FIRST_WEIGHT
     adapted = adapt_input_channels(state_dict[name], in_channels)
-    MMLogger.get_current_instance().info(
-        f'Adapted {name} from {given} to {in_channels} input channels.'
-    )
+    print_log(f'Adapted {name} from {given} to {in_channels} input channels.', 'current')
     return {**state_dict, name: adapted}
 
 

@@ -25,6 +25,7 @@ def describe_misfit(
     Returns:
         str: Missing tensors, tensors of other shapes, and unknown ones; empty if all fit.
     """
+    total = f'of {len(wanted)} tensors'
     missing = [name for name in wanted if name not in state_dict and name not in optional]
     misshapen = [
         f'{name}: {tuple(state_dict[name].shape)} in the file, {tuple(tensor.shape)} in the model'
@@ -32,14 +33,12 @@ def describe_misfit(
         if name in state_dict and not fits(name, state_dict[name], tensor)
     ]
     unknown = [name for name in state_dict if name not in wanted] if strict else []
-    complaints = [
-        f'{len(tensors)} of {len(wanted)} tensors {kind} ({summarize(tensors, limit, separator)})'
-        for tensors, kind, separator in (
-            (missing, 'are missing', ', '),
-            (misshapen, 'have another shape', '; '),
-        )
-        if tensors
-    ]
+    complaints = []
+    if missing:
+        complaints.append(f'{len(missing)} {total} are missing ({summarize(missing, limit)})')
+    if misshapen:
+        listed = summarize(misshapen, limit, '; ')
+        complaints.append(f'{len(misshapen)} {total} have another shape ({listed})')
     if unknown:
         complaints.append(f'{len(unknown)} are unknown ({summarize(unknown, limit)})')
     return ' and '.join(complaints)
@@ -56,6 +55,5 @@ def fits(name: str, given: Tensor, wanted: Tensor) -> bool:
 
 def summarize(names: Sequence[str], limit: int | None = 4, separator: str = ', ') -> str:
     """List the first names and count the others."""
-    names = list(names)
     rest = len(names) - len(names[:limit])
     return (separator.join(names[:limit]) or 'nothing') + (f' and {rest} more' if rest else '')

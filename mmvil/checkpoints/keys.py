@@ -6,38 +6,27 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# Official names within a block (both layouts, after the block's prefix) and ours.
+# The training checkpoints and the standalone models, whose version 2 counts pairs of blocks.
+_OFFICIAL_BLOCK = re.compile(
+    r'(?:xlstm\.)?blocks\.(?P<number>\d+)\.(?:rowwise_from_(?P<corner>top_left|bot_right)\.)?'
+    r'(?:xlstm\.|layer\.)?(?P<rest>.+)'
+)
+# Official names of the modules in a block, and ours.
 _BLOCK_NAMES = {
+    **{name: name for name in ('norm', 'proj_up', 'q_proj', 'k_proj', 'v_proj', 'proj_down')},
+    **dict.fromkeys(('conv', 'conv.conv', 'conv1d', 'conv1d.conv'), 'conv'),
     'xlstm_norm': 'norm',
-    'norm': 'norm',
-    'proj_up': 'proj_up',
-    'q_proj': 'q_proj',
-    'k_proj': 'k_proj',
-    'v_proj': 'v_proj',
-    'conv1d': 'conv',
-    'conv1d.conv': 'conv',
-    'conv': 'conv',
-    'conv.conv': 'conv',
     'mlstm_cell.igate': 'igate',
     'mlstm_cell.fgate': 'fgate',
     'mlstm_cell.outnorm': 'out_norm',
-    'proj_down': 'proj_down',
 }
-_TRAINING = re.compile(r'^xlstm\.blocks\.(?P<block>\d+)\.(xlstm\.)?(?P<rest>.+)$')
-_STANDALONE = re.compile(
-    r'^blocks\.(?P<block>\d+)\.'
-    r'((?P<direction>rowwise_from_top_left|rowwise_from_bot_right)\.)?(layer\.)?(?P<rest>.+)$'
-)
 _BLOCK = re.compile(r'backbone\.layers\.(\d+)\.(.+)')
 _STACK_NORM_WEIGHT = re.compile(r'backbone\.(layers\.\d+\.(out_)?norm|norm)\.weight$')
 
 
 def is_official(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether a state dict has one of the official layouts, complete or not."""
-    return any(
-        '.mlstm_cell.' in key and (_TRAINING.match(key) or _STANDALONE.match(key))
-        for key in state_dict
-    )
+    return any('.mlstm_cell.' in key and _OFFICIAL_BLOCK.match(key) for key in state_dict)
 
 
 def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -106,56 +95,42 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
             'This is not an official Vision-LSTM state dict: it has no mLSTM cells, neither '
             "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*'."
         )
-    outside = _names_outside_blocks(state_dict)
+    if any(key.startswith('xlstm.') for key in state_dict):
+        norm, pool_norm, head = 'xlstm.post_blocks_norm', 'head.0', 'head.1'
+    elif any('rowwise_from' in key for key in state_dict):
+        norm, pool_norm, head = 'norm', 'legacy_norm', 'head'
+    else:  # the standalone models swapped the roles of their two norms between the versions
+        norm, pool_norm, head = 'legacy_norm', 'norm', 'head'
+    outside = {
+        'patch_embed.proj': 'backbone.patch_embed.projection',
+        norm: 'backbone.norm',
+        pool_norm: 'backbone.pool_norm',
+        head: 'head.fc',
+    }
     names = {}
     for key in state_dict:
-        if key.endswith('causal_mask'):
-            continue
         module, _, parameter = key.rpartition('.')
         if key == 'pos_embed.embed':
             names[key] = 'backbone.pos_embed'
         elif module in outside:
             names[key] = f'{outside[module]}.{parameter}'
-        else:
-            names[key] = _name_in_block(key)
+        elif parameter != 'causal_mask':
+            block = _OFFICIAL_BLOCK.fullmatch(key)
+            names[key] = _name_in_block(**block.groupdict()) if block else None
     return names
 
 
-def _name_in_block(key: str) -> str | None:
+def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
     """Our name of a parameter of a block, or None."""
-    match = _TRAINING.match(key) or _STANDALONE.match(key)
-    if not match:
-        return None
-    groups = match.groupdict()
-    block = int(groups['block'])
-    if groups.get('direction'):  # version 2 counts pairs
-        block = 2 * block + (groups['direction'] == 'rowwise_from_bot_right')
-    if groups['rest'] == 'learnable_skip':
+    block = int(number)
+    if corner:
+        block = 2 * block + (corner == 'bot_right')
+    module, _, parameter = rest.rpartition('.')
+    if rest == 'learnable_skip':
         return f'backbone.layers.{block}.skip'
-    module, _, parameter = groups['rest'].rpartition('.')
-    if module not in _BLOCK_NAMES:
-        return None
-    return f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
-
-
-def _names_outside_blocks(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Official names of the modules outside the blocks, and ours."""
-    names = {'patch_embed.proj': 'backbone.patch_embed.projection'}
-    if any(key.startswith('xlstm.') for key in state_dict):
-        return {
-            **names,
-            'xlstm.post_blocks_norm': 'backbone.norm',
-            'head.0': 'backbone.pool_norm',
-            'head.1': 'head.fc',
-        }
-    # The standalone models swapped the roles of their two norms between the versions.
-    version2 = any('rowwise_from' in key for key in state_dict)
-    return {
-        **names,
-        'norm': 'backbone.norm' if version2 else 'backbone.pool_norm',
-        'legacy_norm': 'backbone.pool_norm' if version2 else 'backbone.norm',
-        'head': 'head.fc',
-    }
+    if module in _BLOCK_NAMES:
+        return f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
+    return None
 
 
 def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
@@ -196,38 +171,33 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     Raises:
         ValueError: If a tensor that is needed for this is missing or has an impossible shape.
     """
-    blocks = {}
-    for key, value in state_dict.items():
-        match = _BLOCK.match(key)
-        if match:
-            blocks.setdefault(match[2], []).append((int(match[1]), value))
 
-    def shape(name: str, dims: int):
-        tensors = [value for _, value in blocks[name]] if name in blocks else []
-        tensors += [state_dict[name]] if name in state_dict else []
-        if not tensors:
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        if name not in state_dict:
             raise ValueError(
                 f'There is no {name} (as it is called here), which a Vision-LSTM classifier has.'
             )
-        if tensors[0].dim() != dims:
+        found = tuple(state_dict[name].shape)
+        if len(found) != dims:
             raise ValueError(
-                f'{name} (as it is called here) has {tensors[0].dim()} dimensions, '
-                f'{tuple(tensors[0].shape)}, instead of {dims}.'
+                f'{name} (as it is called here) has {len(found)} dimensions, {found}, instead of '
+                f'{dims}.'
             )
-        return tuple(tensors[0].shape)
+        return found
 
     embed_dims, in_channels, *patch = shape('backbone.patch_embed.projection.weight', 4)
     _, rows, columns, _ = shape('backbone.pos_embed', 4)
-    num_heads, _ = shape('igate.weight', 2)
+    num_heads, _ = shape('backbone.layers.0.igate.weight', 2)
     num_classes, _ = shape('head.fc.weight', 2)
     (pooled,) = shape('backbone.pool_norm.weight', 1)
     if patch[0] != patch[1]:
         raise ValueError(f'Patches must be square, but are {patch[0]} x {patch[1]}.')
+    conv = state_dict.get('backbone.layers.0.conv.weight')
     return dict(
         # Version 1 convolves along the tokens, version 2 over the image.
-        version=1 if any(conv.dim() == 3 for _, conv in blocks.get('conv.weight', ())) else 2,
+        version=1 if conv is not None and conv.dim() == 3 else 2,
         embed_dims=embed_dims,
-        depth=1 + max(block for tensors in blocks.values() for block, _ in tensors),
+        depth=1 + max(int(match[1]) for match in map(_BLOCK.match, state_dict) if match),
         num_heads=num_heads,
         patch_size=patch[0],
         in_channels=in_channels,

@@ -58,9 +58,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f'{error}. If you trust its source, let PyTorch read it with weights_only=False and '
             "save dict(state_dict=checkpoint['state_dict']) to another file."
         ) from error
-    if isinstance(checkpoint, Mapping) and 'state_dict' not in checkpoint:
+    if not (isinstance(checkpoint, Mapping) and 'state_dict' in checkpoint):
         checkpoint = dict(state_dict=checkpoint)
-    state = checkpoint['state_dict'] if isinstance(checkpoint, Mapping) else None
+    state = checkpoint['state_dict']
     if not (isinstance(state, Mapping) and state) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
@@ -115,12 +115,11 @@ def load_from_mmvil(filename: str, map_location=None) -> dict[str, Any]:
         dict: ``state_dict``, and in ``meta`` the ``architecture``, the name of the ``source`` file
         and its SHA-256 (``source_sha256``).
     """
-    official = find_official(filename)
     path = fetch_checkpoint(filename)
     try:
         state = vil_to_mmvil(read_checkpoint(path)['state_dict'])
         check_blocks(state)  # mmengine would only warn, and continue with random weights
-        architecture = dict(infer_architecture(state), stride=official.stride)
+        architecture = dict(infer_architecture(state), stride=find_official(filename).stride)
     except ValueError as error:
         reason = str(error).rstrip('.')
         raise ValueError(f'{reason}. Remove {path}, and it will be downloaded again.') from error
@@ -144,20 +143,17 @@ def _cached(url: str) -> Path:
 
 
 def _fetch(url: str, address: str = '') -> Path:
-    """Download a file unless it is in the cache, process 0 first; the others may be on other
-    machines.
-    """
+    """Download a file unless it is in the cache, process 0 first."""
     if is_main_process():
         _download(url, address)
     barrier()
-    _download(url, address)
-    return _cached(url)
+    return _download(url, address)  # the other processes may be on other machines
 
 
-def _download(url: str, address: str) -> None:
+def _download(url: str, address: str) -> Path:
     path = _cached(url)
     if path.is_file():
-        return
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under a temporary name until it is complete.
@@ -168,3 +164,4 @@ def _download(url: str, address: str) -> None:
             f'On a machine with internet access, download {url} and put it at {path}, '
             f'or name your copy of the file instead of {address or url}.'
         ) from error
+    return path

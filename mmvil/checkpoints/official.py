@@ -34,33 +34,29 @@ class OfficialCheckpoint:
 
     @property
     def epochs(self) -> int:
-        """Epochs of pre-training."""
         return int(self.file.split('_e')[1][:3])
 
     @property
     def url(self) -> str:
-        """Address of the file."""
         return OFFICIAL_URL + self.file
 
 
-OFFICIAL_CHECKPOINTS = tuple(
-    OfficialCheckpoint(*row)
-    for row in (
-        ('vil2-tiny', 'vil2_tiny16_e800_in1k.th', 2, 'tiny', 78.3),
-        ('vil2-tiny-e400', 'vil2_tiny16_e400_in1k.th', 2, 'tiny', 77.2),
-        ('vil2-small', 'vil2_small16_e400_in1k.th', 2, 'small', 81.5),
-        ('vil2-base', 'vil2_base16_e400_in1k.th', 2, 'base', 82.4),
-        ('vil-tiny', 'vil_tiny16_e800_in1k.th', 1, 'tiny', 77.3),
-        ('vil-tiny-e400', 'vil_tiny16_e400_in1k.th', 1, 'tiny', 76.1),
-        ('vil-tinyplus', 'vil_tinyplus16_e800_in1k.th', 1, 'tiny_plus', 78.1),
-        ('vil-tinyplus-e400', 'vil_tinyplus16_e400_in1k.th', 1, 'tiny_plus', 77.2),
-        ('vil-small', 'vil_small16_e400_in1k.th', 1, 'small', 80.7),
-        ('vil-smallplus', 'vil_smallplus16_e400_in1k.th', 1, 'small_plus', 80.9),
-        ('vil-smallplus-stride8', 'vil_smallplus16_e400_in1k_stride8.th', 1, 'small_plus', 82.2, 8),
-        ('vil-base', 'vil_base16_e400_in1k.th', 1, 'base', 81.6),
-        ('vil-base-stride8', 'vil_base16_e400_in1k_stride8.th', 1, 'base', 82.7, 8),
-    )
+_ROWS = (
+    ('vil2-tiny', 'vil2_tiny16_e800_in1k.th', 2, 'tiny', 78.3),
+    ('vil2-tiny-e400', 'vil2_tiny16_e400_in1k.th', 2, 'tiny', 77.2),
+    ('vil2-small', 'vil2_small16_e400_in1k.th', 2, 'small', 81.5),
+    ('vil2-base', 'vil2_base16_e400_in1k.th', 2, 'base', 82.4),
+    ('vil-tiny', 'vil_tiny16_e800_in1k.th', 1, 'tiny', 77.3),
+    ('vil-tiny-e400', 'vil_tiny16_e400_in1k.th', 1, 'tiny', 76.1),
+    ('vil-tinyplus', 'vil_tinyplus16_e800_in1k.th', 1, 'tiny_plus', 78.1),
+    ('vil-tinyplus-e400', 'vil_tinyplus16_e400_in1k.th', 1, 'tiny_plus', 77.2),
+    ('vil-small', 'vil_small16_e400_in1k.th', 1, 'small', 80.7),
+    ('vil-smallplus', 'vil_smallplus16_e400_in1k.th', 1, 'small_plus', 80.9),
+    ('vil-smallplus-stride8', 'vil_smallplus16_e400_in1k_stride8.th', 1, 'small_plus', 82.2, 8),
+    ('vil-base', 'vil_base16_e400_in1k.th', 1, 'base', 81.6),
+    ('vil-base-stride8', 'vil_base16_e400_in1k_stride8.th', 1, 'base', 82.7, 8),
 )
+OFFICIAL_CHECKPOINTS = tuple(OfficialCheckpoint(*row) for row in _ROWS)
 
 
 def find_official(address: str) -> OfficialCheckpoint:
@@ -69,9 +65,6 @@ def find_official(address: str) -> OfficialCheckpoint:
     Args:
         address (str): ``mmvil://NAME`` with a short name or the name of the file, the URL of the
             file, or the name of the model.
-
-    Returns:
-        OfficialCheckpoint: The checkpoint.
 
     Raises:
         ValueError: If there is none, with the short names to choose from.

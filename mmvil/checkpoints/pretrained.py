@@ -47,15 +47,8 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
 
 
 def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Check that a state dict has the embeddings and every block, in the right shapes.
-
-    Args:
-        backbone (VisionLSTM): The backbone; its norms and pyramid may be missing.
-        state_dict (Mapping[str, Tensor]): Its weights, without prefix.
-        source (str): Origin of the weights, for the message.
-
-    Raises:
-        ValueError: If it does not fit.
+    """Raise a ValueError, which names the source, unless a state dict, without prefix, has the
+    embeddings and every block of a backbone in the right shapes.
     """
     own = backbone.state_dict()
     trunk = ('patch_embed.', 'pos_embed', 'layers.')

@@ -34,11 +34,7 @@ def verify(path: str | os.PathLike, trusted: bool = False) -> None:
 def find_good_checkpoint(
     work_dir: str | os.PathLike, trusted: bool = False
 ) -> tuple[str | None, list[str]]:
-    """Find the newest complete checkpoint in a work dir.
-
-    Args:
-        work_dir (str): The folder.
-        trusted (bool): Allow checkpoints to run code. Default: False.
+    """Find the newest complete checkpoint in a work dir; checkpoints may run code if ``trusted``.
 
     Returns:
         tuple[str | None, list[str]]: Its path, or None if there is none; and for each newer one,
@@ -49,7 +45,8 @@ def find_good_checkpoint(
     if named.is_file() and named.read_text().strip():
         paths.add(Path(named.read_text().strip()))
     complaints = []
-    for path in sorted(filter(Path.exists, paths), key=_age):
+    existing = filter(Path.exists, paths)
+    for path in sorted(existing, key=lambda p: (p.stat().st_mtime, _step(p)), reverse=True):
         try:
             if path.is_file():  # else the folder that a sharded training writes
                 verify(path, trusted)
@@ -62,7 +59,3 @@ def find_good_checkpoint(
 def _step(path: Path) -> int:
     match = re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name)
     return int(match[1]) if match else -1
-
-
-def _age(path: Path) -> tuple[float, int]:
-    return -path.stat().st_mtime, -_step(path)

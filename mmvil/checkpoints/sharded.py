@@ -83,11 +83,8 @@ def load_rest(folder: str) -> dict:
 
 
 def load_shards(folder: str, tensors: dict[str, dict]) -> None:
-    """Load sharded tensors in place; a collective call of all processes.
-
-    Args:
-        folder (str): A sharded checkpoint.
-        tensors (dict[str, dict]): Nested dicts with the names under which they were saved.
+    """Load the tensors in nested dicts, by the names under which they were saved, in place; a
+    collective call of all processes.
 
     Raises:
         UntrustedCheckpointError: If the folder's index might run code.
@@ -108,9 +105,6 @@ def load_shards(folder: str, tensors: dict[str, dict]) -> None:
 
 def join_shards(folder: str) -> dict:
     """Join a sharded checkpoint into an ordinary one, in one process and without a GPU.
-
-    Args:
-        folder (str): A sharded checkpoint.
 
     Returns:
         dict: The checkpoint with whole tensors on the CPU, without the state of the optimizer.
