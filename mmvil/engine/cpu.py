@@ -40,20 +40,20 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
     def __init__(self, dtype: str = 'float16', loss_scale='dynamic', **kwargs) -> None:
         if dtype not in ('float16', 'bfloat16'):
             raise ValueError(f"dtype must be 'float16' or 'bfloat16', but is {dtype!r}.")
-        scaled = dtype == 'float16'
-        if scaled and not hasattr(torch.amp, 'GradScaler'):
-            raise ValueError(
-                f'PyTorch {torch.__version__} has no float16 training on the CPU; use bfloat16, or '
-                'PyTorch 2.3 or later.'
-            )
         OptimWrapper.__init__(self, **kwargs)  # the parent's needs a GPU
         self.cast_dtype = getattr(torch, dtype)
         self._scale_update_param = None
         if hasattr(torch.amp, 'GradScaler'):
-            loss_scale = 2.0**16 if loss_scale == 'dynamic' else float(loss_scale)
-            self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=loss_scale, enabled=scaled)
-        else:
+            scale = 2.0**16 if loss_scale == 'dynamic' else float(loss_scale)
+            scaled = dtype == 'float16'
+            self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=scale, enabled=scaled)
+        elif dtype == 'bfloat16':
             self.loss_scaler = torch.cuda.amp.GradScaler(enabled=False)
+        else:
+            raise ValueError(
+                f'PyTorch {torch.__version__} has no float16 training on the CPU; use bfloat16, or '
+                'PyTorch 2.3 or later.'
+            )
 
     @contextmanager
     def optim_context(self, model: nn.Module):
@@ -81,7 +81,13 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         mean = (sums[:-1] / count).view(1, channels, 1, 1)
         centred = x - mean  # a second pass, because E[x²] - E[x]² loses digits
         var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        self._update_running(mean.detach().flatten(), var.detach() * count / (count - 1))
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            momentum = self.momentum
+            if momentum is None:  # a cumulative average
+                momentum = 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean.detach().flatten(), momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), momentum)
 
         scale = (var + self.eps).rsqrt()
         if self.affine:
@@ -89,41 +95,23 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         y = centred * scale.view(1, channels, 1, 1)
         return y + self.bias.view(1, channels, 1, 1) if self.affine else y
 
-    @torch.no_grad()
-    def _update_running(self, mean: Tensor, var: Tensor) -> None:
-        if not self.track_running_stats:
-            return
-        self.num_batches_tracked += 1
-        momentum = self.momentum
-        if momentum is None:  # a cumulative average
-            momentum = 1 / self.num_batches_tracked.item()
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var, momentum)
-
 
 class _SumOverProcesses(torch.autograd.Function):
     """All-reduce whose gradient is all-reduced, too: each input is part of all the sums."""
 
     @staticmethod
     def forward(ctx, x):
-        return _sum(x)
+        x = x.clone()
+        all_reduce(x)
+        return x
 
     @staticmethod
     def backward(ctx, grad):
-        return _sum(grad)
+        return _SumOverProcesses.forward(ctx, grad)
 
 
-def _sum(x: Tensor) -> Tensor:
-    x = x.clone()
-    all_reduce(x)
-    return x
-
-
-def fit_to_cpu(cfg: Config) -> list:
-    """Adapt a config to a machine without GPU.
-
-    Args:
-        cfg (Config): Changed in place.
+def fit_to_cpu(cfg: Config) -> list[str]:
+    """Adapt a config, in place, to a machine without GPU.
 
     Returns:
         list[str]: Notes on the changes, for the log. Empty on a machine with an accelerator.
@@ -150,17 +138,18 @@ def fit_to_cpu(cfg: Config) -> list:
 
     if cfg.launcher == 'pytorch':
         # Imported after the process group is there, as DDP does, its functions would keep the group
-        # as their default argument, and leave_process_group could not end it.
+        # as their default argument, and the end of cli.main.run could not destroy it.
         from torch.distributed.nn import functional  # noqa: F401
 
         # mmengine would choose a CUDA device first; it leaves an existing process group alone.
         torch.distributed.init_process_group('gloo')
         if cfg.get('strategy') is None:
             cfg.model_wrapper_cfg = {
-                **dict(type='MMDistributedDataParallel', broadcast_buffers=False),
-                **dict(find_unused_parameters=cfg.get('find_unused_parameters', False)),
+                'type': 'MMDistributedDataParallel',
+                'broadcast_buffers': False,
+                'find_unused_parameters': cfg.get('find_unused_parameters', False),
                 **(cfg.get('model_wrapper_cfg') or {}),
-                **dict(device_ids=None),
+                'device_ids': None,
             }
         elif strategy_name(cfg) == 'FSDPStrategy':
             cfg.strategy.model_wrapper.device_id = torch.device('cpu')

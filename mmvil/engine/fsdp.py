@@ -40,12 +40,7 @@ class FSDPStrategy(_FSDPStrategy):
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
     def save_checkpoint(self, filename: str, **kwargs) -> None:
-        """Save a checkpoint atomically, as a file or, sharded, as a folder.
-
-        Args:
-            filename (str): Target.
-            **kwargs: See :meth:`mmengine._strategy.FSDPStrategy.save_checkpoint`.
-        """
+        """Save a checkpoint atomically, as a file or, sharded, as a folder."""
         if self.sharded:
             self._save_shards(filename, **kwargs)
         elif '://' in filename:
@@ -68,9 +63,8 @@ class FSDPStrategy(_FSDPStrategy):
         states = _sharded_states()
         checkpoint = dict(extra_ckpt or {})
         checkpoint['state_dict'] = states.get_model_state_dict(self.model)
-        checkpoint['meta'] = dict(
-            checkpoint.get('meta', {}), seed=self.seed, time=time.strftime('%Y%m%d_%H%M%S')
-        )
+        now = time.strftime('%Y%m%d_%H%M%S')
+        checkpoint['meta'] = dict(checkpoint.get('meta', {}), seed=self.seed, time=now)
         if save_param_scheduler and hasattr(self, 'param_schedulers'):
             checkpoint['param_schedulers'] = self.scheduler_state_dict()
         tensors = {}

@@ -43,13 +43,11 @@ class IterationSeedHook(Hook):
     """Seed every iteration and every sample, so that a resumed training repeats the uninterrupted
     one.
 
-    mmengine does not store the state of the random number generators: after a resume, stochastic
-    depth, dropout, mixup and augmentation draw other numbers than the uninterrupted training, and
-    without a seed in the config, even the order of the images differs. With this hook the model's
-    numbers depend on the run's seed, the iteration and the rank alone, those of a sample on the
-    seed and its position in the training, and the order on the seed in the checkpoint. So losses
-    repeat to the last bit on the CPU, and on a GPU as far as its kernels are deterministic
-    (``randomness.deterministic``).
+    mmengine does not store the state of the random number generators. With this hook the numbers
+    of the model depend on the run's seed, the iteration and the rank alone, those of a sample on
+    the seed and its position in the training, and the order of the images on the seed in the
+    checkpoint. So losses repeat to the last bit on the CPU, and on a GPU as far as its kernels are
+    deterministic (``randomness.deterministic``).
 
     Samples that were used before the resume are not loaded again. A sample that cannot be loaded,
     or whose labels do not fit, stops the training with an error that names its files.
@@ -73,26 +71,18 @@ class IterationSeedHook(Hook):
         except TypeError as error:
             runner.logger.warning(f'The augmentation will not repeat after a resume: {error}.')
             return
-        _restart_iteration(loop, passed=runner.iter)
+        # Running workers do not know the seeds. mmengine until 0.10.7 starts them early, and loads
+        # all samples from before the resume again.
+        loader._iterator = None  # persistent workers
+        if hasattr(loop, 'dataloader_iterator'):  # loops over epochs create it later
+            iterator = type(loop.dataloader_iterator)(loader)
+            if loader.batch_sampler.sampler.start and not hasattr(iterator, 'skip_iter'):
+                iterator = itertools.chain(itertools.repeat(None, runner.iter), iterator)
+            loop.dataloader_iterator = iterator
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Seed the model's random numbers."""
         torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # the GPU's, too
-
-
-def _restart_iteration(loop, passed: int) -> None:
-    """Restart a loop's iteration over its data loader: running workers do not know the seeds.
-
-    mmengine until 0.10.7 starts them early, and loads all samples from before the resume again.
-    """
-    loop.dataloader._iterator = None  # persistent workers
-    if not hasattr(loop, 'dataloader_iterator'):  # loops over epochs create it later
-        return
-    iterator = type(loop.dataloader_iterator)(loop.dataloader)
-    sampler = loop.dataloader.batch_sampler.sampler
-    if sampler.start and not hasattr(iterator, 'skip_iter'):
-        iterator = itertools.chain(itertools.repeat(None, passed), iterator)
-    loop.dataloader_iterator = iterator
 
 
 @HOOKS.register_module()

@@ -3,7 +3,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from mmengine.logging import print_log
@@ -71,31 +70,29 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError('the learning rate of each layer derives from optimizer.lr: set it')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer wrapper of a model.
+        """Build the optimizer wrapper of a whole model, plain or wrapped.
 
         FSDP leaves each process flat shards of the parameters. The groups are made while they are
         whole, because weight decay depends on shapes, and gradients are clipped at the norm over
         all shards.
-
-        Args:
-            model (nn.Module): The whole model, plain or wrapped.
         """
-        sharded = hasattr(model, 'summon_full_params')
-        with model.summon_full_params(model, writeback=False) if sharded else nullcontext():
+        if not hasattr(model, 'summon_full_params'):
+            return super().__call__(model)
+        with model.summon_full_params(model, writeback=False):
             optim_wrapper = super().__call__(model)
-        if sharded:
-            _check_still_trained(optim_wrapper.optimizer, model)
-            if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
-                optim_wrapper.clip_func = lambda params, **kwargs: model.clip_grad_norm_(**kwargs)
+        own = set(model.parameters())
+        groups = optim_wrapper.optimizer.param_groups
+        if not all(param in own for group in groups for param in group['params']):
+            raise ValueError(
+                'FSDP with use_orig_params=False has no parameters that could have learning rates '
+                'of their own. Set strategy.model_wrapper.use_orig_params=True.'
+            )
+        if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
+            optim_wrapper.clip_func = lambda params, **kwargs: model.clip_grad_norm_(**kwargs)
         return optim_wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Append the parameter groups of a model to ``params``.
-
-        Args:
-            params (list[dict]): The list to extend.
-            module (nn.Module): The whole model, not wrapped.
-        """
+        """Append the parameter groups of a whole model, not wrapped, to ``params``."""
         layers_above = self._layers_above(module)
         groups = {}
         for name, param in _named_parameters(module):
@@ -109,13 +106,19 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if self.base_wd is not None:
                 group['weight_decay'] = self.base_wd * decay_mult
 
-        # From the first layer to the head.
-        for _, group in sorted(groups.items(), reverse=True, key=lambda item: item[0]):
+        for key in sorted(groups, reverse=True):  # from the first layer to the head
+            group = groups[key]
             params.append(group)
-            _log_group(group)
+            numel = sum(param.numel() for param in group['params'])
+            decay = group.get('weight_decay', 0)
+            print_log(
+                f'parameter group: lr {group["lr"]:.3g}, weight decay {decay:.3g}, '
+                f'{len(group["params"])} tensors, {numel:,} values',
+                logger='current',
+            )
 
-    def _layers_above(self, model: nn.Module) -> dict:
-        """Map each parameter of the backbone to the number of layers between it and the head."""
+    def _layers_above(self, model: nn.Module) -> dict[nn.Parameter, int]:
+        """Number of layers between each parameter of the backbone and the head."""
         if self.layer_decay_rate == 1:
             return {}
         backbone = getattr(model, 'backbone', None)
@@ -126,13 +129,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'but the backbone of {type(model).__name__} is {type(backbone).__name__}. Use '
                 'mmvil.VisionLSTM, or take layer_decay_rate out of optim_wrapper.paramwise_cfg.'
             )
-        above = {}
-        for name, param in _named_parameters(backbone):
-            layer, num_layers = backbone.get_layer_depth(name)
-            above[param] = num_layers - 1 - layer
-        return above
+        depths = {param: backbone.get_layer_depth(n) for n, param in _named_parameters(backbone)}
+        return {param: layers - 1 - layer for param, (layer, layers) in depths.items()}
 
-    def _multipliers(self, name: str, param: nn.Parameter) -> tuple:
+    def _multipliers(self, name: str, param: nn.Parameter) -> tuple[float, float]:
         """Factors of a parameter on the learning rate (before layer decay) and weight decay."""
         found = [key for key in self.custom_keys if key in name]
         if found:
@@ -147,16 +147,6 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param
 
 
-def _check_still_trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise a ValueError for FSDP's flat parameters, whose parts cannot differ in settings."""
-    own = set(model.parameters())
-    if not all(param in own for group in optimizer.param_groups for param in group['params']):
-        raise ValueError(
-            'FSDP with use_orig_params=False has no parameters that could have learning rates of '
-            'their own. Set strategy.model_wrapper.use_orig_params=True.'
-        )
-
-
 def _refuse_unknown(where: str, options: dict, known: tuple) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -164,12 +154,3 @@ def _refuse_unknown(where: str, options: dict, known: tuple) -> None:
             f'{where} has the unknown option(s) {unknown}, known are {list(known)}. '
             'flat_decay_mult is the one for the weight decay of norms and biases.'
         )
-
-
-def _log_group(group: dict) -> None:
-    numel = sum(param.numel() for param in group['params'])
-    print_log(
-        f'parameter group: lr {group["lr"]:.3g}, weight decay {group.get("weight_decay", 0):.3g}, '
-        f'{len(group["params"])} tensors, {numel:,} values',
-        logger='current',
-    )

@@ -38,13 +38,12 @@ class NaNGuardHook(Hook):
 
     def before_train(self, runner) -> None:
         self._recent = deque(maxlen=self.interval + 1)
-        self._scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-        if self._scaler is not None and self._scaler.is_enabled():
-            self._scale = self._scaler.get_scale()
+        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if self._scaler is not None:
+            self._scale = scaler.get_scale()
             skips = runner.message_hub.log_scalars.get('train/amp_skips')
             self._skips = 0 if skips is None else int(skips.current())
-        else:
-            self._scaler = None
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None

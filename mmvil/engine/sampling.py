@@ -108,9 +108,10 @@ class _SeededFetch:
         except Exception as error:
             message = f'cannot load {self._name(draw)}: {type(error).__name__}: {error}'
             raise SampleError(' '.join(message.split())) from error
-        complaint = self._complaint(sample)
-        if complaint:
-            raise SampleError(f'{self._name(draw)}: {complaint}')
+        try:
+            self._check(sample)
+        except ValueError as error:
+            raise SampleError(f'{self._name(draw)}: {error}') from None
         return sample
 
     def _name(self, draw: _Draw) -> str:
@@ -121,31 +122,25 @@ class _SeededFetch:
             files = []
         return ' with annotation '.join(filter(None, files)) or f'sample {int(draw)}'
 
-    def _complaint(self, sample) -> str:
-        """Describe wrong labels, on which the loss would crash, on a GPU without a reason."""
+    def _check(self, sample) -> None:
+        """Raise a ValueError for labels on which the loss crashes, on a GPU without a reason."""
         target = sample.get('data_samples') if isinstance(sample, dict) else None
+        labels = getattr(target, 'gt_label', None)
         annotation = getattr(target, 'gt_sem_seg', None)
         if annotation is not None:
-            labels, image = annotation.data, sample['inputs']
-            if labels.shape[-2:] != image.shape[-2:]:
-                return (
-                    f'the annotation has {_size(labels)} pixels and the image {_size(image)}, '
-                    'after the pipeline'
+            labels = annotation.data
+            ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
+            if ours != images:
+                raise ValueError(
+                    f'the annotation has {ours} pixels and the image {images}, after the pipeline'
                 )
             labels = labels[labels != getattr(self.dataset, 'ignore_index', 255)]
-        else:
-            labels = getattr(target, 'gt_label', None)
         classes = (getattr(self.dataset, 'metainfo', None) or {}).get('classes')
         if classes is None or not torch.is_tensor(labels) or not labels.numel():
-            return ''
+            return
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(classes):
-            return (
+            raise ValueError(
                 f'its labels run from {low} to {high}, but the dataset has classes 0 to '
                 f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
             )
-        return ''
-
-
-def _size(image) -> str:
-    return 'x'.join(str(side) for side in image.shape[-2:])
