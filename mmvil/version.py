@@ -28,9 +28,8 @@ def check_versions() -> None:
     mmengine may be absent: mmvil needs mmseg only for segmentation, mmpretrain for classification.
 
     Raises:
-        ImportError: If a package is older or newer than mmvil supports, or mmengine is missing.
-            The message names every such package, the supported range and the command that installs
-            it.
+        ImportError: If a package is older or newer than mmvil supports, or mmengine is missing,
+            with the command that installs it.
 
     Warns:
         UserWarning: If two distributions of one module are installed, which overwrite each other.

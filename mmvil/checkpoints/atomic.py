@@ -12,8 +12,8 @@ PARTIAL = '.partial'
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear under their name only when they are complete and on the disk.
 
-    mmengine writes a checkpoint to its final name, and when it is killed or the disk is full,
-    leaves half a file as the newest checkpoint. ``CheckpointHook(backend_args=ATOMIC)`` does not.
+    mmengine itself leaves half a file as the newest checkpoint when it is killed or the disk is
+    full; with ``CheckpointHook(backend_args=ATOMIC)`` it does not.
     """
 
     def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 """Convert official Vision-LSTM state dicts to ours, and read the architecture off a state dict."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -34,13 +35,10 @@ def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
 
     Args:
         checkpoint (Mapping): A checkpoint with ``state_dict``, or a state dict; ours or an official
-            one. Not changed.
+            one, see :func:`vil_to_mmvil`.
 
     Returns:
         dict[str, Tensor]: A new dict, without the prefix ``module.`` that DDP adds.
-
-    Raises:
-        ValueError: As :func:`vil_to_mmvil` does.
     """
     state = checkpoint.get('state_dict', checkpoint)
     state = {name.removeprefix('module.'): value for name, value in state.items()}
@@ -134,24 +132,18 @@ def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
 
 
 def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
-    """Check that all blocks have the same tensors, in the same shapes.
-
-    Args:
-        state_dict (Mapping[str, Tensor]): A classifier in our layout, see :func:`vil_to_mmvil`.
-
-    Raises:
-        ValueError: If a block is missing or differs from the first one.
+    """Raise a ValueError if a block of a classifier in our layout is missing, or its tensors differ
+    from those of the first block in names or shapes.
     """
-    blocks = {}
+    blocks = defaultdict(set)
     for key, value in state_dict.items():
         if match := _BLOCK.match(key):
-            blocks.setdefault(int(match[1]), {})[match[2]] = tuple(value.shape)
+            blocks[int(match[1])].add((match[2], tuple(value.shape)))
     for block in range(1 + max(blocks, default=0)):
-        if blocks.get(block) != blocks.get(0):
-            differing = sorted(set(blocks.get(block, {}).items()) ^ set(blocks.get(0, {}).items()))
+        if differing := dict(sorted(blocks[block] ^ blocks[0])):
             raise ValueError(
                 f'Block {block} does not have the tensors of block 0: they differ in '
-                f'{", ".join(dict(differing))}.'
+                f'{", ".join(differing)}.'
             )
 
 

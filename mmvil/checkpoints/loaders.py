@@ -28,12 +28,9 @@ def load_safely(path: str | os.PathLike, map_location=None) -> dict:
     """Load a checkpoint without running code that it may contain.
 
     Args:
-        path (str): A file; or the folder of a sharded checkpoint, whose weights are joined.
+        path (str): A file, see :func:`mmvil.checkpoints.safe_load.load_file`; or the folder of a
+            sharded checkpoint, whose weights are joined.
         map_location: See :func:`torch.load`. Default: None.
-
-    Raises:
-        FileNotFoundError, UntrustedCheckpointError, DamagedCheckpointError: See
-            :func:`mmvil.checkpoints.safe_load.load_file`.
     """
     return join_shards(path) if os.path.isdir(path) else load_file(path, map_location)
 
@@ -90,19 +87,15 @@ def cached_path(official: OfficialCheckpoint) -> Path:
 
 
 def fetch_checkpoint(address: str) -> Path:
-    """Download an official checkpoint unless it is in the cache. In a distributed run all processes
-    have to call this; process 0 goes first.
+    """Download an official checkpoint unless it is in the cache, and return the file. All processes
+    of a distributed run have to call this; process 0 goes first.
 
     Args:
         address (str): ``mmvil://NAME`` or the URL, see :func:`mmvil.checkpoints.find_official`.
 
-    Returns:
-        Path: The file.
-
     Raises:
         ValueError: If there is no official checkpoint of this name.
-        FileNotFoundError: If it can neither be found nor downloaded; the message says which file to
-            put where.
+        FileNotFoundError: If it cannot be downloaded, with the file to put where.
     """
     return _fetch(find_official(address).url, address)
 

@@ -23,9 +23,8 @@ def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False)
     """Load a checkpoint file, in either of PyTorch's formats.
 
     The pickle inside a checkpoint can name any function for Python to call. Here it may name what
-    checkpoints are made of: tensors, containers, numbers, NumPy arrays, mmengine's logs.
-    ``torch.load(weights_only=True)`` refuses the logs, and before PyTorch 2.5 cannot be told to
-    take them.
+    checkpoints are made of: tensors, containers, numbers, NumPy arrays, and mmengine's logs, which
+    ``torch.load(weights_only=True)`` cannot be told to take before PyTorch 2.5.
 
     Args:
         path (str): The file.
@@ -39,8 +38,11 @@ def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False)
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f'Checkpoint not found: {os.path.abspath(path)}')
-    if not trusted and _is_torchscript(path):  # which torch.load would hand to torch.jit.load
-        raise UntrustedCheckpointError(f'{path} is TorchScript, which may run code')
+    if not trusted and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.rpartition('/')[2] == 'constants.pkl' for name in names):  # for torch.jit.load
+            raise UntrustedCheckpointError(f'{path} is TorchScript, which may run code')
     pickle_module = pickle if trusted else _PICKLE
     try:
         return torch.load(path, map_location, pickle_module=pickle_module, weights_only=False)
@@ -69,13 +71,6 @@ def check_pickle(path: str | os.PathLike) -> None:
         raise UntrustedCheckpointError(f'{path} {error}') from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         raise DamagedCheckpointError(f'{path} is damaged: {error}') from error
-
-
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.rpartition('/')[2] == 'constants.pkl' for name in archive.namelist())
 
 
 # -- What the pickle in a checkpoint may name ------------------------------------------------------

@@ -7,7 +7,6 @@ read what any other number wrote, also a single one without a process group. Wha
 """
 
 import errno
-import inspect
 import os
 import shutil
 import warnings
@@ -26,13 +25,7 @@ WEIGHTS = 'state_dict'
 
 def require_shards() -> None:
     """Raise a ValueError if the installed PyTorch is too old for sharded checkpoints."""
-    try:
-        from torch.distributed import checkpoint
-
-        fits = 'no_dist' in inspect.signature(checkpoint.load).parameters
-    except (AttributeError, ImportError):
-        fits = False
-    if not fits:
+    if torch.__version__ < (2, 7):
         raise ValueError(
             f'sharded checkpoints need PyTorch 2.7 or later, and this is {torch.__version__}. '
             "Checkpoints in one file, state_dict_cfg='full', do not."
