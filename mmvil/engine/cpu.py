@@ -66,8 +66,7 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes, on CPUs.
 
-    ``SyncBatchNorm`` of torch runs on GPUs only. This does the same with plain differentiable
-    operations; on one process it is ``BatchNorm2d``. The tools replace SyncBN by it without a GPU.
+    ``SyncBatchNorm`` of torch runs on GPUs only; without one, the tools replace it by this.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ class FSDPStrategy(_FSDPStrategy):
         state_dict_cfg (str | dict): Format of checkpoints. 'full': process 0 gathers the weights
             and writes one file, like plain training. 'sharded': every process writes its share to a
             folder, from which any number of processes can resume and the tools load the plain model
-            (PyTorch 2.7 or later). Both can be loaded with either setting. For others see
-            :class:`mmengine._strategy.FSDPStrategy`. Default: 'full'.
+            (PyTorch 2.7 or later). Both can be loaded with either setting. Default: 'full'.
         **kwargs: See :class:`mmengine._strategy.FSDPStrategy`.
 
     Raises:
@@ -125,8 +124,7 @@ def _sharded_states():
 def wrap_classes(
     module: nn.Module, recurse: bool, nonwrapped_numel: int, names: Sequence[str]
 ) -> bool:
-    """FSDP policy that wraps every module whose class has one of the names.
-
-    For ViL that is ViLBlock: with parts of it wrapped, it calls them one by one, which is slower.
+    """FSDP policy that wraps every module whose class has one of the names, for ViL ViLBlock: with
+    parts of it wrapped, it calls them one by one, which is slower.
     """
     return recurse or type(module).__name__ in names

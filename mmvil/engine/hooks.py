@@ -20,9 +20,7 @@ _WRAPPERS = re.compile(r'^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_mo
 @HOOKS.register_module()
 class AdaptInputChannelsHook(Hook):
     """Adapt RGB weights in ``load_from`` to the channels of the training's images, see
-    :func:`mmvil.checkpoints.adapt_input_channels`.
-
-    It does nothing when a training is resumed or a model is tested: there, other channels are a
+    :func:`mmvil.checkpoints.adapt_input_channels`. In resuming and testing, other channels are a
     mistake.
     """
 

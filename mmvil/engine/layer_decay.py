@@ -17,11 +17,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     A parameter of layer ``i`` out of ``n`` trains with ``lr * layer_decay_rate ** (n - 1 - i)``;
     everything outside the backbone (necks, heads) trains with the full ``lr``. The layer is given
-    by ``backbone.get_layer_depth(name) -> (i, n)``, a method of mmpretrain's transformers, too. So
-    one constructor serves segmentors, classifiers and detectors, plain or wrapped (DDP, FSDP).
-
-    Parameters with equal learning rate and weight decay share a group: a few dozen groups rather
-    than one per tensor, for a short log and a fast optimizer step.
+    by ``backbone.get_layer_depth(name) -> (i, n)``, a method of mmpretrain's transformers, too.
+    Models may be plain or wrapped (DDP, FSDP). Frozen parameters are left out, the others share a
+    group where learning rate and weight decay are equal, for a short log and a fast step.
 
     A config chooses it by ``optim_wrapper.constructor``. Keys of ``optim_wrapper.paramwise_cfg``:
 
@@ -31,8 +29,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``custom_keys`` (dict): from a part of a parameter's name to ``dict(lr_mult=…,
       decay_mult=…)``, factors on top of the layer's learning rate and instead of
       ``flat_decay_mult``. The longest key found in the name wins.
-
-    Frozen parameters (``requires_grad=False``) are left out.
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper. Its ``optimizer`` needs ``lr``.
@@ -52,18 +48,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...         custom_keys={'pos_embed': dict(decay_mult=0.)}))
     """
 
-    OPTIONS = ('layer_decay_rate', 'flat_decay_mult', 'custom_keys')
-    CUSTOM_OPTIONS = ('lr_mult', 'decay_mult')
-
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
         self.layer_decay_rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
         self.flat_decay_mult = self.paramwise_cfg.get('flat_decay_mult', 1.0)
         self.custom_keys = self.paramwise_cfg.get('custom_keys', {})
 
-        _refuse_unknown('paramwise_cfg', self.paramwise_cfg, self.OPTIONS)
+        known = ['layer_decay_rate', 'flat_decay_mult', 'custom_keys']
+        _refuse_unknown('paramwise_cfg', self.paramwise_cfg, known)
         for key, options in self.custom_keys.items():
-            _refuse_unknown(f'paramwise_cfg.custom_keys[{key!r}]', options, self.CUSTOM_OPTIONS)
+            where = f'paramwise_cfg.custom_keys[{key!r}]'
+            _refuse_unknown(where, options, ['lr_mult', 'decay_mult'])
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
         if self.base_lr is None:
@@ -147,10 +142,10 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param
 
 
-def _refuse_unknown(where: str, options: dict, known: tuple) -> None:
+def _refuse_unknown(where: str, options: dict, known: list[str]) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
-            f'{where} has the unknown option(s) {unknown}, known are {list(known)}. '
+            f'{where} has the unknown option(s) {unknown}, known are {known}. '
             'flat_decay_mult is the one for the weight decay of norms and biases.'
         )

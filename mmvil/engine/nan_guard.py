@@ -14,15 +14,13 @@ class NaNGuardHook(Hook):
     """Stop at a non-finite loss, before it reaches a checkpoint.
 
     The error names the iteration and the files of its batch and of the batch before, whose step
-    made the weights. Losses are checked every ``interval`` iterations and before each checkpoint,
-    because a check makes the CPU wait for the GPU. Non-finite weights are not saved either.
-
-    With loss scaling (float16), gradients that overflow occasionally are normal: PyTorch skips the
-    step and halves the scale. Each skip is logged as a warning, and counted in ``amp_skips`` beside
-    ``amp_scale``. A non-finite loss is not normal in float16 either.
+    made the weights. Non-finite weights are not saved either. With loss scaling (float16),
+    gradients that overflow occasionally are normal: PyTorch skips the step and halves the scale.
+    Each skip is logged as a warning, and counted in ``amp_skips`` beside ``amp_scale``.
 
     Args:
-        interval (int): Iterations between checks; on the CPU, each is checked. Default: 10.
+        interval (int): Iterations between checks, which make the CPU wait for the GPU; on the CPU,
+            and before a checkpoint, each iteration is checked. Default: 10.
 
     Raises:
         ValueError: If ``interval`` is less than 1.
@@ -51,10 +49,9 @@ class NaNGuardHook(Hook):
         """Record the loss, and check the recorded ones when it is time."""
         if self._scaler is not None:
             self._watch_scale(runner)
-        loss = (outputs or {}).get('loss')
-        if loss is None:
+        if not outputs or outputs.get('loss') is None:
             return
-        loss = torch.as_tensor(loss).detach().mean()
+        loss = torch.as_tensor(outputs['loss']).detach().mean()
         self._recent.append((runner.iter + 1, loss, file_names(data_batch)))
         if loss.device.type == 'cpu' or self.every_n_train_iters(runner, self.interval):
             self._check_losses(runner)
@@ -114,7 +111,5 @@ class NaNGuardHook(Hook):
 def file_names(data_batch) -> list[str]:
     """List the image files of a batch, as far as its data samples name them."""
     samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
-    if not isinstance(samples, (list, tuple)):
-        return []
-    names = (getattr(sample, 'img_path', None) for sample in samples)
-    return [str(name) for name in names if name]
+    samples = samples if isinstance(samples, (list, tuple)) else ()
+    return [str(sample.img_path) for sample in samples if getattr(sample, 'img_path', None)]

@@ -31,8 +31,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
             dataset fetches batches by ``__getitems__``, which PyTorch prefers.
         seed (int): Seed of the training.
         epoch (int): Number of finished epochs. Default: 0.
-        passed (int): Batches used before, which the loader's ``InfiniteSampler``, which knows no
-            epochs, skips. Default: 0.
+        passed (int): Batches used before, which an ``InfiniteSampler`` skips. Default: 0.
 
     Raises:
         TypeError: If the loader's samples have no indices, or a ``__getitems__`` of their own.
