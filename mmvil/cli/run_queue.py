@@ -8,16 +8,13 @@ A run has a name. Three kinds of files hold its state:
     NAME.attempt-K.error  the K-th attempt failed; this is the trace.
 
 An attempt begins by creating its file exclusively, which a file system (NFS, too) grants to one
-process only. It ends when it fails, or when its file was not touched for a while: then its process
-was killed, and any process may begin attempt K + 1. No file is moved or used twice, so that no two
-processes ever hold one run. Ages are measured by the clock of the file system, so that the clocks
-of the machines need not agree. No process is declared dead at first sight, because after a pause of
-the whole machine all of them look dead until their next heartbeat.
+process only. It ends when it fails, or when its file was not touched for a while: then any process
+may begin attempt K + 1. No file is moved or used twice, so that no two processes ever hold one run.
+The clocks of the machines need not agree: ages are measured by that of the file system.
 """
 
 import json
 import os
-import re
 import socket
 import tempfile
 import textwrap
@@ -45,9 +42,7 @@ class Claims:
         max_attempts (int): Attempts after which a run counts as failed. Default: 3.
     """
 
-    def __init__(
-        self, folder: str | Path, stale_after: float = 300.0, max_attempts: int = 3
-    ) -> None:
+    def __init__(self, folder: str | Path, stale_after: float = 300, max_attempts: int = 3) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stale_after = stale_after
@@ -57,26 +52,19 @@ class Claims:
 
     def states(self, names: list[str]) -> dict[str, str]:
         """State of each run: 'done', 'running', 'failed', 'open', or 'again': open once more."""
-        files = set(os.listdir(self.folder))
-        attempts = self._attempts(files)
-        now = self._now()
-        return {name: self._state(name, files, attempts.get(name, 0), now) for name in names}
+        return {name: state for name, (state, _) in self._look_at(names).items()}
 
     def claim(self, name: str) -> 'Claim | None':
         """Begin a run, or return None if it is not open."""
-        files = set(os.listdir(self.folder))
-        attempt = self._attempts(files).get(name, 0)
-        if self._state(name, files, attempt, self._now()) not in ('open', 'again'):
+        state, last = self._look_at([name])[name]
+        if state not in ('open', 'again'):
             return None
-        attempt += 1
-        path = self.folder / f'{name}.attempt-{attempt}'
         try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            with (self.folder / f'{name}.attempt-{last + 1}').open('x') as file:
+                file.write(f'{socket.gethostname()}, process {os.getpid()}\n')
         except FileExistsError:
             return None
-        with os.fdopen(file, 'w') as stream:
-            stream.write(f'{socket.gethostname()}, process {os.getpid()}\n')
-        claim = Claim(self, name, attempt)
+        claim = Claim(self, name, last + 1)
         if claim.superseded() or self.result_path(name).exists():  # since we looked
             claim.release()
             return None
@@ -84,10 +72,11 @@ class Claims:
 
     def result(self, name: str) -> dict | None:
         """Result of a finished run, else None."""
-        try:
-            return json.loads(self.result_path(name).read_text())
-        except FileNotFoundError:
-            return None
+        path = self.result_path(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def result_path(self, name: str) -> Path:
+        return self.folder / f'{name}.json'
 
     def last_error(self, name: str) -> str:
         """Last line of the newest trace of a run."""
@@ -100,10 +89,19 @@ class Claims:
         for path in self.folder.glob(f'{name}.attempt-*'):
             path.unlink(missing_ok=True)
 
-    def result_path(self, name: str) -> Path:
-        return self.folder / f'{name}.json'
+    def _look_at(self, names: list[str]) -> dict[str, tuple[str, int]]:
+        """State of each run, and number of its last attempt."""
+        files = set(os.listdir(self.folder))
+        last = dict.fromkeys(names, 0)
+        for file in files:
+            name, _, number = file.rpartition('.attempt-')
+            if name in last and number.isdigit():
+                last[name] = max(last[name], int(number))
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix='.clock-') as file:
+            now = os.fstat(file.fileno()).st_mtime
+        return {name: (self._state(name, last[name], files, now), last[name]) for name in names}
 
-    def _state(self, name: str, files: set, attempt: int, now: float) -> str:
+    def _state(self, name: str, attempt: int, files: set, now: float) -> str:
         if f'{name}.json' in files:
             return 'done'
         if not attempt:
@@ -113,30 +111,13 @@ class Claims:
                 touched = (self.folder / f'{name}.attempt-{attempt}').stat().st_mtime
             except FileNotFoundError:  # just released
                 return 'open'
-            if not self._is_dead(name, attempt, touched, now):
+            if now - touched < self.stale_after:
+                return 'running'
+            # Not dead at first sight: after a pause of the machine all look so for a heartbeat.
+            since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
+            if time.monotonic() - since < 2 * self.heartbeat:
                 return 'running'
         return 'failed' if attempt >= self.max_attempts else 'again'
-
-    def _is_dead(self, name: str, attempt: int, touched: float, now: float) -> bool:
-        """Whether an attempt is stale and has been since two heartbeats ago, by our own clock."""
-        if now - touched < self.stale_after:
-            return False
-        since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
-        return time.monotonic() - since >= 2 * self.heartbeat
-
-    @staticmethod
-    def _attempts(files) -> dict[str, int]:
-        """Number of the last attempt of each run."""
-        last = {}
-        for file in files:
-            match = re.fullmatch(r'(.+)\.attempt-(\d+)', file)
-            if match:
-                last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-        return last
-
-    def _now(self) -> float:
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix='.clock-') as file:
-            return os.fstat(file.fileno()).st_mtime
 
 
 class Claim:
@@ -210,10 +191,9 @@ def work(
 
     Args:
         claims (Claims): The shared folder.
-        states (Callable): Returns {run: state} of the runs known by now, see
-            :meth:`Claims.states`; each run has a ``name``.
+        states (Callable): Returns {run: state} of the runs known by now; each run has a ``name``.
         do (Callable): Does a run and returns its result.
-        describe (Callable): One line on a run and its result, once it is published.
+        describe (Callable): Returns a line on a run and its published result.
         say (Callable): Reports a line.
 
     Raises:
@@ -221,14 +201,10 @@ def work(
     """
     failed = set()  # since the last success
     waiting = False
-    while True:
-        now = states()
-        open_runs = [run for run, state in now.items() if state in ('open', 'again')]
-        claimed = ((run, claims.claim(run.name)) for run in open_runs)
-        run, claim = next(((run, claim) for run, claim in claimed if claim), (None, None))
+    while unfinished := [run for run, state in states().items() if state not in ('done', 'failed')]:
+        claimed = ((run, claims.claim(run.name)) for run in unfinished)
+        run, claim = next((pair for pair in claimed if pair[1]), (None, None))
         if claim is None:
-            if not open_runs and 'running' not in now.values():
-                return
             if not waiting:
                 say('The rest is being done by other processes; waiting for them.')
             waiting = True
