@@ -34,12 +34,12 @@ def main():
     problems = []
     for split, dataset_cfg in distinct_datasets(cfg, args.splits):
         check_folders(cfg, f'{split}_dataloader')
-        report = check_dataset(dataset_cfg, cfg, args.jobs)
-        print(f'{split}: {report.images} images, {len(report.classes)} classes')
-        print_problems(report.problems)
-        if report.counts is not None:
-            print_classes(report.classes, report.counts)
-        problems += report.problems
+        images, classes, found, counts = check_dataset(dataset_cfg, cfg, args.jobs)
+        print(f'{split}: {images} images, {len(classes)} classes')
+        print_problems(found)
+        if counts is not None:
+            print_classes(classes, counts)
+        problems += found
 
     if args.out:
         Path(args.out).write_text(''.join(f'{file}: {what}\n' for what, file in problems))
@@ -53,9 +53,8 @@ def make_check_parser():
     add_config_arguments(parser)
     add('--data-root', help="folder of the data, instead of the config's")
     add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all that differ')
-    add(
-        '-j', '--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)'
-    )
+    jobs = os.cpu_count()
+    add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
     add('--out', help='text file for the names of all files that were found')
     return parser
 
@@ -76,7 +75,7 @@ def distinct_datasets(cfg, splits):
 
 
 def print_problems(problems):
-    """Print what is wrong, and the first files of each kind."""
+    """Print the kinds of problems, and the first files of each kind."""
     kinds = defaultdict(list)
     for what, file in problems:
         kinds[what].append(file)
@@ -91,9 +90,9 @@ def print_problems(problems):
 def print_classes(classes, counts):
     """Print the share of each class, and in how many images it occurs."""
     shares, images = counts.sum(0) / max(counts.sum(), 1), (counts > 0).sum(0)
-    shown = range(len(classes)) if len(classes) <= 30 else shares.argsort()[:10]
-    print('  share, images, class' + ('' if len(classes) <= 30 else ' (the 10 rarest)'))
-    for i in shown:
+    few = len(classes) <= 30
+    print('  share, images, class' + ('' if few else ' (the 10 rarest)'))
+    for i in range(len(classes)) if few else shares.argsort()[:10]:
         print(f'  {shares[i]:6.2%} {images[i]:6} {classes[i]}')
     never = [str(classes[i]) for i in np.flatnonzero(images == 0)]
     if never:

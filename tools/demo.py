@@ -6,6 +6,7 @@ python tools/demo.py drive.mp4 configs/upernet_vil_t_ade20k.py checkpoint.pth --
 python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -27,11 +28,12 @@ def main():
     if args.every < 1:
         raise UserError(f'--every must be at least 1, but is {args.every}')
     cfg = load_config(args.config, args.cfg_options)
-    webcam = args.input.isdigit() and not Path(args.input).exists()
-    video = webcam or Path(args.input).suffix.lower() in VIDEOS
-    if video and not webcam and not Path(args.input).is_file():
-        raise UserError(f'video not found: {Path(args.input).absolute()}')
-    images = None if video else find_images(args.input)
+    path = Path(args.input)
+    is_webcam = args.input.isdigit() and not path.exists()
+    is_video = path.suffix.lower() in VIDEOS
+    if is_video and not path.is_file():
+        raise UserError(f'video not found: {path.absolute()}')
+    images = None if is_webcam or is_video else find_images(path)
     reader = ImageReader(cfg)
     model = build_model(cfg, args.checkpoint, args.device or get_device())
     if model.dataset_meta['classes'] is None:
@@ -41,14 +43,14 @@ def main():
     draw = make_artist(model, reader, args.opacity, legend=not args.no_legend)
 
     out_dir = Path(args.out_dir)
-    if video:
-        source = int(args.input) if webcam else args.input
-        out_file = out_dir / (f'webcam{source}.mp4' if webcam else f'{Path(source).stem}.mp4')
-        if not webcam and out_file.resolve() == Path(source).resolve():
-            raise UserError(f'{out_file} is the input; choose another --out-dir')
-        draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
-    else:
+    if images is not None:
         draw_images(images, reader.load, draw, out_dir)
+        return
+    out_file = out_dir / (f'webcam{path}.mp4' if is_webcam else f'{path.stem}.mp4')
+    if is_video and out_file.resolve() == path.resolve():
+        raise UserError(f'{out_file} is the input; choose another --out-dir')
+    source = int(args.input) if is_webcam else args.input
+    draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
 
 
 def make_demo_parser():
@@ -82,34 +84,24 @@ def draw_images(images, load, draw, out_dir):
 
 
 def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
-    """Draw the frames of a video or webcam into a video.
-
-    Args:
-        source (str | int): File, or number of a webcam.
-        draw (Callable): From :func:`mmvil.cli.drawing.make_artist`.
-        out_file (Path): Video to write.
-        every (int): Take every Nth frame. Default: 1.
-        max_frames (int, optional): Stop after that many.
-        show (bool): Show the frames in a window. Default: False.
-    """
+    """Draw every Nth frame of a video, or of a webcam by its number, into a video."""
     capture = cv2.VideoCapture(source)
     if not capture.isOpened():
-        raise UserError(
-            f'cannot open the {"webcam" if isinstance(source, int) else "video"} {source}'
-        )
+        kind = 'webcam' if isinstance(source, int) else 'video'
+        raise UserError(f'cannot open the {kind} {source}')
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps if 0 < fps < 1000 else 25  # webcams and some files do not know
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) // every
     if max_frames:
         total = min(total, max_frames) or max_frames
-    writer, done, position, last = None, 0, 0, 0.0
+    of = f' of {total}' if total else ''
+    writer, done, last = None, 0, 0.0
     start = time.perf_counter()
     try:
-        while max_frames is None or done < max_frames:
-            if not capture.grab():
+        for position in itertools.count():
+            if done == max_frames or not capture.grab():
                 break
-            position += 1
-            if (position - 1) % every:
+            if position % every:
                 continue
             drawn, found = draw(capture.retrieve()[1])
             if writer is None:
@@ -119,7 +111,6 @@ def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
             seconds = time.perf_counter() - start
             if seconds - last >= (1 if sys.stdout.isatty() else 10):
                 last = seconds
-                of = f' of {total}' if total else ''
                 print(f'frame {done}{of}, {done / seconds:.1f} per second: {found}', flush=True)
             if show:
                 cv2.imshow(str(source), drawn)
@@ -138,7 +129,6 @@ def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
 
 
 def open_writer(out_file, fps, size):
-    """A writer of MP4 files, for frames of a size (height, width)."""
     out_file.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(out_file), cv2.VideoWriter_fourcc(*'mp4v'), fps, size[::-1])
     if not writer.isOpened():

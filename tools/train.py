@@ -10,13 +10,7 @@ from mmvil.cli.config import read_runner_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import build_runner, check_training, loading_hook
-from mmvil.cli.work_dir import (
-    check_complete,
-    find_resumable,
-    lock_work_dir,
-    refuse_shards,
-    save_atomically,
-)
+from mmvil.cli.work_dir import choose_checkpoint, lock_work_dir, save_atomically
 
 
 def main():
@@ -30,7 +24,7 @@ def main():
     with lock_work_dir(cfg.work_dir):
         notes = save_atomically(cfg)
         if cfg.get('resume'):
-            notes += choose_checkpoint(cfg, args)
+            notes += choose_checkpoint(cfg, args.resume == 'auto', args.trust_checkpoint)
         runner = build_runner(cfg, notes)
         runner.register_hook(loading_hook(cfg))
         runner.train()
@@ -45,10 +39,8 @@ def make_train_parser():
     add('--backbone-optim', action='store_true', help=recipe)
     resume = 'continue from a checkpoint, or by default from the newest good one in the work dir'
     add('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=resume)
-    amp = (
-        'train in mixed precision, float16 unless optim_wrapper.dtype says bfloat16; slow on a CPU'
-    )
-    add('--amp', action='store_true', help=amp)
+    amp = 'train in mixed precision, float16 unless optim_wrapper.dtype says bfloat16'
+    add('--amp', action='store_true', help=f'{amp}; slow on a CPU')
     types = ['float32', 'float16', 'bfloat16']
     add('--precision', choices=types, help="train in this precision instead of the config's")
     add('--no-validate', action='store_true', help='do not evaluate during training')
@@ -63,8 +55,7 @@ def read_config(args):
     """The config with what the command line changes."""
     if args.backbone is None and (args.checkpoint or args.backbone_optim):
         raise UserError('--checkpoint and --backbone-optim need --backbone')
-    swap = dict(checkpoint=args.checkpoint, optim=args.backbone_optim) if args.backbone else {}
-    cfg = read_runner_config(args, **swap)
+    cfg = read_runner_config(args, checkpoint=args.checkpoint, optim=args.backbone_optim)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.no_persistent_workers:
@@ -91,20 +82,6 @@ def read_config(args):
             )
         cfg.auto_scale_lr.enable = True
     return cfg
-
-
-def choose_checkpoint(cfg, args):
-    """Set what to resume from: the checkpoint that was named, else the newest in the work dir."""
-    notes = []
-    if args.resume == 'auto' or cfg.get('load_from') is None:
-        newest, notes = find_resumable(cfg.work_dir, args.trust_checkpoint)
-        cfg.resume = newest is not None
-        cfg.load_from = newest or cfg.get('load_from')
-    else:
-        check_complete(cfg.load_from, args.trust_checkpoint)
-    if cfg.resume and cfg.get('strategy') is None:
-        refuse_shards(cfg.load_from)
-    return notes
 
 
 if __name__ == '__main__':

@@ -6,18 +6,27 @@ import difflib
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-import mmvil
-
 from ..apis import swap_backbone
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error, one_line
 
-CONFIGS = Path(mmvil.__file__).resolve().parent / '.mim' / 'configs'
+
+def configs_of(library: str) -> Path:
+    """Folder of the configs of an installed library.
+
+    ``mmengine.hub.get_config`` looks for the distribution mmsegmentation where the maintained
+    onedl-mmsegmentation is installed, and would install it over that one.
+    """
+    return Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'configs'
+
+
+CONFIGS = configs_of('mmvil')
 
 
 def load_config(path: str, options: dict, backbone: str | None = None, **swap) -> Config:
@@ -28,61 +37,39 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         options (dict): Settings to merge, by dotted name.
         backbone (str, optional): ViL that replaces the config's backbone first.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
-
-    Raises:
-        UserError: If the file is missing or broken, or needs a library that is not installed.
     """
     if '::' in path:
-        path = _config_of_library(*path.split('::', 1))
+        library, inner = path.split('::', 1)
+        _require([library], path)
+        path = str(configs_of(library) / inner)
     if not os.path.isfile(path):
         known = {config.name: config for config in CONFIGS.glob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
         hint = f'Did you mean {os.path.relpath(known[close[0]])}?' if close else 'See configs/.'
         raise UserError(f'config not found: {path}. {hint}')
-    try:
+    with as_user_error(f'cannot read {path}'):  # a config is Python
         cfg = Config.fromfile(path)
-    except Exception as error:  # a config is Python
-        raise UserError(f'cannot read {path}: {one_line(error)}') from error
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
-    try:
+    misfits = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+    with as_user_error(f'--cfg-options do not fit {path}', misfits):
         cfg.merge_from_dict(options)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'--cfg-options do not fit {path}: {one_line(error)}') from error
 
     types = [node.get('type') for node in dicts(cfg)]
     scoped = {name.partition('.')[0] for name in types if isinstance(name, str) and '.' in name}
-    for library in sorted({cfg.get('default_scope', 'mmengine'), *scoped}):
-        _require(library, path)
+    _require(sorted({cfg.get('default_scope', 'mmengine'), *scoped}), path)
     return cfg
 
 
-def _config_of_library(library: str, path: str) -> str:
-    """Path of a config inside an installed library.
-
-    ``mmengine.hub.get_config`` looks for the distribution mmsegmentation where the maintained
-    onedl-mmsegmentation is installed, and would install it over that one.
-    """
-    package = _require(library, f'{library}::{path}')
-    return str(Path(package.origin).parent / '.mim' / 'configs' / path)
-
-
-def _require(library: str, path: str):
-    package = importlib.util.find_spec(library)
-    if package is None:
-        raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
-    return package
+def _require(libraries: Iterable[str], path: str) -> None:
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
 
 
 def read_runner_config(args: argparse.Namespace, **swap) -> Config:
-    """Read the config that the arguments of ``add_runner_arguments`` describe.
-
-    Args:
-        args (Namespace): The arguments.
-        **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
-
-    Raises:
-        UserError: See :func:`load_config`.
+    """Read the config that the arguments of ``add_runner_arguments`` describe; see
+    :func:`load_config`.
     """
     cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
     cfg.launcher = args.launcher
@@ -111,9 +98,6 @@ def build_lazily(dataset_cfg: dict, scope: str | None):
 
     Returns:
         The dataset, or None where its class does not have these two options.
-
-    Raises:
-        UserError: If the class refuses its arguments.
     """
     with DATASETS.switch_scope_and_registry(scope) as registry:
         try:
@@ -124,3 +108,14 @@ def build_lazily(dataset_cfg: dict, scope: str | None):
             raise UserError(
                 f'cannot build the dataset {dataset_cfg.get("type")}: {one_line(error)}'
             ) from error
+
+
+def list_files(dataset_cfg: dict, scope: str | None):
+    """Dataset object that has read its list of files, without a pipeline."""
+    with (
+        DATASETS.switch_scope_and_registry(scope) as registry,
+        as_user_error(f'cannot list the files of {dataset_cfg["type"]}'),
+    ):
+        dataset = registry.build({**dataset_cfg, 'pipeline': []})
+        dataset.full_init()
+    return dataset

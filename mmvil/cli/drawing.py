@@ -25,41 +25,31 @@ def make_artist(
         Callable: Takes a result of ``reader.load``, or a frame (H, W, 3) uint8 in BGR; returns the
         drawn frame in BGR and a line on the classes that were found.
     """
-
-    def frame_and_result(loaded):
-        is_frame = isinstance(loaded, np.ndarray)
-        frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
-        return frame, predict(model, reader.prepare(loaded))
-
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    if not hasattr(model, 'decode_head'):
-
-        def classify(loaded):
-            frame, result = frame_and_result(loaded)
-            score, label = result.pred_score.max(0)
-            found = f'{classes[label]} {score:.1%}'
-            return (write_legend(frame, [(found, None)]) if legend else frame), found
-
-        return classify
-
     if palette is None:
         palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
     colors = np.array(palette, np.float32)[:, ::-1]  # BGR
 
-    def segment(loaded):
-        frame, result = frame_and_result(loaded)
+    def draw(loaded):
+        is_frame = isinstance(loaded, np.ndarray)
+        frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
+        result = predict(model, reader.prepare(loaded))
+        if not hasattr(model, 'decode_head'):
+            score, label = result.pred_score.max(0)
+            found = f'{classes[label]} {score:.1%}'
+            return (write_legend(frame, [(found, None)]) if legend else frame), found
+
         labels = result.pred_sem_seg.data[0].cpu().numpy()
         drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
         present, counts = np.unique(labels, return_counts=True)
         order = np.argsort(-counts)[:12]
-        largest = [
-            (classes[present[i]], counts[i] / labels.size, colors[present[i]]) for i in order
-        ]
+        largest, shares = present[order], counts[order] / labels.size
         if legend:
-            drawn = write_legend(drawn, [(name, color) for name, _, color in largest])
-        return drawn, ', '.join(f'{name} {share:.0%}' for name, share, _ in largest[:5])
+            drawn = write_legend(drawn, [(classes[label], colors[label]) for label in largest])
+        found = [f'{classes[label]} {share:.0%}' for label, share in zip(largest[:5], shares)]
+        return drawn, ', '.join(found)
 
-    return segment
+    return draw
 
 
 def write_legend(frame: np.ndarray, entries: list[tuple[str, Sequence[int] | None]]) -> np.ndarray:

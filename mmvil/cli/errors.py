@@ -4,6 +4,8 @@
 import errno
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mmvil
@@ -24,7 +26,11 @@ def is_first_process() -> bool:
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that the user can fix, None for any other."""
+    """One line for an error that the user can fix, None for any other.
+
+    The user can fix a ``UserError``, and a ``ValueError`` that mmvil itself raises about a value it
+    was given; a sample that cannot be used, a loss that is not finite, a disk that is full.
+    """
     if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
     if isinstance(error, UntrustedCheckpointError):
@@ -37,16 +43,20 @@ def explain(error: Exception) -> str | None:
             f'{error.strerror}{file}. Checkpoints written before are complete; continue with '
             '--resume when there is room.'
         )
-    if isinstance(error, (UserError, FloatingPointError)) or _raised_in_mmvil(error):
-        return str(error)
-    return None
-
-
-def _raised_in_mmvil(error: Exception) -> bool:
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(innermost.filename).is_relative_to(Path(mmvil.__file__).parent)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = raised_in.is_relative_to(Path(mmvil.__file__).parent)
+    return str(error) if is_ours or isinstance(error, (UserError, FloatingPointError)) else None
 
 
 def one_line(error: Exception) -> str:
     """Type and message of an exception in one line."""
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+@contextmanager
+def as_user_error(what: str, kinds: type | tuple = Exception) -> Iterator[None]:
+    """Let errors of some kinds within the block become a ``UserError`` that says what failed."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f'{what}: {one_line(error)}') from error

@@ -13,7 +13,7 @@ from torch import no_grad
 
 from ..checkpoints import weights_of
 from .config import build_lazily
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error
 from .preflight import check_checkpoint, check_fit
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
@@ -25,40 +25,24 @@ def build_model(cfg, checkpoint, device='cpu'):
     """Build the model of a config with the weights of a checkpoint, for inference.
 
     Args:
-        cfg (Config): Of a segmentor or classifier.
+        cfg (Config): Config of a segmentor or classifier.
         checkpoint (str): File or URL.
         device (str): Default: 'cpu'.
 
     Returns:
-        nn.Module: In evaluation mode, with its ``dataset_meta``.
-
-    Raises:
-        UserError: If the checkpoint is missing, no checkpoint, or does not fit.
+        nn.Module: In evaluation mode. Its ``dataset_meta`` has the names and colors of the classes:
+        those in the checkpoint, else those of the test dataset, else None.
     """
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = {key: value for key, value in cfg.model.items() if key != 'train_cfg'}
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the libraries' own deprecations
-            model = MODELS.build(model_cfg)
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f'cannot build the model: {error}') from error
-    model = revert_sync_batchnorm(model)
-    load_weights(model, checkpoint, cfg)
-    return model.to(device).eval()
+    misfits = (AssertionError, KeyError, TypeError)
+    with warnings.catch_warnings(), as_user_error('cannot build the model', misfits):
+        warnings.simplefilter('ignore')  # the libraries' own deprecations
+        model = revert_sync_batchnorm(MODELS.build(model_cfg))
 
-
-def load_weights(model, checkpoint, cfg):
-    """Load a checkpoint into a model, and names and colors of the classes into ``dataset_meta``.
-
-    They are those of the checkpoint, else those of the test dataset, else None.
-
-    Raises:
-        UserError: If the checkpoint does not fit.
-    """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     check_fit(model, loaded, checkpoint)
     model.load_state_dict(weights_of(loaded), strict=False)
@@ -71,6 +55,7 @@ def load_weights(model, checkpoint, cfg):
         meta = getattr(dataset, 'metainfo', None)
     meta = meta or {}
     model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+    return model.to(device).eval()
 
 
 @no_grad()
@@ -83,11 +68,7 @@ def predict(model, prepared):
 
 
 def find_images(path):
-    """List the image, or the images in the folder, sorted by name.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """List the image, or the images in the folder, sorted by name."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -105,9 +86,6 @@ class ImageReader:
     Args:
         cfg (Config): Config of a segmentor or classifier. Without a test pipeline, photographs are
             loaded, but cannot be prepared for a model.
-
-    Raises:
-        UserError: If the pipeline cannot be built.
     """
 
     def __init__(self, cfg):
@@ -120,18 +98,15 @@ class ImageReader:
         last = max((i for i, step in enumerate(pipeline) if loads(step)), default=-1)
         self._load = build_pipeline(pipeline[: last + 1])
         self._prepare = build_pipeline(pipeline[last + 1 :])
-        self.bgr = loads_bgr(pipeline)
+        # As the OpenCV and Pillow backends load three channels.
+        first = next(filter(loads, pipeline), {})
+        is_standard = str(first.get('type')).endswith('LoadImageFromFile')
+        self.bgr = is_standard and first.get('imdecode_backend') != 'tifffile'
 
     def load(self, path):
-        """Load a file as the config does: a dict with 'img', (H, W[, C]).
-
-        Raises:
-            UserError: If it cannot read the file.
-        """
-        try:
+        """Load a file as the config does: a dict with 'img', (H, W[, C])."""
+        with as_user_error(f'cannot read the image {path}'):
             results = self._load(dict(img_path=str(path)))
-        except Exception as error:
-            raise UserError(f'cannot read the image {path}: {one_line(error)}') from error
         if results is None:
             raise UserError(f"cannot read the image {path}: the config's loader skips it")
         return results
@@ -144,22 +119,15 @@ class ImageReader:
 
         Returns:
             dict: 'inputs' (C, H, W) and 'data_samples'.
-
-        Raises:
-            UserError: If the config has no test pipeline, or it does not take the image.
         """
         if not self._complete:
             raise UserError('the config has no test_dataloader with a pipeline to prepare images')
         if isinstance(loaded, np.ndarray):
             size = loaded.shape[:2]
             loaded = dict(img=loaded, img_shape=size, ori_shape=size)
-        try:
+        path = loaded.get('img_path', 'the frame')
+        with as_user_error(f"{path} cannot pass the config's pipeline"):
             return self._prepare(loaded)
-        except Exception as error:
-            path = loaded.get('img_path', 'the frame')
-            raise UserError(
-                f"{path} cannot pass the config's pipeline: {one_line(error)}"
-            ) from error
 
     def picture(self, image):
         """Convert an image for display, see :func:`picture`."""
@@ -172,23 +140,10 @@ def loads(step, what='image'):
     return name.startswith('Load') and ('Annotation' in name) == (what == 'annotation')
 
 
-def loads_bgr(pipeline):
-    """Whether a pipeline loads three channels as BGR, as the OpenCV and Pillow backends do."""
-    first = next((step for step in pipeline if loads(step)), {})
-    is_standard = str(first.get('type')).endswith('LoadImageFromFile')
-    return is_standard and first.get('imdecode_backend') != 'tifffile'
-
-
 def build_pipeline(steps):
-    """Compose the steps of a pipeline.
-
-    Raises:
-        UserError: If one cannot be built.
-    """
-    try:
+    """Compose the steps of a pipeline."""
+    with as_user_error('cannot build the pipeline'):
         return Compose(steps)
-    except Exception as error:
-        raise UserError(f'cannot build the pipeline: {one_line(error)}') from error
 
 
 def picture(image, bgr=True):

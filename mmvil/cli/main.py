@@ -17,13 +17,11 @@ from .errors import UserError, explain, is_first_process
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
-    """Call ``main``; report what the user can put right in one line and exit with status 2.
+    """Call ``main``; report what the user can put right in one line and exit with status 2, see
+    :func:`mmvil.cli.errors.explain`.
 
-    That is a ``UserError``, or a ``ValueError`` that mmvil itself raises about a value it was
-    given; a sample that cannot be used, a loss that is not finite, a disk that is full.
-    ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace.
-
-    Checkpoints are loaded without running code that they contain, unless ``--trust-checkpoint``.
+    ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace. Checkpoints are
+    loaded without running code that they contain, unless ``--trust-checkpoint``.
 
     Args:
         main (Callable): Parses the command line and does the work.
@@ -36,23 +34,15 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
         main()
     except (UserError, ValueError, FloatingPointError, OSError) as error:
         message = explain(error)
-        wants_trace = '--traceback' in argv or os.environ.get('MMVIL_TRACEBACK', '0') != '0'
-        if wants_trace or message is None:
+        if message is None or '--traceback' in argv or os.getenv('MMVIL_TRACEBACK', '0') != '0':
             raise
         # All ranks report the same errors, but each its own samples.
         if is_first_process() or isinstance(error, SampleError):
             print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
-    leave_process_group()
-
-
-def leave_process_group() -> None:
-    """Destroy the process group while Python still runs.
-
-    A thread of gloo may hold a tensor until after the last collective. To free it the thread needs
-    the interpreter; where that is gone, it aborts a process that has done all its work.
-    """
     if is_distributed():
+        # A thread of gloo may hold a tensor until after the last collective. To free it the thread
+        # needs the interpreter; where that is gone, it aborts a process that has done all its work.
         gc.collect()  # the model's wrapper holds the group, too
         torch.distributed.destroy_process_group()
 
@@ -61,11 +51,8 @@ def leave_process_group() -> None:
 
 
 def make_parser(doc: str, whole: bool = False) -> argparse.ArgumentParser:
-    """Parser with the arguments of every tool.
-
-    Args:
-        doc (str): Docstring of the tool; its first line is the description.
-        whole (bool): Show the whole docstring, with its examples. Default: False.
+    """Parser with the arguments of every tool, described by the first line of the tool's docstring
+    or the whole, with its examples.
     """
     parser = argparse.ArgumentParser(
         description=doc if whole else doc.partition('\n')[0],
@@ -79,36 +66,25 @@ def add_config_arguments(
     parser: argparse.ArgumentParser,
     help: str = 'config file, such as configs/upernet_vil_t_ade20k.py',
 ) -> None:
-    """Add ``config`` and ``--cfg-options``.
-
-    Args:
-        parser (ArgumentParser): Positional arguments that it has come before the config.
-        help (str): Text for the config.
-    """
+    """Add ``config``, with a help text, and ``--cfg-options``."""
     parser.add_argument('config', help=help)
     add_cfg_options(parser)
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``, which overrides settings of a config."""
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override settings of the config: model.backbone.arch=base key="[a,b]" key=a,b '
-        'key="[(a,b),(c,d)]"; quotes are needed, white space is not allowed',
+    help = (
+        'override settings of the config: model.backbone.arch=base key="[a,b]" key=a,b '
+        'key="[(a,b),(c,d)]"; quotes are needed, white space is not allowed'
     )
+    pairs = dict(nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    parser.add_argument('--cfg-options', help=help, **pairs)
 
 
 def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add ``--trust-checkpoint``, which :func:`run` looks for."""
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints even if they ask for functions that may run code',
-    )
+    help = 'load checkpoints even if they ask for functions that may run code'
+    parser.add_argument('--trust-checkpoint', action='store_true', help=help)
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from ..engine import AdaptInputChannelsHook
 from ..engine.config_nodes import dicts, innermost_datasets, loaders, strategy_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
-from .errors import UserError, one_line
+from .errors import UserError, as_user_error
 
 
 def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
@@ -32,26 +32,18 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
         cfg (Config): Not changed; the runner's own fits a machine without GPU, see
             :func:`mmvil.engine.cpu.fit_to_cpu`.
         notes (Sequence[str]): Warnings to write into the runner's log.
-
-    Raises:
-        UserError: If some part of the config is refused by the class that it configures, or
-            cannot be compiled.
     """
     cfg = copy.deepcopy(cfg)
     notes = [*notes, *fit_to_cpu(cfg)]
     for loader in loaders(cfg):
         if loader.get('num_workers', 0) == 0:  # torch refuses persistent workers then
             loader.persistent_workers = False
-    compiles = cfg.get('compile') and cfg.get('strategy') is not None
-    if compiles and strategy_name(cfg).startswith('DeepSpeed'):
+    if cfg.get('compile') and strategy_name(cfg).startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
-    try:
+    failed = 'cannot build what the config describes (--traceback shows where)'
+    with as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError)):
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f'cannot build what the config describes: {one_line(error)} (--traceback shows where)'
-        ) from error
-    if compiles:
+    if cfg.get('compile') and strategy_name(cfg):
         # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
@@ -61,12 +53,7 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
 
 
 def check_training(cfg: Config) -> None:
-    """Check all that a training needs before it starts.
-
-    Raises:
-        UserError: If an option of the backbone is unknown, the work dir cannot be written to, or
-            data or checkpoints are missing.
-    """
+    """Check all that a training needs before it starts."""
     check_backbone(cfg)
     check_work_dir(cfg)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
@@ -74,11 +61,7 @@ def check_training(cfg: Config) -> None:
 
 
 def check_backbone(cfg: Config) -> None:
-    """Check that VisionLSTM knows the options that the config gives it.
-
-    Raises:
-        UserError: If it does not, with the option that was probably meant.
-    """
+    """Check that VisionLSTM knows the options that the config gives it."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
         if str(node.get('type')).rpartition('.')[2] != 'VisionLSTM':
@@ -90,11 +73,7 @@ def check_backbone(cfg: Config) -> None:
 
 
 def check_work_dir(cfg: Config) -> None:
-    """Check that the work dir, or the folder that it will be made in, can be written to.
-
-    Raises:
-        UserError: If it cannot.
-    """
+    """Check that the work dir, or the folder that it will be made in, can be written to."""
     folder = Path(cfg.work_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -105,11 +84,7 @@ def check_work_dir(cfg: Config) -> None:
 
 
 def check_data(cfg: Config, *names: str) -> None:
-    """Check that folders, images and annotations of the named dataloaders exist.
-
-    Raises:
-        UserError: If something is missing.
-    """
+    """Check that folders, images and annotations of the named dataloaders exist."""
     for dataset in check_folders(cfg, *names):
         check_annotations(dataset)
 
@@ -119,9 +94,6 @@ def check_folders(cfg: Config, *names: str) -> list:
 
     Returns:
         list: Their datasets, see :func:`mmvil.cli.config.build_lazily`.
-
-    Raises:
-        UserError: If one is missing or empty.
     """
     datasets = []
     for name in filter(cfg.get, names):
@@ -149,36 +121,38 @@ def _check_folder(folder: str | None, loader: str) -> None:
 
 
 def check_annotations(dataset) -> None:
-    """Check that each image of a segmentation dataset has an annotation.
-
-    Raises:
-        UserError: If one has none, as after half a download.
-    """
-    prefix = getattr(dataset, 'data_prefix', {})
-    images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
-    if not images or not maps or dataset.ann_file or dataset.test_mode or '://' in images + maps:
+    """Check that each image of a segmentation dataset has an annotation: not half a download."""
+    if getattr(dataset, 'test_mode', True):
         return
-    names = stems(images, dataset.img_suffix)
-    missing = sorted(names - stems(maps, dataset.seg_map_suffix))
+    images, annotations = stems_of_images_and_annotations(dataset)
+    missing = sorted(images - annotations)
     if missing:
+        folders = dataset.data_prefix
         raise UserError(
-            f'{len(missing)} of {len(names)} images in {images} have no annotation in {maps} '
-            f'({missing[0]}{dataset.seg_map_suffix}, …). Was the download complete? '
-            'tools/check_dataset.py CONFIG lists all that is wrong.'
+            f'{len(missing)} of {len(images)} images in {folders["img_path"]} have no annotation '
+            f'in {folders["seg_map_path"]} ({missing[0]}{dataset.seg_map_suffix}, …). Was the '
+            'download complete? tools/check_dataset.py CONFIG lists all that is wrong.'
         )
 
 
-def stems(folder: str, suffix: str) -> set:
-    """Files under a folder that end in a suffix, without it, relative to the folder."""
+def stems_of_images_and_annotations(dataset) -> tuple[set[str], set[str]]:
+    """Files in the folders of images and annotations, without suffix; none where the dataset does
+    not take all files of two local folders.
+    """
+    prefix = getattr(dataset, 'data_prefix', {})
+    images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
+    if not images or not maps or dataset.ann_file or '://' in images + maps:
+        return set(), set()
+    return _stems(images, dataset.img_suffix), _stems(maps, dataset.seg_map_suffix)
+
+
+def _stems(folder: str, suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in scandir(folder, suffix, recursive=True)}
 
 
 def check_checkpoint(path: str) -> None:
-    """Check that a path is a PyTorch checkpoint. URLs are not checked.
-
-    Raises:
-        UserError: If it is missing or something else.
-        ValueError: If there is no official checkpoint of this name.
+    """Check that a path is a PyTorch checkpoint, or the name of an official one. Other URLs are not
+    checked.
     """
     if path.startswith('mmvil://'):
         find_official(path)
@@ -208,12 +182,8 @@ def check_config_checkpoints(cfg: Config) -> None:
 
 
 def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
-    """Check that a checkpoint holds every tensor of a model in the right shape.
-
-    mmengine only warns of missing ones and keeps their random initialization.
-
-    Raises:
-        UserError: If it does not.
+    """Check that a checkpoint holds every tensor of a model in the right shape, of which mmengine
+    only warns.
     """
     # FSDP itself knows the whole tensors, which it gives to rank 0; the module inside holds shards.
     sharded = hasattr(model, 'summon_full_params')

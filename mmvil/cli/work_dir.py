@@ -19,10 +19,7 @@ from .errors import UserError, is_first_process
 
 
 def save_atomically(cfg: Config) -> list[str]:
-    """Let checkpoints on local disks appear when they are complete.
-
-    Args:
-        cfg (Config): Of a training; its checkpoint hook is changed.
+    """Let the checkpoint hook of a config write local files that appear when they are complete.
 
     Returns:
         list[str]: Warnings for the log.
@@ -36,55 +33,42 @@ def save_atomically(cfg: Config) -> list[str]:
     return []
 
 
-def find_resumable(work_dir: str, trusted: bool = False) -> tuple[str | None, list[str]]:
-    """Find the newest complete checkpoint in a work dir.
+def choose_checkpoint(cfg: Config, newest: bool = False, trusted: bool = False) -> list[str]:
+    """Set what a training resumes from: ``cfg.load_from``, if it is complete, else the newest
+    complete checkpoint in the work dir, else nothing.
 
     Args:
-        work_dir (str): The folder.
-        trusted (bool): Checkpoints in it may run code. Default: False.
+        cfg (Config): Config of the training; ``load_from`` and ``resume`` are changed.
+        newest (bool): Resume from the newest one in any case. Default: False.
+        trusted (bool): Checkpoints may run code. Default: False.
 
     Returns:
-        tuple: Its path, or None where there is no checkpoint; and warnings for the log.
-
-    Raises:
-        UserError: If there are checkpoints, but none is complete.
+        list[str]: Warnings for the log.
     """
-    newest, complaints = find_good_checkpoint(work_dir, trusted)
-    if newest is not None:
-        return newest, [*complaints, f'resuming from {newest}']
-    if complaints:
+    work_dir, notes = cfg.work_dir, []
+    if newest or cfg.get('load_from') is None:
+        found, notes = find_good_checkpoint(work_dir, trusted)
+        if notes and found is None:
+            raise UserError(
+                f'no checkpoint in {work_dir} is complete: {"; ".join(notes)}. To begin anew, '
+                'leave --resume out.'
+            )
+        nothing = f'nothing to resume in {work_dir}: training begins'
+        notes.append(f'resuming from {found}' if found else nothing)
+        cfg.resume = found is not None
+        cfg.load_from = found or cfg.get('load_from')
+    elif os.path.isfile(cfg.load_from):  # not a folder of shards, a URL
+        try:
+            verify(cfg.load_from, trusted)
+        except DamagedCheckpointError as error:
+            raise UserError(f'{error}; --resume without a name takes the newest good one') from None
+    # Only FSDP can distribute the state of the optimizer again.
+    if cfg.resume and cfg.get('strategy') is None and is_sharded(cfg.load_from):
         raise UserError(
-            f'no checkpoint in {work_dir} is complete: {"; ".join(complaints)}. To begin anew, '
-            'leave --resume out.'
+            f'{cfg.load_from} is of a sharded training: resume it with its own config. To start '
+            f'from its weights: --cfg-options load_from={cfg.load_from}, without --resume.'
         )
-    return None, [f'nothing to resume in {work_dir}: training begins']
-
-
-def check_complete(checkpoint: str, trusted: bool = False) -> None:
-    """Check that the checkpoint to resume from is complete. Folders and URLs are not checked.
-
-    Raises:
-        UserError: If it is damaged.
-        UntrustedCheckpointError: If it is not ``trusted`` and may run code.
-    """
-    try:
-        if os.path.isfile(checkpoint):
-            verify(checkpoint, trusted)
-    except DamagedCheckpointError as error:
-        raise UserError(f'{error}; --resume without a name takes the newest good one') from None
-
-
-def refuse_shards(checkpoint: str) -> None:
-    """Raise if a training that is not sharded would resume from a sharded one.
-
-    Raises:
-        UserError: If it would: only FSDP can distribute the optimizer's state again.
-    """
-    if is_sharded(checkpoint):
-        raise UserError(
-            f'{checkpoint} is of a sharded training: resume it with its own config. To start from '
-            f'its weights: --cfg-options load_from={checkpoint}, without --resume.'
-        )
+    return notes
 
 
 @contextmanager
@@ -93,21 +77,18 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
 
     Rank 0 holds the lock for all ranks. The operating system releases it when the process ends,
     however it ends. Where the system or the file system has no locks, nothing is locked.
-
-    Raises:
-        UserError: If another training is running there, or files cannot be made.
     """
     if not is_first_process():
         yield
         return
-    path = Path(work_dir, '.lock')
+    path = Path(work_dir, '.lock').absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open('a+')
     except OSError as error:
         raise UserError(
-            f'cannot write to the work dir {os.path.abspath(work_dir)}: {error.strerror}. Choose '
-            'another by --work-dir.'
+            f'cannot write to the work dir {path.parent}: {error.strerror}. Choose another by '
+            '--work-dir.'
         ) from error
     with file:
         if _lock(file):

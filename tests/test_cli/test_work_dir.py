@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 
 from mmvil.cli.errors import UserError
-from mmvil.cli.work_dir import check_complete, find_resumable, lock_work_dir, save_atomically
+from mmvil.cli.work_dir import choose_checkpoint, lock_work_dir, save_atomically
 
 
 def test_save_atomically_on_local_disks_only():
@@ -20,24 +20,27 @@ def test_save_atomically_on_local_disks_only():
     assert cfg.default_hooks.checkpoint == dict(out_dir='s3://a', max_keep_ckpts=2)
 
 
-def test_find_resumable_passes_over_what_is_damaged(tmp_path):
-    path, (note,) = find_resumable(tmp_path)
-    assert path is None and 'nothing to resume' in note
+def test_choose_checkpoint_passes_over_what_is_damaged(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), resume=True))
+    (note,) = choose_checkpoint(cfg)
+    assert not cfg.resume and cfg.load_from is None and 'nothing to resume' in note
     (tmp_path / 'iter_2.pth').write_bytes(b'PK half a file')
     with pytest.raises(UserError, match='no checkpoint in .* is complete: .*iter_2.pth'):
-        find_resumable(tmp_path)
+        choose_checkpoint(cfg)
     torch.save({}, tmp_path / 'iter_1.pth')
     os.utime(tmp_path / 'iter_1.pth', (0, 0))
-    path, notes = find_resumable(tmp_path)
-    assert path == str(tmp_path / 'iter_1.pth')
-    assert 'iter_2.pth is damaged' in notes[0] and notes[1] == f'resuming from {path}'
+    notes = choose_checkpoint(cfg)
+    assert cfg.resume and cfg.load_from == str(tmp_path / 'iter_1.pth')
+    assert 'iter_2.pth is damaged' in notes[0] and notes[1] == f'resuming from {cfg.load_from}'
 
 
-def test_check_complete_refuses_half_a_file(tmp_path):
+def test_choose_checkpoint_refuses_half_a_file(tmp_path):
     (tmp_path / 'half.pth').write_bytes(b'PK half a file')
+    cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=str(tmp_path / 'half.pth')))
     with pytest.raises(UserError, match='half.pth is damaged.*--resume without a name'):
-        check_complete(tmp_path / 'half.pth')
-    check_complete('https://example.org/a.pth')
+        choose_checkpoint(cfg)
+    cfg.load_from = 'https://example.org/a.pth'
+    assert not choose_checkpoint(cfg) and cfg.resume
 
 
 def lock(work_dir, said):
