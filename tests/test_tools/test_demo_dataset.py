@@ -76,13 +76,14 @@ def test_demo_dataset_image_does_not_depend_on_their_number(demo, data, tmp_path
 
 
 def test_demo_dataset_splits_share_no_texture_and_no_coin(demo):
-    training, validation = demo.Photographs('training'), demo.Photographs('validation')
-    for name, texture in training.textures.items():
-        other = validation.textures[name]
+    textures, objects = demo.load_photographs('training')
+    other_textures, other_objects = demo.load_photographs('validation')
+    for name, texture in textures.items():
+        other = other_textures[name]
         assert texture.height == other.height
         assert texture.tobytes() != other.tobytes()
     coins, others = (
-        {coin.tobytes() for coin in photos.objects['coin']} for photos in (training, validation)
+        {coin.tobytes() for coin in photos['coin']} for photos in (objects, other_objects)
     )
     assert coins and others and not coins & others
 

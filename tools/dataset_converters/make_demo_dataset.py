@@ -27,12 +27,11 @@ CLASSES = (
 OBJECTS = CLASSES[4:]
 IGNORED = 0
 
-# Height of an object relative to that of the image, and how far it may tilt, in degrees.
-HEIGHTS = dict(
-    astronaut=(0.55, 0.95), cat=(0.4, 0.7), coffee=(0.35, 0.65),
-    flower=(0.3, 0.6), motorcycle=(0.45, 0.75), coin=(0.2, 0.35),
+# Least and greatest height of an object relative to the image, and largest tilt in degrees.
+POSES = dict(
+    astronaut=(0.55, 0.95, 12), cat=(0.4, 0.7, 25), coffee=(0.35, 0.65, 20),
+    flower=(0.3, 0.6, 180), motorcycle=(0.45, 0.75, 15), coin=(0.2, 0.35, 180),
 )  # fmt: skip
-TILTS = dict(astronaut=12, cat=25, coffee=20, flower=180, motorcycle=15, coin=180)
 
 # The gray textures are tinted: (darkest, lightest) color.
 TINTS = dict(
@@ -45,59 +44,101 @@ TINTS = dict(
 TRAINING_SHARE = 0.6
 
 
-class Photographs:
-    """Textures and cut-out objects of one split.
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('out', type=Path, help='folder to write, for example data/demo')
+    add('--train', type=int, default=600, help='training images (%(default)s)')
+    add('--val', type=int, default=60, help='validation images (%(default)s)')
+    add('--size', type=int, nargs=2, default=(256, 192), metavar=('W', 'H'))
+    add('--seed', type=int, default=0)
+    args = parser.parse_args()
+    if min(args.size) < 32 or min(args.train, args.val) < 0:
+        parser.error('sizes must be at least 32 pixels, and the numbers of images not negative')
+    make_dataset(args.out, args.train, args.val, tuple(args.size), args.seed)
 
-    Attributes:
-        textures (dict[str, Image]): RGB pictures to crop backgrounds from, by class.
-        objects (dict[str, list[Image]]): RGBA pictures, transparent around the object, by class.
+
+def make_dataset(out, train, val, size, seed):
+    """Write the dataset. Image i of a split depends on the seed and i alone."""
+    for split_id, (split, count) in enumerate((('training', train), ('validation', val))):
+        image_dir, label_dir = out / 'images' / split, out / 'annotations' / split
+        image_dir.mkdir(parents=True, exist_ok=True)
+        label_dir.mkdir(parents=True, exist_ok=True)
+        textures, objects = load_photographs(split)
+        for i in range(count):
+            rng = np.random.default_rng([seed, split_id, i])
+            image, labels = compose(textures, objects, size, rng)
+            Image.fromarray(image).save(image_dir / f'demo_{i:04d}.jpg', quality=92)
+            Image.fromarray(labels).save(label_dir / f'demo_{i:04d}.png')
+        print(f'{split}: {count} images in {image_dir}')
+
+
+# -- Photographs -----------------------------------------------------------------------------------
+
+
+def load_photographs(split):
+    """Textures of a split, RGB pictures by class to crop backgrounds from; and lists of objects by
+    class, RGBA pictures that are transparent around the object.
     """
+    outlines = json.loads(Path(__file__).with_name('demo_outlines.json').read_text())
+    textures = dict(sky=Image.fromarray(skimage.data.hubble_deep_field()))
+    for name, tint in TINTS.items():
+        textures[name] = _tinted(getattr(skimage.data, name)(), *tint)
+    for name, texture in textures.items():
+        border = round(TRAINING_SHARE * texture.width)
+        left, right = (0, border) if split == 'training' else (border, texture.width)
+        textures[name] = texture.crop((left, 0, right, texture.height))
 
-    def __init__(self, split):
-        outlines = json.loads(Path(__file__).with_name('demo_outlines.json').read_text())
-        self.textures = dict(sky=_part(Image.fromarray(skimage.data.hubble_deep_field()), split))
-        for name, tint in TINTS.items():
-            gray = Image.fromarray(getattr(skimage.data, name)())
-            self.textures[name] = _part(_tinted(gray, *tint), split)
-
-        photos = dict(
-            astronaut=skimage.data.astronaut(),
-            cat=skimage.data.chelsea(),
-            coffee=skimage.data.coffee(),
-            flower=load_sample_image('flower.jpg'),
-            motorcycle=skimage.data.stereo_motorcycle()[0],
-        )
-        self.objects = {
-            name: [_cut_out(photo, lambda draw, points=outlines[name]: draw.polygon(points, 255))]
-            for name, photo in photos.items()
-        }
-        # The lowest row of coins is kept for validation. A warm tint makes silver of gray.
-        coins = _tinted(Image.fromarray(skimage.data.coins()), (24, 16, 8), (255, 244, 214))
-        coins = np.asarray(coins)
-        self.objects['coin'] = [
-            _cut_out(coins, lambda draw, box=(x - r, y - r, x + r, y + r): draw.ellipse(box, 255))
-            for x, y, r in outlines['coins']
-            if (y > 230) == (split == 'validation')
-        ]
+    photos = dict(
+        astronaut=skimage.data.astronaut(),
+        cat=skimage.data.chelsea(),
+        coffee=skimage.data.coffee(),
+        flower=load_sample_image('flower.jpg'),
+        motorcycle=skimage.data.stereo_motorcycle()[0],
+    )
+    objects = {
+        name: [_cut_out(Image.fromarray(photo), 'polygon', outlines[name])]
+        for name, photo in photos.items()
+    }
+    # The lowest row of coins is kept for validation. A warm tint makes silver of gray.
+    coins = _tinted(skimage.data.coins(), (24, 16, 8), (255, 244, 214))
+    objects['coin'] = [
+        _cut_out(coins, 'ellipse', (x - r, y - r, x + r, y + r))
+        for x, y, r in outlines['coins']
+        if (y > 230) == (split == 'validation')
+    ]
+    return textures, objects
 
 
-def compose(photographs, size, rng):
-    """Compose one picture.
+def _tinted(gray, darkest, lightest):
+    """Map gray values between two colors, linearly between the 2nd and the 98th percentile."""
+    low, high = np.percentile(gray.astype(np.float32), (2, 98))
+    values = ((gray.astype(np.float32) - low) / (high - low)).clip(0, 1)[..., None]
+    color = values * np.array(lightest) + (1 - values) * np.array(darkest)
+    return Image.fromarray(color.astype(np.uint8))
 
-    Args:
-        photographs (Photographs): What to compose it of.
-        size (tuple[int, int]): Width and height in pixels.
-        rng (numpy.random.Generator): Decides everything.
 
-    Returns:
-        tuple[ndarray, ndarray]: The picture, (H, W, 3) uint8, and its labels, (H, W) uint8.
-    """
-    image, labels = _background(photographs.textures, size, rng)
+def _cut_out(photo, shape, outline):
+    """The object inside an outline, on transparent ground, cropped to its extent."""
+    mask = Image.new('L', photo.size, 0)
+    getattr(ImageDraw.Draw(mask), shape)(outline, 255)
+    image = photo.convert('RGBA')
+    image.putalpha(mask.filter(ImageFilter.GaussianBlur(1)))
+    return image.crop(mask.getbbox())
+
+
+# -- Pictures; the generator ``rng`` decides everything --------------------------------------------
+
+
+def compose(textures, objects, size, rng):
+    """Compose a picture (H, W, 3) and its labels (H, W), uint8, of a size (width, height)."""
+    image, labels = _background(textures, size, rng)
     light = rng.choice([-1, 1])  # from the left or from the right
     for name in rng.permutation(OBJECTS)[: rng.integers(2, 5)]:
-        count = rng.integers(2, 6) if name == 'coin' else 1
-        for _ in range(count):
-            variants = photographs.objects[name]
+        for _ in range(rng.integers(2, 6) if name == 'coin' else 1):
+            variants = objects[name]
             sprite = _posed(variants[rng.integers(len(variants))], name, size[1], light, rng)
             _paste(image, labels, sprite, CLASSES.index(name) + 1, light, rng)
     return _photographed(image, rng), labels
@@ -110,13 +151,9 @@ def _background(textures, size, rng):
     slant = rng.uniform(-0.15, 0.15) * (np.arange(width) - width / 2)
     horizon = rng.choice([rng.uniform(0.25, 0.75), -1.0, 2.0], p=[0.8, 0.1, 0.1]) * height + slant
     is_above = np.arange(height)[:, None] < horizon
-    image = np.where(
-        is_above[..., None],
-        _crop(textures[above], size, rng),
-        _crop(textures[below], size, rng),
-    )
+    upper, lower = (_crop(textures[name], size, rng) for name in (above, below))
     labels = np.where(is_above, CLASSES.index(above) + 1, CLASSES.index(below) + 1)
-    return image, labels.astype(np.uint8)
+    return np.where(is_above[..., None], upper, lower), labels.astype(np.uint8)
 
 
 def _crop(texture, size, rng):
@@ -133,13 +170,14 @@ def _crop(texture, size, rng):
 
 def _posed(sprite, name, image_height, light, rng):
     """An object at random size and angle, mirrored or not, lit from one side."""
-    height = rng.uniform(*HEIGHTS[name]) * image_height
+    low, high, tilt = POSES[name]
+    height = rng.uniform(low, high) * image_height
     size = (max(1, round(height * sprite.width / sprite.height)), max(1, round(height)))
     sprite = sprite.resize(size, Image.BICUBIC, reducing_gap=2)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
-    tilt = rng.uniform(-TILTS[name], TILTS[name])
-    sprite = np.array(sprite.rotate(tilt, Image.BICUBIC, expand=True), np.float32)
+    tilted = sprite.rotate(rng.uniform(-tilt, tilt), Image.BICUBIC, expand=True)
+    sprite = np.array(tilted, np.float32)
     shading = 1 - light * rng.uniform(0, 0.35) * np.linspace(-1, 1, sprite.shape[1])
     sprite[..., :3] *= rng.uniform(0.8, 1.15) * shading[:, None]
     return sprite
@@ -188,60 +226,6 @@ def _photographed(image, rng):
     image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.6]))))
     noise = rng.normal(0, rng.uniform(0, 5), (image.height, image.width, 1))
     return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
-
-
-def _part(texture, split):
-    """The left part of a texture for training, the right part for validation."""
-    border = round(TRAINING_SHARE * texture.width)
-    left, right = (0, border) if split == 'training' else (border, texture.width)
-    return texture.crop((left, 0, right, texture.height))
-
-
-def _tinted(gray, darkest, lightest):
-    """Map gray values between two colors, linearly between the 2nd and the 98th percentile."""
-    values = np.asarray(gray, np.float32)
-    low, high = np.percentile(values, (2, 98))
-    values = ((values - low) / (high - low)).clip(0, 1)[..., None]
-    color = values * np.array(lightest) + (1 - values) * np.array(darkest)
-    return Image.fromarray(color.astype(np.uint8))
-
-
-def _cut_out(photo, draw_outline):
-    """The object inside an outline, on transparent ground, cropped to its extent."""
-    image = Image.fromarray(photo).convert('RGBA')
-    mask = Image.new('L', image.size, 0)
-    draw_outline(ImageDraw.Draw(mask))
-    image.putalpha(mask.filter(ImageFilter.GaussianBlur(1)))
-    return image.crop(mask.getbbox())
-
-
-def make_dataset(out, train, val, size, seed):
-    """Write the dataset. Image i of a split depends on the seed and i alone."""
-    for split_id, (split, count) in enumerate((('training', train), ('validation', val))):
-        image_dir, label_dir = out / 'images' / split, out / 'annotations' / split
-        image_dir.mkdir(parents=True, exist_ok=True)
-        label_dir.mkdir(parents=True, exist_ok=True)
-        photographs = Photographs(split)
-        for i in range(count):
-            image, labels = compose(photographs, size, np.random.default_rng([seed, split_id, i]))
-            Image.fromarray(image).save(image_dir / f'demo_{i:04d}.jpg', quality=92)
-            Image.fromarray(labels).save(label_dir / f'demo_{i:04d}.png')
-        print(f'{split}: {count} images in {image_dir}')
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('out', type=Path, help='folder to write, for example data/demo')
-    parser.add_argument('--train', type=int, default=600, help='training images (%(default)s)')
-    parser.add_argument('--val', type=int, default=60, help='validation images (%(default)s)')
-    parser.add_argument('--size', type=int, nargs=2, default=(256, 192), metavar=('W', 'H'))
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    if min(args.size) < 32 or min(args.train, args.val) < 0:
-        parser.error('sizes must be at least 32 pixels, and the numbers of images not negative')
-    make_dataset(args.out, args.train, args.val, tuple(args.size), args.seed)
 
 
 if __name__ == '__main__':
