@@ -3,10 +3,8 @@
 
 python tools/check_dataset.py configs/upernet_vil_t_ade20k.py -j 8
 
-Finds images and annotations that are missing, empty, damaged or cut off; annotations of another
-size than their image, with colors instead of labels, or with labels that the dataset has no class
-for; images whose channels, as the config's pipeline loads them, do not fit the model; classes that
-never occur. Exit status: 0 if nothing was found, 1 if something needs to be fixed.
+Finds files that are missing, empty, damaged or cut off; annotations that do not fit their image or
+the classes; images whose channels do not fit the model. Exit status: 1 if something was found.
 """
 
 import os

@@ -14,21 +14,13 @@ from mmengine.fileio import dump
 from mmvil.cli.config import read_runner_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
-from mmvil.cli.preflight import (
-    CheckFitHook,
-    build_runner,
-    check_backbone,
-    check_checkpoint,
-    check_data,
-)
+from mmvil.cli.preflight import CheckFitHook, build_runner, check_testing
 
 
 def main():
     args = parse_args(make_test_parser())
     cfg = read_config(args)
-    check_backbone(cfg)
-    check_data(cfg, 'test_dataloader')
-    check_checkpoint(args.checkpoint)
+    check_testing(cfg)
     if args.check:
         print('Config, data and checkpoints are in place.')
         return

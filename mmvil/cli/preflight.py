@@ -60,6 +60,13 @@ def check_training(cfg: Config) -> None:
     check_config_checkpoints(cfg)
 
 
+def check_testing(cfg: Config) -> None:
+    """Check all that a test of ``load_from`` needs before it starts."""
+    check_backbone(cfg)
+    check_data(cfg, 'test_dataloader')
+    check_checkpoint(cfg.load_from)
+
+
 def check_backbone(cfg: Config) -> None:
     """Check that VisionLSTM knows the options that the config gives it."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from mmengine.config import Config
 
@@ -15,7 +14,7 @@ from ..checkpoints.atomic import ATOMIC, PARTIAL
 from ..checkpoints.resume import find_good_checkpoint, verify
 from ..checkpoints.safe_load import DamagedCheckpointError
 from ..checkpoints.sharded import is_sharded
-from .errors import UserError, is_first_process
+from .errors import UserError, as_user_error, is_first_process
 
 
 def save_atomically(cfg: Config) -> list[str]:
@@ -82,36 +81,28 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
         yield
         return
     path = Path(work_dir, '.lock').absolute()
-    try:
+    failed = f'cannot write to the work dir {path.parent} (--work-dir chooses another)'
+    with as_user_error(failed, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open('a+')
-    except OSError as error:
-        raise UserError(
-            f'cannot write to the work dir {path.parent}: {error.strerror}. Choose another by '
-            '--work-dir.'
-        ) from error
     with file:
-        if _lock(file):
+        try:
+            import fcntl
+
+            # Unlike flock, not inherited by worker processes, which may outlive a killed training.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f'another training is running in {path.parent}: {file.read().strip()}. Wait for '
+                'it, or choose another folder by --work-dir.'
+            ) from None
+        except (ImportError, OSError):  # not a POSIX system, or a file system without locks
+            pass
+        else:
             file.truncate(0)
             file.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}')
             file.flush()
             for leftover in path.parent.glob('*' + PARTIAL):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
-
-
-def _lock(file: IO) -> bool:
-    try:
-        import fcntl
-
-        # Unlike flock, not inherited by worker processes, which may outlive a killed training.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(
-            f'another training is running in {os.path.dirname(file.name)}: {file.read().strip()}. '
-            'Wait for it, or choose another folder by --work-dir.'
-        ) from None
-    except (ImportError, OSError):  # not a POSIX system, or a file system without locks
-        return False
-    return True

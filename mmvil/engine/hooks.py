@@ -25,7 +25,6 @@ class AdaptInputChannelsHook(Hook):
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Adapt the loaded weights in place."""
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return
         state = checkpoint.get('state_dict', checkpoint)
@@ -87,8 +86,7 @@ class IterationSeedHook(Hook):
 class AverageLogHook(Hook):
     """Log losses and accuracies as means over all processes.
 
-    mmengine logs those of process 0, a part of the batch. With this hook the training log of any
-    number of processes equals that of one process with the whole batch.
+    mmengine logs those of process 0, which has seen only a part of the batch.
     """
 
     priority = 'HIGHEST'  # before the values are logged
@@ -96,7 +94,6 @@ class AverageLogHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: dict[str, Tensor] | None = None
     ) -> None:
-        """Replace the model's outputs by their means."""
         if not outputs or get_world_size() == 1:
             return
         means = torch.stack([value.detach().float().mean() for value in outputs.values()])

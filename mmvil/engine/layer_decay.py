@@ -21,7 +21,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Models may be plain or wrapped (DDP, FSDP). Frozen parameters are left out, the others share a
     group where learning rate and weight decay are equal, for a short log and a fast step.
 
-    A config chooses it by ``optim_wrapper.constructor``. Keys of ``optim_wrapper.paramwise_cfg``:
+    A config chooses it by ``optim_wrapper.constructor``, see ``configs/_base_/schedules``. Keys of
+    ``optim_wrapper.paramwise_cfg``:
 
     - ``layer_decay_rate`` (float): in (0, 1]. Default: 1, no decay, possible with any backbone.
     - ``flat_decay_mult`` (float): factor on the weight decay of parameters with at most one
@@ -37,15 +38,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Raises:
         ValueError: For an unknown option, a rate outside (0, 1], or an optimizer without ``lr``.
         TypeError: If the rate is not 1 and the backbone has no ``get_layer_depth``.
-
-    Example:
-        >>> optim_wrapper = dict(
-        ...     constructor='mmvil.LayerDecayOptimWrapperConstructor',
-        ...     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
-        ...     paramwise_cfg=dict(
-        ...         layer_decay_rate=0.65,
-        ...         flat_decay_mult=0.,
-        ...         custom_keys={'pos_embed': dict(decay_mult=0.)}))
     """
 
     def _validate_cfg(self) -> None:

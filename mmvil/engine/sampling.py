@@ -6,6 +6,7 @@ the index and reaches whichever process loads the image, so that its augmentatio
 what was loaded before, in this process or in one that was killed.
 """
 
+import functools
 import itertools
 import random
 
@@ -49,7 +50,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
         indices = batches.sampler._indices_of_rank()
         batches.sampler.indices = itertools.islice(indices, passed_samples, None)
     batches.sampler = _NumberedSampler(batches.sampler, epoch, passed_samples)
-    dataset.__getitems__ = _SeededFetch(dataset, seed)
+    dataset.__getitems__ = functools.partial(_load, dataset, seed)
 
 
 def seed_generators(*numbers: int) -> int:
@@ -61,14 +62,10 @@ def seed_generators(*numbers: int) -> int:
     return seed
 
 
-class _Draw(int):
-    """Index of a sample in the dataset, with its position: (epoch, number in the epoch)."""
-
-    position: tuple[int, int]
-
-
 class _NumberedSampler:
-    """Sampler that attaches to each index the number of samples drawn before by all processes."""
+    """Sampler of pairs: an index, and its position, that is the epoch and the number of samples
+    drawn before in it by all processes.
+    """
 
     def __init__(self, sampler, epoch: int, start: int) -> None:
         self.sampler = sampler
@@ -79,9 +76,7 @@ class _NumberedSampler:
         rank, world_size = get_dist_info()
         epoch, self.epoch = self.epoch, self.epoch + 1
         for i, index in enumerate(self.sampler, self.start):
-            draw = _Draw(index)
-            draw.position = (epoch, i * world_size + rank)
-            yield draw
+            yield index, (epoch, i * world_size + rank)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -90,56 +85,51 @@ class _NumberedSampler:
         return getattr(self.sampler, name)
 
 
-class _SeededFetch:
+def _load(dataset, seed: int, draws: list[tuple[int, tuple]]) -> list:
     """Load the samples of a batch, each with its own seed, and check their labels."""
-
-    def __init__(self, dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __call__(self, draws: list[_Draw]) -> list:
-        return [self._load(draw) for draw in draws]
-
-    def _load(self, draw: _Draw):
-        seed_generators(self.seed, *draw.position)
+    samples = []
+    for index, position in draws:
+        seed_generators(seed, *position)
         try:
-            sample = self.dataset[int(draw)]
+            samples.append(dataset[index])
         except Exception as error:
-            message = f'cannot load {self._name(draw)}: {type(error).__name__}: {error}'
+            message = f'cannot load {_name(dataset, index)}: {type(error).__name__}: {error}'
             raise SampleError(' '.join(message.split())) from error
         try:
-            self._check(sample)
+            _check(dataset, samples[-1])
         except ValueError as error:
-            raise SampleError(f'{self._name(draw)}: {error}') from None
-        return sample
+            raise SampleError(f'{_name(dataset, index)}: {error}') from None
+    return samples
 
-    def _name(self, draw: _Draw) -> str:
-        try:
-            info = self.dataset.get_data_info(int(draw))
-            files = [info.get(key) for key in ('img_path', 'seg_map_path')]
-        except Exception:  # this is what failed, or the dataset has no such method
-            files = []
-        return ' with annotation '.join(filter(None, files)) or f'sample {int(draw)}'
 
-    def _check(self, sample) -> None:
-        """Raise a ValueError for labels on which the loss crashes, on a GPU without a reason."""
-        target = sample.get('data_samples') if isinstance(sample, dict) else None
-        labels = getattr(target, 'gt_label', None)
-        annotation = getattr(target, 'gt_sem_seg', None)
-        if annotation is not None:
-            labels = annotation.data
-            ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
-            if ours != images:
-                raise ValueError(
-                    f'the annotation has {ours} pixels and the image {images}, after the pipeline'
-                )
-            labels = labels[labels != getattr(self.dataset, 'ignore_index', 255)]
-        classes = (getattr(self.dataset, 'metainfo', None) or {}).get('classes')
-        if classes is None or not torch.is_tensor(labels) or not labels.numel():
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(classes):
+def _name(dataset, index: int) -> str:
+    try:
+        info = dataset.get_data_info(index)
+        files = [info.get(key) for key in ('img_path', 'seg_map_path')]
+    except Exception:  # this is what failed, or the dataset has no such method
+        files = []
+    return ' with annotation '.join(filter(None, files)) or f'sample {index}'
+
+
+def _check(dataset, sample) -> None:
+    """Raise a ValueError for labels on which the loss crashes, on a GPU without a reason."""
+    target = sample.get('data_samples') if isinstance(sample, dict) else None
+    labels = getattr(target, 'gt_label', None)
+    annotation = getattr(target, 'gt_sem_seg', None)
+    if annotation is not None:
+        labels = annotation.data
+        ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
+        if ours != images:
             raise ValueError(
-                f'its labels run from {low} to {high}, but the dataset has classes 0 to '
-                f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
+                f'the annotation has {ours} pixels and the image {images}, after the pipeline'
             )
+        labels = labels[labels != getattr(dataset, 'ignore_index', 255)]
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    if classes is None or not torch.is_tensor(labels) or not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(classes):
+        raise ValueError(
+            f'its labels run from {low} to {high}, but the dataset has classes 0 to '
+            f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
+        )

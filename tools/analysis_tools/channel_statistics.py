@@ -4,8 +4,7 @@
 python tools/analysis_tools/channel_statistics.py CONFIG --data-root data/fields
 
 Images are read by the config's test pipeline up to the data preprocessor, so any loader works. The
-printed line belongs in the config. Images that cannot be read, values that are not finite, and
-channels that differ in number or are constant are errors. See docs/multiband.md.
+printed line belongs in the config. See docs/multiband.md.
 """
 
 import functools

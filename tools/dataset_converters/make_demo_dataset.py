@@ -1,13 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Make a small segmentation dataset from bundled photographs, without any download.
 
-Objects cut out of photographs that ship inside scikit-image and scikit-learn are laid on walls,
-skies and ground of photographed texture, at random sizes, angles and places, under random light.
-The result has ADE20K's layout, ``images/{training,validation}/*.jpg`` and ``annotations/.../*.png``
-of the same names, and ADE20K's labels: 0 is ignored, classes count from 1.
-
-Validation images are new compositions. Their textures come from parts of the photographs, and
-their coins are coins, that training never shows; of the other objects there is one photograph each.
+Objects cut out of photographs that ship inside scikit-image and scikit-learn are laid at random on
+photographed textures; training never shows the parts of the textures and the coins of the
+validation images. The result has ADE20K's layout, ``images/{training,validation}/*.jpg`` and
+``annotations/.../*.png`` of the same names, and its labels: 0 is ignored, classes count from 1.
 """
 
 import argparse
