@@ -481,7 +481,6 @@ def convolution_backward_kernel(
     KERNEL_WIDTH: tl.constexpr,
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
-    TAPS: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -491,9 +490,11 @@ def convolution_backward_kernel(
     program = tl.program_id(0)
     channel = tl.program_id(1) * C + tl.arange(0, C)
     present = channel < E
-    number = tl.arange(0, TAPS)[:, None, None]
-    weight_grad = tl.zeros((TAPS, T, C), tl.float32)
     bias_grad = tl.zeros((T, C), tl.float32)
+    weights, weight_grads = (), ()
+    for tap in tl.static_range(SIZE):
+        weights = weights + (load_row(conv_weight, channel * SIZE + tap, present),)
+        weight_grads = weight_grads + (tl.zeros((T, C), tl.float32),)
 
     begin = program * tokens_per_program
     for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
@@ -504,10 +505,9 @@ def convolution_backward_kernel(
         offset = token.to(tl.int64)[:, None]
         x_m = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0)
         x_m = x_m.to(tl.float32)
-        own = a_grad + offset * E + channel[None, :]
-        bias_grad += tl.load(own, mask=inside, other=0).to(tl.float32)
         dx_at = x_grad + offset * x_grad_stride + channel[None, :]
         dx = tl.load(dx_at, mask=inside, other=0).to(tl.float32)
+        sums_before, weight_grads = weight_grads, ()
         for tap in tl.static_range(SIZE):
             # The outputs that a token contributes to are on its other side.
             step, there = _neighbour(
@@ -518,14 +518,15 @@ def convolution_backward_kernel(
                 mask=inside & there[:, None],
                 other=0,
             ).to(tl.float32)
-            dx += da * load_row(conv_weight, channel * SIZE + tap, present)
-            weight_grad = tl.where(number == tap, weight_grad + (da * x_m)[None, :, :], weight_grad)
+            if tap == ROW * KERNEL_WIDTH + COLUMN:  # on the token itself
+                bias_grad += da
+            dx += da * weights[tap]
+            weight_grads = weight_grads + (sums_before[tap] + da * x_m,)
         tl.store(dx_at, dx.to(x_grad.dtype.element_ty), mask=inside)
 
     sums += program.to(tl.int64) * sums_stride
-    tap = tl.arange(0, TAPS)[:, None]
-    index = channel[None, :] * SIZE + tap
-    tl.store(sums + index, tl.sum(weight_grad, axis=1), mask=present[None, :] & (tap < SIZE))
+    for tap in tl.static_range(SIZE):
+        tl.store(sums + channel * SIZE + tap, tl.sum(weight_grads[tap], axis=0), mask=present)
     tl.store(sums + SIZE * E + channel, tl.sum(bias_grad, axis=0), mask=present)
 
 
@@ -718,7 +719,6 @@ def before_cell_backward(
             tokens_per_program=share,
             **_convolution(weights, grid, length, reverse),
             E=channels,
-            TAPS=triton.next_power_of_2(weights.conv_weight[0].numel()),
             T=token_tile,
             C=tile,
             num_warps=4,
