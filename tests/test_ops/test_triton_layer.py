@@ -26,9 +26,13 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
-from mmvil.ops.triton import conv_qkv_gates as before_cell  # noqa: E402
 from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
-from mmvil.ops.triton import norm_skip_gate as after_cell  # noqa: E402
+from mmvil.ops.triton.conv_qkv_gates import BeforeCellWeights, before_cell  # noqa: E402
+from mmvil.ops.triton.conv_qkv_gates_backward import (  # noqa: E402
+    before_cell_backward,
+    split_gradients,
+)
+from mmvil.ops.triton.norm_skip_gate import after_cell, after_cell_backward  # noqa: E402
 from mmvil.ops.triton.reduction import split_tokens  # noqa: E402
 
 runs_kernels = pytest.mark.skipif(
@@ -94,7 +98,7 @@ def before_cell_inputs(case):
         weights += [randn(channels // 4, 4, 4), bias(channels)]
     for _ in range(2):
         weights += [randn(case.heads, 3 * channels) / channels**0.5, randn(case.heads)]
-    return up[..., :channels], before_cell.BeforeCellWeights(*weights)
+    return up[..., :channels], BeforeCellWeights(*weights)
 
 
 def plain_before_cell(x, w, case):
@@ -132,14 +136,14 @@ def assert_close(actual, expected, case):
 def test_before_cell_equals_pytorch(case):
     x, weights = before_cell_inputs(case)
     args = (weights, case.grid, case.heads, case.reverse)
-    a, q, k, v, gates = before_cell.before_cell(x, *args)
-    again = before_cell.before_cell(x, *args, with_gates=False)
+    a, q, k, v, gates = before_cell(x, *args)
+    again = before_cell(x, *args, with_gates=False)
     for first, second in zip((a, q, k, v), again):
         assert torch.equal(first, second) and first.dtype == case.dtype
     assert gates.dtype == torch.float32 and not again[4].numel()
 
     x64, *weights64 = doubles([x, *weights])
-    expected = plain_before_cell(x64, before_cell.BeforeCellWeights(*weights64), case)
+    expected = plain_before_cell(x64, BeforeCellWeights(*weights64), case)
     actual = dict(a=a, q=q, k=k, v=v, igate=gates[0], fgate=gates[1])
     assert_close(actual, {name: expected[name] for name in actual}, case)
 
@@ -157,16 +161,19 @@ def test_before_cell_equals_pytorch(case):
         [expected[name] for name in seeds], leaves.values(), [y.double() for y in seeds.values()]
     )
     up_grad = x.new_full((*x.shape[:2], 2 * x.shape[2]), float('nan'))
-    sums = before_cell.before_cell_backward(
+    sums = before_cell_backward(
         *seeds.values(), a, x, weights, case.grid, case.reverse, up_grad.chunk(2, -1)[0]
     )
     x_grad, rest = up_grad.chunk(2, -1)
     assert rest.isnan().all()
-    actual = before_cell.split_gradients(*sums, weights)._asdict()
+    x_grad_sum, actual = split_gradients(sums, weights)
+    actual = actual._asdict()
     assert {name for name, grad in actual.items() if grad is None} == (
         {name for name, weight in weights._asdict().items() if weight is None}
     )
-    assert_close({'x': x_grad, **actual}, dict(zip(leaves, expected)), case)
+    expected = dict(zip(leaves, expected))
+    expected['sum'] = expected['x'].sum((0, 1))
+    assert_close({'x': x_grad, 'sum': x_grad_sum, **actual}, expected, case)
 
 
 @runs_kernels
@@ -191,9 +198,9 @@ def test_after_cell_equals_pytorch(case):
     expected = (normed.view(z64.shape) + parameters[2] * c64) * F.silu(z64)
 
     args = (h, a, z, weight, bias, skip, 1e-3)
-    y = after_cell.after_cell(*args)
+    y = after_cell(*args)
     assert_close(dict(y=y), dict(y=expected), case)
-    again, h_grad, c_grad, up_grad, sums = after_cell.after_cell_backward(y_grad, *args)
+    again, h_grad, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
     assert_close(dict(again=again), dict(again=expected), case)
     actual = dict(h=h_grad, c=c_grad, z=up_grad.chunk(2, -1)[1])
     actual.update(zip(('weight', 'bias', 'skip'), sums))
@@ -232,19 +239,19 @@ def test_operators_take_any_layout(operator, data):
     tokens, parameters = [randn(*x.shape) for _ in range(3)], [randn(16) for _ in range(3)]
 
     def run_before_cell(x, a, c_grad, q_grad, k_grad, v_grad, igate_grad, fgate_grad, *weights):
-        settings = (before_cell.BeforeCellWeights(*weights), case.grid)
+        settings = (BeforeCellWeights(*weights), case.grid)
         x_grad = torch.empty(batch, 6, 20, device=DEVICE)[..., :16]
         grads = (q_grad, k_grad, v_grad, igate_grad, fgate_grad, c_grad)
         return [
-            *before_cell.before_cell(x, *settings, 2, False),
-            *before_cell.before_cell_backward(*grads, a, x, *settings, False, x_grad),
+            *before_cell(x, *settings, 2, False),
+            before_cell_backward(*grads, a, x, *settings, False, x_grad),
             x_grad,
         ]
 
     def run_after_cell(y_grad, a, z, h, weight, bias, skip):
         args = (h, a, z, weight, bias, skip, 1e-5)
-        y, h_grad, c_grad, up_grad, sums = after_cell.after_cell_backward(y_grad, *args)
-        return [after_cell.after_cell(*args), y, h_grad, c_grad, up_grad[..., 16:], sums]
+        y, h_grad, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
+        return [after_cell(*args), y, h_grad, c_grad, up_grad[..., 16:], sums]
 
     def run_mlstm(h_grad, q, k, v, h, igate, fgate, normalizer):
         inputs, reverse = (q, k, v, igate, fgate), case.version == 1
@@ -283,7 +290,7 @@ def test_before_cell_refuses_to_write_to_a_copy(x_grad):
     x, weights = before_cell_inputs(case)
     q, gate, tokens = randn(2, 2, 6, 8), randn(2, 2, 6), randn(2, 6, 16)
     with pytest.raises(ValueError, match='one stride between tokens, but its shape is'):
-        before_cell.before_cell_backward(
+        before_cell_backward(
             q, q, q, gate, gate, tokens, tokens, x, weights, case.grid, False, x_grad
         )
 
@@ -335,7 +342,7 @@ def test_operators_tell_compilers_what_they_return(case):
         backward = ops.after_cell_backward(after, h, a, x, parameter, parameter, parameter, 1e-5)
         x_grad = torch.empty_like(x)
         sums = ops.before_cell_backward(*qkv, *gates, a, a, x, weights, grid, case.reverse, x_grad)
-        return [*results, after, *backward, *sums]
+        return [*results, after, *backward, sums]
 
     args = (x, list(weights), qkv, gates, parameter)
     real = run(*args)
@@ -369,14 +376,14 @@ def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
     case = CASES[1]
     x, weights = before_cell_inputs(case)
     before = (weights, case.grid, case.heads, case.reverse)
-    a, q, k, v, gates = before_cell.before_cell(x, *before)
+    a, q, k, v, gates = before_cell(x, *before)
     parameter = randn(x.shape[2])
     after = (a, x, parameter, None, parameter, 1e-5)
     h, normalizer = mlstm.mlstm_forward(q, k, v, *gates, case.reverse)
     mlstm.mlstm_backward(h, q, k, v, *gates, h, normalizer, case.reverse)
-    after_cell.after_cell(h, *after)
-    after_cell.after_cell_backward(a, h, *after)
-    before_cell.before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x)
+    after_cell(h, *after)
+    after_cell_backward(a, h, *after)
+    before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x)
     assert len({name for name, _ in launches}) == 10  # all but the states between chunks
     firsts = {id(tensor) for tensor in (x, q, h, a)}
     assert all(len(devices) == 1 and devices[0] in firsts for _, devices in launches), launches
@@ -386,14 +393,12 @@ def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
 def test_gradients_are_the_same_bits_every_time():
     case = Case(4, 96, (32, 32), batch=8, dtype=torch.bfloat16)
     x, weights = before_cell_inputs(case)
-    a, q, k, v, gates = before_cell.before_cell(x, weights, case.grid, 4, False)
+    a, q, k, v, gates = before_cell(x, weights, case.grid, 4, False)
     results = []
     for _ in range(3):
         x_grad = torch.empty_like(x)
-        sums = before_cell.before_cell_backward(
-            q, k, v, *gates, a, a, x, weights, case.grid, False, x_grad
-        )
-        results.append((x_grad, *sums))
+        sums = before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x_grad)
+        results.append((x_grad, sums))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -431,7 +436,7 @@ def launches(head_width, dtype, version):
     heads, grid = 4, (14, 14)
     case = Case(heads, head_width, grid, version=version, dtype=dtype)
     tokens, channels = 196, heads * head_width
-    weights = before_cell.BeforeCellWeights(
+    weights = BeforeCellWeights(
         torch.empty(channels, 1, 3, 3) if version == 2 else torch.empty(channels, 1, 4),
         None if version == 1 else torch.empty(channels),
         *3 * (torch.empty(channels // 4, 4, 4), torch.empty(channels)),
@@ -444,12 +449,10 @@ def launches(head_width, dtype, version):
     after = (h, a, z, torch.empty(channels), torch.empty(channels), torch.empty(channels), 1e-6)
 
     def layer():
-        before_cell.before_cell(x, weights, grid, heads, version == 1)
-        before_cell.before_cell_backward(
-            h, h, h, gates, gates, a, a, x, weights, grid, version == 1, x
-        )
-        after_cell.after_cell(*after)
-        after_cell.after_cell_backward(a, *after)
+        before_cell(x, weights, grid, heads, version == 1)
+        before_cell_backward(h, h, h, gates, gates, a, a, x, weights, grid, version == 1, x)
+        after_cell(*after)
+        after_cell_backward(a, *after)
 
     return record_launches(layer)
 

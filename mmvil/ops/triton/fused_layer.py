@@ -23,13 +23,8 @@ from ..vil_layer_common import (
     linear_parameter_grads,
     normalize,
 )
-from .conv_qkv_gates import (
-    BeforeCellWeights,
-    before_cell,
-    before_cell_backward,
-    gradient_sizes,
-    split_gradients,
-)
+from .conv_qkv_gates import BeforeCellWeights, before_cell
+from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
 from .norm_skip_gate import after_cell, after_cell_backward
 
 
@@ -80,7 +75,7 @@ def gradients(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form
     )
     del h_grad, q, k, v
-    before_grads = torch.ops.mmvil.before_cell_backward(
+    sums = torch.ops.mmvil.before_cell_backward(
         q_grad=q_grad,
         k_grad=k_grad,
         v_grad=v_grad,
@@ -94,7 +89,7 @@ def gradients(
         reverse=reverse,
         x_grad=up_grad.chunk(2, dim=-1)[0],  # written by the operator
     )
-    before_grads = split_gradients(*before_grads, BeforeCellWeights(*weights))
+    x_m_grad_sum, before_grads = split_gradients(sums, BeforeCellWeights(*weights))
     del q_grad, k_grad, v_grad, c_grad, a
 
     # Up-projection and norm.
@@ -140,7 +135,7 @@ _library.define(
 _library.define(
     'before_cell_backward(Tensor q_grad, Tensor k_grad, Tensor v_grad, Tensor igate_grad,'
     ' Tensor fgate_grad, Tensor c_grad, Tensor a, Tensor x, Tensor?[] weights, SymInt[] grid,'
-    ' bool reverse, Tensor(a!) x_grad) -> (Tensor conv_grads, Tensor other_grads)'
+    ' bool reverse, Tensor(a!) x_grad) -> Tensor'
 )
 _library.define(
     'after_cell(Tensor h, Tensor a, Tensor z, Tensor weight, Tensor? bias, Tensor skip, float eps)'
@@ -171,8 +166,8 @@ def _before_cell_backward(*args):
 
 def _before_cell_backward_fake(*args):
     *tensors, weights, _, _, _ = args
-    sizes = gradient_sizes(BeforeCellWeights(*weights))
-    return tuple(tensors[-1].new_empty(size, dtype=torch.float32) for size in sizes)
+    size = sum(gradient_sizes(BeforeCellWeights(*weights)).values())
+    return tensors[-1].new_empty(size, dtype=torch.float32)
 
 
 def _after_cell_fake(h, a, z, *_):
