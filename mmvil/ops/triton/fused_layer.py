@@ -19,12 +19,11 @@ from ..vil_layer_common import (
     LayerSettings,
     LayerWeights,
     cast,
-    layer_norm_backward,
     linear_parameter_grads,
-    normalize,
 )
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
+from .layer_norm import layer_norm, layer_norm_backward
 from .norm_skip_gate import after_cell, after_cell_backward
 
 
@@ -32,7 +31,8 @@ def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute the layer, as :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
-    x_norm, _, _ = normalize(x, w, settings)
+    norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
+    x_norm = torch.ops.mmvil.layer_norm(x, *norm, settings.dtype)
     up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
     x_m, z = up.chunk(2, dim=-1)
     a, q, k, v, gates = torch.ops.mmvil.before_cell(
@@ -67,7 +67,7 @@ def gradients(
         y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
     )
     down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
-    out_norm_weight_grad, out_norm_bias_grad, skip_grad = after_grads.unbind(0)
+    out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
     del gated_grad, gated
 
     # The cell, and what is between the up-projection and it.
@@ -93,17 +93,16 @@ def gradients(
     del q_grad, k_grad, v_grad, c_grad, a
 
     # Up-projection and norm.
-    x_norm, mean, rstd = normalize(x, w, settings)
-    up_weight_grad, up_bias_grad = linear_parameter_grads(up_grad, x_norm, w.up_bias)
     x_norm_grad = torch.matmul(up_grad, cast(w.up_weight, settings.dtype))
-    x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
-        x_norm_grad, x, mean, rstd, w.norm_weight, w.norm_bias
+    x_norm, x_grad, norm_grads = torch.ops.mmvil.layer_norm_backward(
+        x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
     )
+    up_weight_grad = torch.matmul(up_grad.flatten(0, 1).t(), x_norm.flatten(0, 1))
     return x_grad, LayerWeights(
-        norm_weight=norm_weight_grad,
-        norm_bias=norm_bias_grad,
+        norm_weight=norm_grads[0],
+        norm_bias=None if w.norm_bias is None else norm_grads[1],
         up_weight=up_weight_grad,
-        up_bias=up_bias_grad,
+        up_bias=None if w.up_bias is None else torch.cat([x_m_grad_sum, z_grad_sum]),
         **before_grads._asdict(),
         out_norm_weight=out_norm_weight_grad,
         out_norm_bias=None if w.out_norm_bias is None else out_norm_bias_grad,
@@ -129,6 +128,13 @@ def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str
 
 _library = torch.library.Library('mmvil', 'FRAGMENT')
 _library.define(
+    'layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor y'
+)
+_library.define(
+    'layer_norm_backward(Tensor y_grad, Tensor x, Tensor weight, Tensor? bias, float eps)'
+    ' -> (Tensor y, Tensor x_grad, Tensor parameter_grads)'
+)
+_library.define(
     'before_cell(Tensor x, Tensor?[] weights, SymInt[] grid, SymInt heads, bool reverse,'
     ' bool with_gates) -> (Tensor a, Tensor q, Tensor k, Tensor v, Tensor gates)'
 )
@@ -146,6 +152,15 @@ _library.define(
     ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor c_grad, Tensor up_grad,'
     ' Tensor parameter_grads)'
 )
+
+
+def _layer_norm_fake(x, weight, bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _layer_norm_backward_fake(y_grad, x, *_):
+    y, x_grad = y_grad.new_empty(x.shape), x.new_empty(x.shape)
+    return y, x_grad, x.new_empty(2, x.shape[-1], dtype=torch.float32)
 
 
 def _before_cell(x, weights, grid, heads, reverse, with_gates):
@@ -177,11 +192,13 @@ def _after_cell_fake(h, a, z, *_):
 def _after_cell_backward_fake(y_grad, h, a, z, *_):
     y, h_grad, c_grad = (z.new_empty(z.shape) for _ in range(3))
     up_grad = z.new_empty(*z.shape[:2], 2 * z.shape[2])
-    parameter_grads = z.new_empty(3, z.shape[2], dtype=torch.float32)
+    parameter_grads = z.new_empty(4, z.shape[2], dtype=torch.float32)
     return y, by_head(h_grad, h.shape[1]), c_grad, up_grad, parameter_grads
 
 
 for _name, _function, _fake in (
+    ('layer_norm', layer_norm, _layer_norm_fake),
+    ('layer_norm_backward', layer_norm_backward, _layer_norm_backward_fake),
     ('before_cell', _before_cell, _before_cell_fake),
     ('before_cell_backward', _before_cell_backward, _before_cell_backward_fake),
     ('after_cell', after_cell, _after_cell_fake),

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..layout import by_head, contiguous, token_rows, unit_stride
 from . import on_its_device
+from .activation import sigmoid
+from .layer_norm import normalize, normalize_backward
 from .reduction import partial_sums, split_tokens
 from .tiles import load_row
 
@@ -30,16 +32,7 @@ def _tile(pointer, offset, inside):
     return tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
 
 
-@triton.jit
-def _normalize(h, present, eps, DH: tl.constexpr):
-    """Normalize h, zero outside the head; return the inverse deviation, too."""
-    mean = tl.sum(h, axis=1) / DH
-    centred = tl.where(present, h - mean[:, None], 0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / DH + eps)
-    return centred * rstd[:, None], rstd[:, None]
-
-
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'length'])
 def after_cell_kernel(
     h,
     batch_stride,
@@ -72,16 +65,18 @@ def after_cell_kernel(
     row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
     offset = token.to(tl.int64)[:, None]
 
-    h_norm, _ = _normalize(_tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH)
+    h_norm, _ = normalize(
+        _tile(h, row[:, None] + in_head[None, :], inside), present[None, :], eps, DH
+    )
     a_tile = _tile(a, offset * E + channel[None, :], inside)
     z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
     mixed = h_norm * load_row(weight, channel, present) + load_row(bias, channel, present)
-    mixed += a_tile * tl.sigmoid(a_tile) * load_row(skip, channel, present)
-    out = mixed * (z_tile * tl.sigmoid(z_tile))
+    mixed += a_tile * sigmoid(a_tile) * load_row(skip, channel, present)
+    out = mixed * (z_tile * sigmoid(z_tile))
     tl.store(y + offset * E + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'length', 'tokens_per_program'])
 def after_cell_backward_kernel(
     y_grad,
     h,
@@ -124,6 +119,7 @@ def after_cell_backward_kernel(
     weight_grad = tl.zeros((T, C), tl.float32)
     bias_grad = tl.zeros((T, C), tl.float32)
     skip_grad = tl.zeros((T, C), tl.float32)
+    z_grad_sum = tl.zeros((T, C), tl.float32)
 
     begin = program * tokens_per_program
     for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
@@ -134,36 +130,35 @@ def after_cell_backward_kernel(
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
 
-        h_norm, rstd = _normalize(
-            _tile(h, row[:, None] + in_head[None, :], inside), present, eps, DH
+        h_norm, rstd = normalize(
+            _tile(h, row[:, None] + in_head[None, :], inside), present[None, :], eps, DH
         )
         a_tile = _tile(a, here, inside)
-        c = a_tile * tl.sigmoid(a_tile)
+        c = a_tile * sigmoid(a_tile)
         mixed = h_norm * w + b + c * s
         z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
-        z_open = tl.sigmoid(z_tile)
+        z_open = sigmoid(z_tile)
         gate = z_tile * z_open
         tl.store(y + here, (mixed * gate).to(dtype), mask=inside)
 
         dy = _tile(y_grad, here, inside)
         dz = dy * mixed * z_open * (1 + z_tile * (1 - z_open))
         tl.store(z_grad + offset * z_grad_stride + channel[None, :], dz.to(dtype), mask=inside)
+        z_grad_sum += dz
         d_mixed = dy * gate
         weight_grad += d_mixed * h_norm
         bias_grad += d_mixed
         skip_grad += d_mixed * c
         tl.store(c_grad + here, (d_mixed * s).to(dtype), mask=inside)
 
-        dh = d_mixed * w
-        mean = tl.sum(dh, axis=1) / DH
-        projection = tl.sum(dh * h_norm, axis=1) / DH
-        dh = (dh - mean[:, None] - h_norm * projection[:, None]) * rstd
+        dh = normalize_backward(d_mixed * w, h_norm, rstd, DH)
         tl.store(h_grad + here, dh.to(dtype), mask=inside)
 
     sums += program.to(tl.int64) * sums_stride + channel
     tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
     tl.store(sums + E, tl.sum(bias_grad, axis=0), mask=present)
     tl.store(sums + 2 * E, tl.sum(skip_grad, axis=0), mask=present)
+    tl.store(sums + 3 * E, tl.sum(z_grad_sum, axis=0), mask=present)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,7 +218,7 @@ def after_cell_backward(
         tuple: y of the forward pass (B, N, E); gradients of h (B, NH, N, DH), with the memory of
         (B, N, E), of c = SiLU(a) (B, N, E), and of both halves of the up-projection's output
         (B, N, 2E), of which only the second, that of z, is written; gradients of weight, bias and
-        skip (3, E), in float32.
+        skip, and the sum of that of z over tokens (4, E), in float32.
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
     tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
@@ -231,7 +226,7 @@ def after_cell_backward(
     up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
     share, programs = split_tokens(tokens, arguments['T'], heads)
-    sums = partial_sums(programs, 3 * channels, like=z)
+    sums = partial_sums(programs, 4 * channels, like=z)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
             **arguments,
@@ -245,7 +240,7 @@ def after_cell_backward(
             sums_stride=sums.stride(0),
             tokens_per_program=share,
         )
-    return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(3, channels)
+    return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(4, channels)
 
 
 def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:

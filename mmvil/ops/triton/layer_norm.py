@@ -1,0 +1,178 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""LayerNorm between features of different dtypes, without copies in float32 in memory.
+
+The residual stream is often in float32, and matrix products want half precision. The backward
+kernel computes the output again, which the gradient of the next weight needs, so that nothing but
+the input is kept or read twice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import contiguous, token_rows
+from . import on_its_device
+from .reduction import partial_sums, split_tokens
+from .tiles import load_row
+
+
+@triton.jit
+def normalize(x, present, eps, WIDTH: tl.constexpr):
+    """Normalize rows of x, zero outside their WIDTH channels; return the inverse deviation, too."""
+    mean = tl.sum(x, axis=1) / WIDTH
+    centred = tl.where(present, x - mean[:, None], 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
+    return centred * rstd[:, None], rstd[:, None]
+
+
+@triton.jit
+def normalize_backward(y_grad, y, rstd, WIDTH: tl.constexpr):
+    """Gradient of x in :func:`normalize`, all zero outside the WIDTH channels."""
+    mean = tl.sum(y_grad, axis=1) / WIDTH
+    projection = tl.sum(y_grad * y, axis=1) / WIDTH
+    return (y_grad - mean[:, None] - y * projection[:, None]) * rstd
+
+
+@triton.jit(do_not_specialize=['tokens'])
+def layer_norm_kernel(
+    x,
+    x_stride,
+    weight,
+    bias,
+    y,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Compute y (tokens, D) for one tile of tokens."""
+    token, channel = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, C)
+    present = channel < D
+    inside = (token < tokens)[:, None] & present[None, :]
+    offset = tl.cast(token, tl.int64)[:, None]
+    x_tile = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0)
+    normed, _ = normalize(x_tile.to(tl.float32), present[None, :], eps, D)
+    out = normed * load_row(weight, channel, present) + load_row(bias, channel, present)
+    tl.store(y + offset * D + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=['tokens', 'tokens_per_program'])
+def layer_norm_backward_kernel(
+    x,
+    x_stride,
+    y_grad,
+    weight,
+    bias,
+    y,
+    x_grad,
+    sums,
+    sums_stride,
+    tokens,
+    tokens_per_program,
+    eps,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Compute y again, the gradient of x, and partial sums of those of weight and bias (2, D), for
+    some tiles of tokens.
+    """
+    program, channel = tl.program_id(0), tl.arange(0, C)
+    present = channel < D
+    w, b = load_row(weight, channel, present), load_row(bias, channel, present)
+    weight_grad = tl.zeros((T, C), tl.float32)
+    bias_grad = tl.zeros((T, C), tl.float32)
+    begin = program * tokens_per_program
+    for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
+        token = first + tl.arange(0, T)
+        inside = (token < tokens)[:, None] & present[None, :]
+        offset = tl.cast(token, tl.int64)[:, None]
+        here = offset * D + channel[None, :]
+        x_tile = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0)
+        normed, rstd = normalize(x_tile.to(tl.float32), present[None, :], eps, D)
+        tl.store(y + here, (normed * w + b).to(y.dtype.element_ty), mask=inside)
+        dy = tl.load(y_grad + here, mask=inside, other=0).to(tl.float32)
+        weight_grad += dy * normed
+        bias_grad += dy
+        dx = normalize_backward(dy * w, normed, rstd, D)
+        tl.store(x_grad + here, dx.to(x_grad.dtype.element_ty), mask=inside)
+    sums += tl.cast(program, tl.int64) * sums_stride + channel
+    tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
+    tl.store(sums + D, tl.sum(bias_grad, axis=0), mask=present)
+
+
+@on_its_device
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Normalize the last dimension.
+
+    Args:
+        x (Tensor): Shape (B, N, D), any strides and dtype; computed in float32.
+        weight (Tensor): Shape (D, ).
+        bias (Tensor, optional): Shape (D, ).
+        eps (float): Epsilon.
+        dtype (torch.dtype): Dtype of the result.
+
+    Returns:
+        Tensor: Shape (B, N, D), contiguous.
+    """
+    rows, tile = token_rows(x), _tile(x, 2048)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if len(rows):
+        layer_norm_kernel[(triton.cdiv(len(rows), tile['T']),)](
+            x=rows,
+            x_stride=rows.stride(0),
+            weight=contiguous(weight),
+            bias=contiguous(bias),
+            y=y,
+            tokens=len(rows),
+            eps=eps,
+            **tile,
+        )
+    return y
+
+
+@on_its_device
+def layer_norm_backward(
+    y_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of :func:`layer_norm`.
+
+    Args:
+        y_grad (Tensor): Shape (B, N, D), in the dtype of the output.
+        x, weight, bias, eps: As in the forward pass.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: The output again; gradients of x, and of weight and bias
+        (2, D) in float32.
+    """
+    rows, tile, size = token_rows(x), _tile(x, 1024), x.shape[-1]
+    y, x_grad = (torch.empty(x.shape, dtype=d, device=x.device) for d in (y_grad.dtype, x.dtype))
+    share, programs = split_tokens(len(rows), tile['T'], 1)
+    sums = partial_sums(programs, 2 * size, like=x)
+    if programs:
+        layer_norm_backward_kernel[(programs,)](
+            x=rows,
+            x_stride=rows.stride(0),
+            y_grad=y_grad.contiguous(),
+            weight=contiguous(weight),
+            bias=contiguous(bias),
+            y=y,
+            x_grad=x_grad,
+            sums=sums,
+            sums_stride=sums.stride(0),
+            tokens=len(rows),
+            tokens_per_program=share,
+            eps=eps,
+            **tile,
+        )
+    return y, x_grad, sums.sum(0).view(2, size)
+
+
+def _tile(x: Tensor, size: int) -> dict[str, int]:
+    """Width and tile of both kernels: whole rows, about ``size`` values."""
+    columns = triton.next_power_of_2(x.shape[-1])
+    return dict(D=x.shape[-1], T=max(1, min(64, size // columns)), C=columns)
