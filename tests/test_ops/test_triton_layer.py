@@ -5,20 +5,28 @@ in a process in which Triton interprets its kernels.
 """
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvil.layers import ViLBlock
+from mmvil.ops.mlstm import Form
 from mmvil.ops.projections import token_conv
-from mmvil.ops.triton import interpreted, unavailable
+from mmvil.ops.triton import default_chunk_size, interpreted, unavailable
+from mmvil.ops.vil_layer_common import LayerSettings, LayerWeights
 from tests.conftest import ROOT, relative_error
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not interpreted() else 'cpu')
@@ -26,21 +34,38 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
+import triton  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
 from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates import BeforeCellWeights, before_cell  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates_backward import (  # noqa: E402
     before_cell_backward,
     split_gradients,
 )
+from mmvil.ops.triton.layer_norm import layer_norm, layer_norm_backward  # noqa: E402
 from mmvil.ops.triton.norm_skip_gate import after_cell, after_cell_backward  # noqa: E402
-from mmvil.ops.triton.reduction import split_tokens  # noqa: E402
+from mmvil.ops.triton.reduction import PROGRAMS, split_tokens  # noqa: E402
 
+pytestmark = pytest.mark.triton
 runs_kernels = pytest.mark.skipif(
     PROBLEM is not None, reason='without a GPU, test_kernels_pass_in_the_interpreter runs this'
 )
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 if DEVICE.type == 'cuda':
     TOLERANCE[torch.float32] = 1e-5  # products in three passes of tf32
+
+
+OPERATORS = {
+    'layer_norm',
+    'layer_norm_backward',
+    'before_cell',
+    'projections_backward',
+    'convolution_backward',
+    'after_cell',
+    'after_cell_backward',
+}
+"""Names of kernels of this file, without the ending."""
 
 
 class Case(NamedTuple):
@@ -203,11 +228,32 @@ def test_after_cell_equals_pytorch(case):
     again, h_grad, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
     assert_close(dict(again=again), dict(again=expected), case)
     actual = dict(h=h_grad, c=c_grad, z=up_grad.chunk(2, -1)[1])
-    actual.update(zip(('weight', 'bias', 'skip'), sums))
+    actual.update(zip(('weight', 'bias', 'skip', 'sum'), sums))
     leaves = {name: leaf for name, leaf in inputs.items() if leaf is not None}
     leaves['c'] = c64
     grads = torch.autograd.grad(expected, leaves.values(), y_grad.double())
-    assert_close(actual, dict(zip(leaves, grads)), case)
+    grads = dict(zip(leaves, grads))
+    assert_close(actual, {**grads, 'sum': grads['z'].sum((0, 1))}, case)
+
+
+@runs_kernels
+@cases
+def test_layer_norm_equals_pytorch(case):
+    """From the residual stream in float32 or in the dtype of features."""
+    torch.manual_seed(0)
+    stream = torch.float32 if case.reverse else case.dtype
+    x = 3 + randn(case.batch, case.grid[0] * case.grid[1], case.width).to(stream)
+    weight, bias = randn(case.width), randn(case.width) if case.bias else None
+    leaves = dict(zip(('x', 'weight', 'bias'), doubles([x, weight, bias])))
+    expected = F.layer_norm(leaves['x'], x.shape[2:], leaves['weight'], leaves['bias'], 1e-3)
+    y = layer_norm(x, weight, bias, 1e-3, case.dtype)
+    y_grad = torch.randn_like(y)
+    again, x_grad, sums = layer_norm_backward(y_grad, x, weight, bias, 1e-3)
+    assert y.dtype == case.dtype and x_grad.dtype == stream and torch.equal(y, again)
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    grads = torch.autograd.grad(expected, leaves.values(), y_grad.double())
+    actual = dict(y=y, x=x_grad, weight=sums[0], bias=sums[1])
+    assert_close(actual, {'y': expected, **dict(zip(leaves, grads))}, case)
 
 
 LAYOUTS = {
@@ -340,9 +386,11 @@ def test_operators_tell_compilers_what_they_return(case):
         a, h = results[0], results[1]
         after = ops.after_cell(h, a, x, parameter, None, parameter, 1e-5)
         backward = ops.after_cell_backward(after, h, a, x, parameter, parameter, parameter, 1e-5)
+        norm = ops.layer_norm(x, parameter, None, 1e-5, torch.bfloat16)
+        norm_backward = ops.layer_norm_backward(norm, x, parameter, parameter, 1e-5)
         x_grad = torch.empty_like(x)
         sums = ops.before_cell_backward(*qkv, *gates, a, a, x, weights, grid, case.reverse, x_grad)
-        return [*results, after, *backward, sums]
+        return [*results, after, *backward, norm, *norm_backward, sums]
 
     args = (x, list(weights), qkv, gates, parameter)
     real = run(*args)
@@ -357,8 +405,6 @@ def test_operators_tell_compilers_what_they_return(case):
 @pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
 def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
     """Played on the CPU: which tensor's device is the current one when a kernel is launched."""
-    from triton.runtime.jit import JITFunction
-
     launches, current = [], []
 
     @contextmanager
@@ -384,11 +430,15 @@ def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
     after_cell(h, *after)
     after_cell_backward(a, h, *after)
     before_cell_backward(q, k, v, *gates, a, a, x, weights, case.grid, False, x)
-    assert len({name for name, _ in launches}) == 10  # all but the states between chunks
+    layer_norm(x, parameter, None, 1e-5, torch.float32)
+    layer_norm_backward(a, x, parameter, None, 1e-5)
+    names = {name for name, _ in launches}
+    assert {name.split('_kernel')[0] for name in names} >= OPERATORS, names
     firsts = {id(tensor) for tensor in (x, q, h, a)}
     assert all(len(devices) == 1 and devices[0] in firsts for _, devices in launches), launches
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != 'cuda', reason='wants a GPU')
 def test_gradients_are_the_same_bits_every_time():
     case = Case(4, 96, (32, 32), batch=8, dtype=torch.bfloat16)
@@ -409,7 +459,7 @@ def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
     share, programs = split_tokens(tokens, 64, beside)
     assert share % 64 == 0
     assert (programs - 1) * share < tokens <= programs * share
-    assert programs * beside <= 2 * 2048 or programs == 1
+    assert programs * beside <= 2 * PROGRAMS or programs == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,38 +479,72 @@ def test_kernels_pass_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def launches(head_width, dtype, version):
+def launches(head_width, dtype, version, batch=2, grid=(14, 14)):
     """All launches of a layer's forward and backward pass, the cell's excepted."""
     from tests.test_ops.triton_offline import record_launches
 
-    heads, grid = 4, (14, 14)
-    case = Case(heads, head_width, grid, version=version, dtype=dtype)
-    tokens, channels = 196, heads * head_width
-    weights = BeforeCellWeights(
-        torch.empty(channels, 1, 3, 3) if version == 2 else torch.empty(channels, 1, 4),
-        None if version == 1 else torch.empty(channels),
-        *3 * (torch.empty(channels // 4, 4, 4), torch.empty(channels)),
-        *2 * (torch.empty(heads, 3 * channels), torch.empty(heads)),
-    )
-    up = torch.empty(case.batch, tokens, 2 * channels, dtype=dtype)
-    x, z = up.chunk(2, -1)
-    a, gates = torch.empty_like(x), torch.empty(case.batch, heads, tokens)
+    settings, weights, x = layer(head_width, dtype, version, batch, grid)
+    channels, heads = len(weights.skip), settings.heads
+    before = BeforeCellWeights(*(getattr(weights, name) for name in BeforeCellWeights._fields))
+    x_m, z = x.new_empty(*x.shape[:2], 2 * channels, dtype=dtype).chunk(2, -1)
+    a, gates = torch.empty_like(x_m), x.new_empty(batch, heads, x.shape[1])
     h = a.unflatten(2, (heads, -1)).transpose(1, 2)
-    after = (h, a, z, torch.empty(channels), torch.empty(channels), torch.empty(channels), 1e-6)
+    after = (h, a, z, weights.out_norm_weight, weights.out_norm_bias, weights.skip, 1e-6)
+    norm = (weights.norm_weight, weights.norm_bias, 1e-6)
 
-    def layer():
-        before_cell(x, weights, grid, heads, version == 1)
-        before_cell_backward(h, h, h, gates, gates, a, a, x, weights, grid, version == 1, x)
+    def run():
+        layer_norm(x, *norm, dtype)
+        before_cell(x_m, before, grid, heads, version == 1)
         after_cell(*after)
         after_cell_backward(a, *after)
+        before_cell_backward(h, h, h, gates, gates, a, a, x_m, before, grid, version == 1, x_m)
+        layer_norm_backward(x.to(dtype), x, *norm)
 
-    return record_launches(layer)
+    return record_launches(run)
+
+
+def layer(head_width, dtype, version, batch, grid, heads=4):
+    """Settings, weights and input of a layer under autocast, without memory."""
+    inner, width = heads * head_width, heads * head_width // 2
+
+    def empty(*shape):
+        return torch.empty(*shape, device='meta')
+
+    def bias(size):
+        return empty(size) if version == 2 else None
+
+    projections = {f'{name}_weight': empty(inner // 4, 4, 4) for name in 'qkv'}
+    projections.update({f'{name}_bias': bias(inner) for name in 'qkv'})
+    weights = LayerWeights(
+        norm_weight=empty(width),
+        norm_bias=bias(width),
+        up_weight=empty(2 * inner, width),
+        up_bias=bias(2 * inner),
+        conv_weight=empty(inner, 1, 3, 3) if version == 2 else empty(inner, 1, 4),
+        conv_bias=empty(inner),
+        **projections,
+        igate_weight=empty(heads, 3 * inner),
+        igate_bias=empty(heads),
+        fgate_weight=empty(heads, 3 * inner),
+        fgate_bias=empty(heads),
+        out_norm_weight=empty(inner),
+        out_norm_bias=bias(inner),
+        skip=empty(inner),
+        down_weight=empty(width, inner),
+        down_bias=bias(width),
+    )
+    tokens = grid[0] * grid[1]
+    form = Form(default_chunk_size(tokens, head_width), triton=True)
+    settings = LayerSettings(grid, heads, version == 1, form, 1e-6, 1e-6, dtype)
+    return settings, weights, empty(batch, tokens, width)
 
 
 def check_compiled(arch, head_width, dtype, version, allowed_spills=0):
     from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch
 
     for launch in launches(head_width, dtype, version):
+        if arch == 'gfx942':  # the option is for NVIDIA only
+            launch.kwargs.pop('maxnreg', None)
         needs = compile_launch(launch, arch)
         print(f'{arch:7} {head_width:4} {str(dtype)[6:]:8} v{version} {launch.name:28} {needs}')
         assert needs['spills'] <= allowed_spills, launch.name
@@ -485,3 +569,162 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
         pytest.skip('Triton for AMD has no tf32x3')
     # float32, multiplied in three parts, wants a few registers more than there are.
     check_compiled(arch, head_width, dtype, version, 64 if dtype == torch.float32 else 8)
+
+
+SIZES = {224: (128, (14, 14)), 512: (16, (32, 32)), 1024: (4, (64, 64))}
+"""Batch and token grid by the side of images."""
+ITERATION = {
+    'projections_backward': dict(instructions=400, barriers=16, registers=232),
+    'convolution_backward': dict(instructions=340, barriers=0, registers=128),
+    'after_cell_backward': dict(instructions=560, barriers=8, registers=168),
+    'layer_norm_backward': dict(instructions=400, barriers=8, registers=128),
+}
+"""The most that the loop of a kernel may take."""
+
+
+def check_loops(arch, head_width, size, names=tuple(ITERATION)):
+    from tests.test_ops.triton_offline import compile_launch
+
+    for launch in launches(head_width, torch.bfloat16, 2, *SIZES[size]):
+        name = launch.name.removesuffix('_kernel')
+        if name not in names:
+            continue
+        needs = {**compile_launch(launch, arch), **iteration(launch, arch)}
+        print(f'| {arch} | {head_width} | {size} | {name} |', *needs.values(), sep=' | ')
+        assert needs['spills'] == 0, name
+        for key, most in ITERATION[name].items():
+            assert needs[key] <= most, (name, key, needs)
+
+
+@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+def test_loops_of_the_backward_pass_are_short():
+    check_loops('sm_90', 192, 224, ['projections_backward', 'convolution_backward'])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('head_width', [96, 192, 384])
+@pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
+def test_loops_of_the_backward_pass_are_short_at_all_sizes(arch, head_width, size):
+    check_loops(arch, head_width, size)
+
+
+def iteration(launch, arch):
+    """Instructions and barriers of a kernel's longest loop."""
+    from tests.test_ops import triton_offline
+
+    kept, compile_source = [], triton.compile
+
+    def compile_and_keep(*args, **kwargs):
+        kept.append(compile_source(*args, **kwargs))
+        return kept[0]
+
+    with mock.patch.object(triton, 'compile', compile_and_keep):
+        triton_offline.compile_launch(launch, arch)
+    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'nvdisasm'
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(kept[0].asm['cubin'])
+        file.flush()
+        command = [tool, '-c', file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    labels, instructions, loops = {}, [], [[]]
+    for label, text in re.findall(r'^(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(.*?) *;', code, re.M):
+        if label:
+            labels[label] = len(instructions)
+            continue
+        instructions.append(text)
+        jump = re.search(r'BRA.*`\((\.L_x_\d+)\)', text)
+        if jump and jump.group(1) in labels:
+            loops.append(instructions[labels[jump.group(1)] :])
+    loop = max(loops, key=len)
+    return dict(instructions=len(loop), barriers=sum('BAR.' in text for text in loop))
+
+
+# ------------------------------------------------------------------------------------------------
+# Traffic
+
+
+class Traffic(TorchDispatchMode):
+    """Count launches of operations and kernels, and the bytes of their arguments and results.
+
+    Tensors are on the device 'meta', where the layer's operators would launch nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.launches = 0
+        ops = torch.ops.mmvil
+        self.operators = {
+            ops.layer_norm.default: layer_norm,
+            ops.layer_norm_backward.default: layer_norm_backward,
+            ops.before_cell.default: lambda x, w, *rest: before_cell(
+                x, BeforeCellWeights(*w), *rest
+            ),
+            ops.before_cell_backward.default: lambda *args: before_cell_backward(
+                *args[:8], BeforeCellWeights(*args[8]), *args[9:]
+            ),
+            ops.after_cell.default: after_cell,
+            ops.after_cell_backward.default: after_cell_backward,
+            ops.mlstm.default: lambda *args: mlstm.mlstm_forward(*args[:-1]),
+            ops.mlstm_backward.default: lambda *args: mlstm.mlstm_backward(*args[:-1]),
+        }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.operators:
+            with self:
+                return self.operators[function](*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not re.search('empty|_unsafe_view|promote', function.name()):
+            self.add((args, kwargs, result))
+        return result
+
+    def launch(self, kernel, *args, grid, warmup, **kwargs):
+        twice = kernel.__name__ == 'convolution_backward_kernel'  # reads what it adds to
+        self.add((kwargs, kwargs['x_grad'] if twice else None))
+
+    def add(self, tree):
+        self.launches += 1
+        for x in torch.utils._pytree.tree_leaves(tree):
+            if isinstance(x, Tensor):
+                self.bytes += x.numel() * x.element_size()
+
+
+def traffic(head_width, size):
+    """Bytes of the forward and the backward pass in units of one (B, N, E), and launches; without
+    the residual connection.
+    """
+    from mmvil.ops.triton import fused_layer
+
+    settings, weights, x = layer(head_width, torch.bfloat16, 2, *SIZES[size])
+    unit = x.numel() * 2 * 2
+    counts = []
+
+    def count(function, *args):
+        mode = Traffic()
+
+        def launch(kernel, *args, **kwargs):
+            mode.launch(kernel, *args, **kwargs)
+
+        with mock.patch.object(JITFunction, 'run', launch), mode:
+            result = function(*args)
+        counts.append((mode.bytes / unit, mode.launches))
+        return result
+
+    y, kept = count(fused_layer.forward, x, weights, settings)
+    count(fused_layer.gradients, y, (x, *kept), weights, settings)
+    return counts
+
+
+@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.parametrize('head_width', [96, 192, 384])
+@pytest.mark.parametrize(
+    'size, forward_units, backward_units', [(224, 20, 56), (512, 23, 64), (1024, 23, 64)]
+)
+def test_layer_moves_few_bytes(head_width, size, forward_units, backward_units):
+    (forward, forward_launches), (backward, backward_launches) = traffic(head_width, size)
+    print(f'{head_width} {size}: {forward:.1f} and {backward:.1f} arrays of (B, N, E)')
+    print(f'{forward_launches} and {backward_launches} launches')
+    assert forward <= forward_units and backward <= backward_units
+    states = size > 224
+    assert forward_launches <= 12 + states and backward_launches <= 24 + 2 * states

@@ -6,10 +6,10 @@ writes one partial sum, and these are added in a fixed order.
 import torch
 from torch import Tensor
 
-PROGRAMS = 2048
+PROGRAMS = 1024
 """Approximate number of programs to launch: several for each multiprocessor, so that none is idle
-for long, but so few that partial sums take little memory. It does not depend on the device, so
-results do not either.
+for long, but so few that partial sums take little memory and traffic. It does not depend on the
+device, so results do not either.
 """
 
 
