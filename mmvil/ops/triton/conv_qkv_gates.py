@@ -5,15 +5,10 @@ r"""Convolution, projections to q, k and v, and gates of the ViL layer as fused 
     a = \mathrm{conv}(x), \quad c = \mathrm{SiLU}(a), \quad q = W_q c, \quad k = W_k c, \quad
     v = W_v x, \quad (\tilde i, \tilde f) = W_g [q, k, v] + b_g
 
-All of it is bound by memory traffic, so features make as few trips as possible. In units of one
-(B, N, E) tensor:
-
-- Forward, 2 launches: one kernel reads x and writes a, q, k, v (5 units), and a small sum adds the
-  heads' parts of the gates.
-- Backward, 6 launches and 5 + 8 + 4 units: the forward kernel again without gates; the part of q
-  and k reads the gradients of q, k and c, and a, and writes the gradient of a; the part of v reads
-  its gradient and x, and writes the gradient of x; the part of the convolution reads the gradient
-  of a, x and its gradient, and writes the latter; two small sums add up the gradients of weights.
+All of it is bound by memory traffic, so features make as few trips as possible: one kernel reads x
+and writes a, q, k, v, and a small sum adds the heads' parts of the gates. In units of one (B, N, E)
+tensor these are 5. The backward pass (:mod:`mmvil.ops.triton.conv_qkv_gates_backward`) runs the
+same kernel again, without gates, and needs 12 more.
 
 Reading a where c is needed, instead of computing it from x again, costs one unit in the forward
 pass and spares a stencil in each later kernel.
@@ -26,9 +21,6 @@ How this maps to the hardware:
   tensor cores: 7 of 8 products are with zeros, which is still the cheapest way.
 - Gates need float32 weights. On tensor cores that is the sum of two numbers of half precision,
   which fill the columns that a tile has in any case.
-- Sums over tokens (gradients of weights) are matrix products, too. They stay in registers over many
-  tiles; each program writes one partial sum, and these are added in a fixed order. There are no
-  atomics, and the same input gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -41,6 +33,7 @@ from torch import Tensor
 
 from ..layout import by_head, contiguous, token_rows
 from . import on_its_device
+from .activation import sigmoid
 from .tiles import dot, dot_precision, load_row
 
 
@@ -63,6 +56,14 @@ class BeforeCellWeights(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
+
+
+@triton.jit
+def rows(pointer, first, stride, channel, T: tl.constexpr):
+    """Pointers to channels of T tokens; only the step to the first token may exceed 32 bits."""
+    token = tl.arange(0, T)
+    first = tl.cast(first, tl.int64)
+    return pointer + first * stride + (token[:, None] * stride + channel[None, :])
 
 
 @triton.jit
@@ -165,11 +166,11 @@ def before_cell_kernel(
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = a_out.dtype.element_ty
     head = tl.program_id(1)
-    token = tl.program_id(0) * T + tl.arange(0, T)
+    start = tl.program_id(0) * T
+    token = start + tl.arange(0, T)
     in_batch = token < tokens
     position = token % length
     row, column = position // width, position % width
-    offset = token.to(tl.int64)[:, None]
 
     gate = tl.arange(0, GATES)
     gates = tl.zeros((T, 2 * GATES), tl.float32)
@@ -180,23 +181,19 @@ def before_cell_kernel(
         inside = in_batch[:, None] & present[None, :]
 
         a = tl.zeros((T, C), tl.float32) + load_row(conv_bias, channel, present)
-        for tap in range(SIZE):
+        x_at = rows(x, start, x_stride, channel, T)
+        for tap in tl.static_range(SIZE):
             step, there = neighbour(
                 row, column, height, width, tap, SIGN, KERNEL_WIDTH, ROW, COLUMN
             )
-            x_tap = tl.load(
-                x + (offset + step) * x_stride + channel[None, :],
-                mask=inside & there[:, None],
-                other=0,
-            )
+            x_tap = tl.load(x_at + step * x_stride, mask=inside & there[:, None], other=0)
             weight = load_row(conv_weight, channel * SIZE + tap, present)
             a += x_tap.to(tl.float32) * weight
-        out = offset * E + channel[None, :]
         a = a.to(dtype)
-        tl.store(a_out + out, a, mask=inside)
-        c = (a.to(tl.float32) * tl.sigmoid(a.to(tl.float32))).to(dtype)
+        tl.store(rows(a_out, start, E, channel, T), a, mask=inside)
+        c = (a.to(tl.float32) * sigmoid(a.to(tl.float32))).to(dtype)
 
-        x_m = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0).to(dtype)
+        x_m = tl.load(x_at, mask=inside, other=0).to(dtype)
         q_map = block_diagonal(q_weight, channel, present, WIDTH, dtype)
         k_map = block_diagonal(k_weight, channel, present, WIDTH, dtype)
         v_map = block_diagonal(v_weight, channel, present, WIDTH, dtype)
@@ -204,9 +201,9 @@ def before_cell_kernel(
         k = dot(c, k_map, zero + load_row(k_bias, channel, present), PRECISION)
         v = dot(x_m, v_map, zero + load_row(v_bias, channel, present), PRECISION)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        tl.store(q_out + out, q, mask=inside)
-        tl.store(k_out + out, k, mask=inside)
-        tl.store(v_out + out, v, mask=inside)
+        tl.store(rows(q_out, start, E, channel, T), q, mask=inside)
+        tl.store(rows(k_out, start, E, channel, T), k, mask=inside)
+        tl.store(rows(v_out, start, E, channel, T), v, mask=inside)
 
         if WITH_GATES:
             at = channel[:, None]
@@ -262,23 +259,21 @@ def before_cell(
         tensor.
     """
     batch, length, channels = x.shape
-    rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
-    # Larger tiles load weights less often, but should leave no multiprocessor idle.
-    token_tile = 128 if len(rows) * heads >= 65536 else 64
+    x_rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
     a, q, k, v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(4))
     shape = (heads, 2, batch, heads, length) if with_gates else (1, 0)
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if len(rows):
-        before_cell_kernel[(triton.cdiv(len(rows), token_tile), heads)](
-            x=rows,
-            x_stride=rows.stride(0),
+    if len(x_rows):
+        before_cell_kernel[(triton.cdiv(len(x_rows), 64), heads)](
+            x=x_rows,
+            x_stride=x_rows.stride(0),
             **weights._asdict(),
             a_out=a,
             q_out=q,
             k_out=k,
             v_out=v,
             gates_out=gates_by_head,
-            tokens=len(rows),
+            tokens=len(x_rows),
             length=length,
             **convolution_arguments(weights, grid, length, reverse),
             E=channels,
@@ -287,7 +282,7 @@ def before_cell(
             WITH_GATES=with_gates,
             GATES=gate_columns(heads),
             PRECISION=dot_precision(x.dtype),
-            T=token_tile,
+            T=64,  # with more, blocks are fewer by registers
             C=channel_tile(channels // heads, x.dtype),
             num_warps=4,
             num_stages=1,
@@ -310,9 +305,9 @@ def convolution_arguments(
     weights: BeforeCellWeights, grid: Sequence[int], length: int, reverse: bool
 ):
     """Arguments for grid and kernel of the convolution; a causal one sees a single row."""
-    *rows, columns = weights.conv_weight.shape[2:]
-    kernel_height = rows[0] if rows else 1
-    height, width = grid if rows else (1, length)
+    *kernel_rows, columns = weights.conv_weight.shape[2:]
+    kernel_height = kernel_rows[0] if kernel_rows else 1
+    height, width = grid if kernel_rows else (1, length)
     return dict(
         height=height,
         width=width,
@@ -320,5 +315,5 @@ def convolution_arguments(
         SIZE=kernel_height * columns,
         KERNEL_WIDTH=columns,
         ROW=kernel_height // 2,
-        COLUMN=columns // 2 if rows else columns - 1,
+        COLUMN=columns // 2 if kernel_rows else columns - 1,
     )

@@ -30,20 +30,13 @@ from .conv_qkv_gates import (
     gate_weights,
     high_and_low,
     neighbour,
+    rows,
 )
 from .reduction import partial_sums, split_tokens
 from .tiles import dot, dot_precision, load_row
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def rows(pointer, first, stride, channel, T: tl.constexpr):
-    """Pointers to channels of T tokens; only the step to the first token may exceed 32 bits."""
-    token = tl.arange(0, T)
-    first = tl.cast(first, tl.int64)
-    return pointer + first * stride + (token[:, None] * stride + channel[None, :])
 
 
 @triton.jit
