@@ -578,7 +578,7 @@ ITERATION = {
     'projections_backward': dict(instructions=400, barriers=16, registers=232),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
     'after_cell_backward': dict(instructions=560, barriers=8, registers=168),
-    'layer_norm_backward': dict(instructions=400, barriers=8, registers=128),
+    'layer_norm_backward': dict(instructions=300, barriers=10, registers=128),
 }
 """The most that the loop of a kernel may take."""
 
