@@ -574,8 +574,8 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
 SIZES = {224: (128, (14, 14)), 512: (16, (32, 32)), 1024: (4, (64, 64))}
 """Batch and token grid by the side of images."""
 ITERATION = {
-    'before_cell': dict(instructions=1160, barriers=26, registers=128),
-    'projections_backward': dict(instructions=400, barriers=16, registers=232),
+    'before_cell': dict(instructions=1160, barriers=33, registers=128),
+    'projections_backward': dict(instructions=400, barriers=14, registers=217),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
     'after_cell_backward': dict(instructions=560, barriers=8, registers=168),
     'layer_norm_backward': dict(instructions=300, barriers=10, registers=128),
