@@ -553,9 +553,8 @@ def check_compiled(arch, head_width, dtype, version, allowed_spills=0):
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-@pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
-def test_kernels_compile_without_spills(arch):
-    check_compiled(arch, 384, torch.bfloat16, version=2)
+def test_kernels_compile_without_spills():
+    check_compiled('sm_90', 384, torch.bfloat16, version=2)
 
 
 @pytest.mark.slow  # 8 minutes

@@ -178,9 +178,7 @@ def projections_backward_kernel(
         E=E,
         NH=NH,
         WIDTH=WIDTH,
-        GATES=GATES,
         PRECISION=PRECISION,
-        C=C,
     )
     if OPERAND == 0:
         _store_gradients(
@@ -199,9 +197,7 @@ def projections_backward_kernel(
             E=E,
             NH=NH,
             WIDTH=WIDTH,
-            GATES=GATES,
             PRECISION=PRECISION,
-            C=C,
         )
     elif tl.program_id(1) == 0:
         gate = tl.arange(0, GATES)
@@ -226,9 +222,7 @@ def _store_gradients(
     E: tl.constexpr,
     NH: tl.constexpr,
     WIDTH: tl.constexpr,
-    GATES: tl.constexpr,
     PRECISION: tl.constexpr,
-    C: tl.constexpr,
 ):
     """Add the part of the gates, and store a program's sums for one of q, k and v.
 
@@ -236,6 +230,7 @@ def _store_gradients(
     The gates' weight W_g has the gradient W G + b s, where W and b are those of the projection, and
     through the gates W gets W_g G, and b gets W_g s.
     """
+    GATES: tl.constexpr = gate_bias_grad.shape[0] // 2
     gate, column = tl.arange(0, 2 * GATES)[:, None] // 2, operand * E + channel[None, :]
     gate_weight = gate_weights(igate_weight, fgate_weight, gate, column, present[None, :], NH, E)
     weight_grad = dot(tl.trans(gates_by_source_grad), gate_weight, weight_grad, PRECISION)
@@ -253,7 +248,7 @@ def _store_gradients(
     gate_weight_grad = dot(
         gates_by_source_grad, projection, gate_bias_grad[:, None] * shift, PRECISION
     )
-    gate_weight_grad = tl.sum(tl.reshape(gate_weight_grad, (GATES, 2, C)), axis=1)
+    gate_weight_grad = tl.sum(tl.reshape(gate_weight_grad, (GATES, 2, channel.shape[0])), axis=1)
     gate = tl.arange(0, GATES)[:, None]
     tl.store(
         sums + (3 * WIDTH + 3) * E + gate * (3 * E) + column,
@@ -451,7 +446,7 @@ def before_cell_backward(
         C=tile,
         num_warps=4,
         num_stages=1,
-        maxnreg=128,
+        maxnreg=None if single else 128,  # four blocks on a multiprocessor
     )
     return sums.sum(0)
 
