@@ -557,6 +557,14 @@ def test_kernels_compile_without_spills():
     check_compiled('sm_90', 384, torch.bfloat16, version=2)
 
 
+@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+def test_one_compilation_serves_all_sizes():
+    sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
+    for launch in launches(96, torch.bfloat16, 2):
+        specialized = {p.name for p in launch.kernel.params if not p.do_not_specialize}
+        assert not sizes & specialized, launch.name
+
+
 @pytest.mark.slow  # 8 minutes
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
 @pytest.mark.parametrize('version', [1, 2])
