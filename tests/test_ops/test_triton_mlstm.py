@@ -19,16 +19,21 @@ from mmvil.ops.triton import interpreted, triton_problem
 from tests.conftest import ROOT, relative_error
 from tests.test_ops.test_mlstm import make_inputs, output_and_gradients
 
+pytestmark = pytest.mark.triton
 DEVICE = 'cuda' if torch.cuda.is_available() and not interpreted() else 'cpu'
 needs_triton = pytest.mark.skipif(bool(triton_problem()), reason=str(triton_problem()))
 launches = pytest.mark.skipif(
     bool(triton_problem()) or (DEVICE == 'cpu' and not interpreted()),
     reason=triton_problem() or 'needs a GPU or TRITON_INTERPRET=1',
 )
-needs_gpu = pytest.mark.skipif(
-    bool(triton_problem()) or DEVICE == 'cpu', reason=triton_problem() or 'needs a GPU'
-)
 slow = pytest.mark.slow  # in the interpreter
+
+
+def needs_gpu(test):
+    problem = triton_problem() or ('needs a GPU' if DEVICE == 'cpu' else None)
+    return pytest.mark.gpu(pytest.mark.skipif(problem is not None, reason=str(problem))(test))
+
+
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -90,6 +95,12 @@ def test_kernels_in_half_precision(dtype, reverse):
 @pytest.mark.parametrize('chunk_size', [1, 128, pytest.param(1000, marks=slow)])
 def test_kernels_agree_for_any_chunk_size(chunk_size):
     check(random_inputs(200, 16, heads=1), chunk_size=chunk_size)
+
+
+@launches
+def test_kernels_scan_the_gates_of_long_sequences_in_blocks(monkeypatch):
+    monkeypatch.setattr('mmvil.ops.triton.mlstm_launch.GATE_BLOCK', 64)
+    check(random_inputs(150, 16, heads=1), chunk_size=64)
 
 
 @launches
@@ -265,42 +276,63 @@ def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     assert not choose_form(torch.device('cpu'), torch.bfloat16, 196, 96, 'auto').triton
 
 
-OFFLINE = [
-    pytest.param(arch, width, dtype, marks=() if fast else pytest.mark.slow)
-    for arch in ('sm_80', 'sm_86', 'sm_90', 'sm_100')
-    for width in (8, 64, 96, 128, 192, 256, 384)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for fast in [
-        dtype == torch.bfloat16
-        and (arch, width) in {('sm_80', 192), ('sm_90', 96), ('sm_90', 384), ('sm_100', 384)}
-    ]
-] + [pytest.param('gfx942', 192, torch.bfloat16, marks=pytest.mark.slow)]
+SIDES = ('query_side_kernel', 'query_side_kernel GRAD', 'key_side_kernel', 'key_side_kernel KEYS')
+QUICK = [('sm_80', 192, SIDES[3:]), ('sm_90', 96, SIDES), ('sm_100', 384, SIDES[3:])]
+PER_SCORE = {96: 16, 192: 24, 384: 34}
+"""Most instructions for a score in a loop, by head width."""
 
 
 @needs_triton
 @pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
-@pytest.mark.parametrize('arch, width, dtype', OFFLINE)
-def test_kernels_compile_within_the_limits_of(arch, width, dtype, monkeypatch):
-    """Shared memory and registers suffice. The slow ones take 20 minutes in all."""
-    from mmvil.ops.triton import mlstm_launch as kernels
-    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch, record_launches
+@pytest.mark.parametrize(
+    'arch, width, size, labels',
+    [(arch, width, 1024, labels) for arch, width, labels in QUICK]
+    + [
+        pytest.param(arch, width, size, None, marks=slow)
+        for arch in ('sm_80', 'sm_90', 'sm_100')
+        for width in (96, 192, 384)
+        for size in (224, 512, 1024)
+    ],
+)
+def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
+    from tests.test_ops.triton_offline import SHARED_LIMIT, cell_launches, compile_launch
 
-    monkeypatch.setattr(kernels, 'shared_memory', lambda device: SHARED_LIMIT[arch])
-    x, gate = torch.zeros(1, 1, 130, width, dtype=dtype), torch.zeros(1, 1, 130)
+    for label, launch in cell_launches(arch, width, size).items():
+        if labels and label not in labels:
+            continue
+        facts = compile_launch(launch, arch)
+        print(f'{arch} {width} {size} {label}: {facts}')
+        assert facts['spills'] == 0, label
+        assert facts['shared_bytes'] <= SHARED_LIMIT[arch], label
+        assert not facts['serialized'], label
+        assert facts['rows_per_warp'] is None or facts['rows_per_warp'] >= 16, label
+        if label in SIDES:
+            assert facts['blocks'] >= (1 if width == 192 else 2), label
+            scored = [loop for loop in facts['loops'] if loop.exponentials > 2]
+            assert scored and all(loop.per_score(launch)[1] == 1 for loop in scored), label
+            assert all(loop.per_score(launch)[0] < PER_SCORE[width] for loop in scored), label
 
-    def run():
-        h, normalizer = kernels.mlstm_forward(x, x, x, gate, gate, False, 64)
-        kernels.mlstm_backward(x, x, x, x, gate, gate, h, normalizer, False, 64)
 
-    constants = ('GRAD', 'KEYS')
-    by_name = {
-        (launch.name, *(launch.kwargs.get(name) for name in constants)): launch
-        for launch in record_launches(run)
-    }
-    assert len(by_name) == 9
-    for (name, grad, keys), launch in by_name.items():
+@needs_triton
+@pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
+@pytest.mark.parametrize(
+    'arch, width, dtype',
+    [
+        pytest.param(arch, width, dtype, marks=slow)
+        for arch in ('sm_80', 'sm_86', 'sm_90', 'sm_100')
+        for width in (8, 64, 96, 128, 192, 256, 384)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    + [pytest.param('gfx942', 192, torch.bfloat16, marks=slow)],
+)
+def test_kernels_compile_within_the_limits_of(arch, width, dtype):
+    """Shared memory and registers suffice. All of it takes 20 minutes."""
+    from tests.test_ops.triton_offline import SHARED_LIMIT, cell_launches, compile_launch
+
+    launches = cell_launches(arch, width, 1024, dtype)
+    assert len(launches) == 11
+    for label, launch in launches.items():
         needs = compile_launch(launch, arch)
-        label = name + (' GRAD' if grad else '') + (' KEYS' if keys else '')
         print(f'{arch} {width} {str(dtype)[6:]} {label}: {needs}')
         assert needs['shared_bytes'] <= SHARED_LIMIT[arch], label
         # Up to 16 registers may spill where speed matters less: in float32, at widths that no ViL

@@ -1,23 +1,29 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Compile Triton kernels for absent GPUs, and read the resources that they need.
+"""Compile Triton kernels for absent GPUs, and read what the compiled code needs and does.
 
-Host code that launches kernels runs on small CPU tensors, and its launches are compiled exactly as
-they would have been specialized:
+Host code that launches kernels runs on tensors without memory, and its launches are compiled
+exactly as they would have been specialized:
 
     for launch in record_launches(lambda: mlstm_forward(q, k, v, igate, fgate, False)):
-        print(launch.name, compile_launch(launch, 'sm_90'))
+        print(launch.label, compile_launch(launch, 'sm_90'))
 
-This does not work under TRITON_INTERPRET=1, where kernels are Python functions.
+This does not work under TRITON_INTERPRET=1, where kernels are Python functions. A table of all
+kernels at the sizes of real models:
+
+    python -m tests.test_ops.triton_offline --arch sm_90 --width 96 384 --size 1024
 """
 
+import argparse
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -47,6 +53,11 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def label(self) -> str:
+        """Name, and which of the two gradients or directions it computes."""
+        return ' '.join([self.name, *(x for x in ('GRAD', 'KEYS') if self.kwargs.get(x))])
+
 
 def record_launches(function: Callable[[], Any]) -> list[Launch]:
     """Call a function and record its kernel launches instead of running them, on any device."""
@@ -60,7 +71,7 @@ def record_launches(function: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, arch: str) -> dict[str, int]:
+def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
     """Compile the kernel of a launch, with the same specialization of its arguments.
 
     Args:
@@ -69,7 +80,11 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, int]:
 
     Returns:
         dict: ``registers`` (per thread), ``spills`` (bytes of local memory per thread),
-        ``shared_bytes`` (per block).
+        ``shared_bytes`` (per block). On NVIDIA GPUs also ``blocks`` (that fit a multiprocessor),
+        ``loops`` (list[Loop], the innermost ones in the order of the code), ``serialized`` (whether
+        the assembler lets each of Hopper's products wait for the one before), and
+        ``rows_per_warp`` (the fewest rows of a product that a warp has for itself; with less than
+        16, warps compute the same).
     """
     kernel, target = launch.kernel, _target(arch)
     backend = make_backend(target)
@@ -80,7 +95,13 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, int]:
         backend, kwargs, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constexprs, attrs)
-    return _resources(triton.compile(source, target=target, options=options.__dict__), target)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    if target.backend == 'hip':
+        return _amd_resources(compiled)
+    facts = _nvidia_resources(compiled) | _code_facts(compiled)
+    by_registers = 65536 // (facts['registers'] * 32 * compiled.metadata.num_warps)
+    by_memory = (SHARED_LIMIT[arch] + 1024) // (facts['shared_bytes'] + 1024)
+    return facts | dict(blocks=min(by_registers, by_memory))
 
 
 def _target(arch: str) -> GPUTarget:
@@ -89,25 +110,145 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget('cuda', int(arch.partition('_')[2]), 32)
 
 
-def _resources(compiled, target: GPUTarget) -> dict[str, int]:
-    if target.backend == 'hip':
-        text = compiled.asm['amdgcn']
+def _amd_resources(compiled) -> dict[str, int]:
+    def number(key):
+        return int(re.search(rf'\.{key}:\s+(\d+)', compiled.asm['amdgcn']).group(1))
 
-        def number(key):
-            return int(re.search(rf'\.{key}:\s+(\d+)', text).group(1))
-
-        registers, spills = number('vgpr_count'), 4 * number('vgpr_spill_count')
-    else:
-        usage = _cuobjdump(compiled.asm['cubin'])
-        registers = int(re.search(r'REG:(\d+)', usage).group(1))
-        spills = sum(int(size) for size in re.findall(r'(?:STACK|LOCAL):(\d+)', usage))
-    return dict(registers=registers, spills=spills, shared_bytes=compiled.metadata.shared)
+    return dict(
+        registers=number('vgpr_count'),
+        spills=4 * number('vgpr_spill_count'),
+        shared_bytes=compiled.metadata.shared,
+    )
 
 
-def _cuobjdump(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+def _nvidia_resources(compiled) -> dict[str, int]:
+    usage = _disassemble('cuobjdump', '--dump-resource-usage', compiled.asm['cubin'])
+    return dict(
+        registers=int(re.search(r'REG:(\d+)', usage).group(1)),
+        spills=sum(int(size) for size in re.findall(r'(?:STACK|LOCAL):(\d+)', usage)),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+class Loop(NamedTuple):
+    """Machine code of one iteration of an innermost loop."""
+
+    instructions: int
+    barriers: int
+    exponentials: int
+
+    def per_score(self, launch: Launch) -> tuple[float, float]:
+        """Instructions and exponentials of a thread by its share of a (ROWS, COLUMNS) tile."""
+        sizes = launch.kwargs
+        share = sizes['ROWS'] * sizes['COLUMNS'] / (32 * sizes['num_warps'])
+        return self.instructions / share, self.exponentials / share
+
+
+def _code_facts(compiled) -> dict[str, Any]:
+    code = _disassemble('nvdisasm', '-c', compiled.asm['cubin'])
+    lines = re.findall(r'^(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(.*?) *;', code, re.MULTILINE)
+    labels, instructions, loops = {}, [], []
+    for label, instruction in lines:
+        if label:
+            labels[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        jump = re.search(r'BRA.*`\((\.L_x_\d+)\)', instruction)
+        if jump and jump.group(1) in labels:  # backwards
+            loops.append((labels[jump.group(1)], len(instructions)))
+    inner = [
+        (start, end)
+        for start, end in loops
+        if end - start > 8  # not a wait
+        and not any((start, end) != x and start <= x[0] and x[1] <= end for x in loops)
+    ]
+    asynchronous = [i for i in instructions if 'HGMMA' in i]
+    dots = re.findall(r'dot.*-> tensor<(\d+)x\d+xf32, (#mma\d*)>', compiled.asm['ttgir'])
+    warps = dict(re.findall(r'(#mma\d*) = .*warpsPerCTA = \[(\d+), ', compiled.asm['ttgir']))
+    return dict(
+        loops=[_loop(instructions[start:end]) for start, end in sorted(inner)],
+        serialized=bool(asynchronous) and all('gsb0' in i for i in asynchronous),
+        rows_per_warp=min((int(rows) // int(warps[layout]) for rows, layout in dots), default=None),
+    )
+
+
+def _loop(instructions: list[str]) -> Loop:
+    def count(word):
+        return sum(bool(re.search(rf'\b{word}\b', i)) for i in instructions)
+
+    return Loop(len(instructions), count('BAR'), count(r'MUFU\.EX2'))
+
+
+def _disassemble(tool: str, option: str, cubin: bytes) -> str:
+    path = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / tool
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), '--dump-resource-usage', file.name]
+        command = [str(path), option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# -- The table of all kernels ----------------------------------------------------------------------
+
+SIZES = {224: (128, 196), 512: (16, 1024), 1024: (4, 4096)}
+"""Batch and tokens by the side of images."""
+HEADS = 4
+
+
+def cell_launches(
+    arch: str, width: int, size: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Launch]:
+    """Launches of the mLSTM, forward and backward, by label.
+
+    Args:
+        arch (str): A key of :data:`SHARED_LIMIT`.
+        width (int): DH.
+        size (int): A key of :data:`SIZES`.
+        dtype (torch.dtype): Dtype of the features.
+    """
+    from mmvil.ops.triton import mlstm_launch
+
+    batch, tokens = SIZES[size]
+    x = torch.empty(batch, tokens, HEADS, width, dtype=dtype, device='meta').transpose(1, 2)
+    gate = torch.empty(batch, HEADS, tokens, device='meta')
+
+    def run():
+        h, normalizer = mlstm_launch.mlstm_forward(x, x, x, gate, gate, False)
+        mlstm_launch.mlstm_backward(x, x, x, x, gate, gate, h, normalizer, False)
+
+    with mock.patch.object(mlstm_launch, 'shared_memory', lambda device: SHARED_LIMIT[arch]):
+        return {launch.label: launch for launch in record_launches(run)}
+
+
+WORKLOADS = {'cell': cell_launches}
+"""Functions of (arch, width, size, dtype) that give launches by label."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print a table in Markdown; an iteration of a loop as instructions/barriers."""
+    parser = argparse.ArgumentParser(prog='python -m tests.test_ops.triton_offline')
+    parser.add_argument('--workload', nargs='+', choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument('--arch', nargs='+', default=['sm_80', 'sm_90', 'sm_100'])
+    parser.add_argument('--width', nargs='+', type=int, default=[96, 192, 384], help='of a head')
+    parser.add_argument('--size', nargs='+', type=int, choices=SIZES, default=list(SIZES))
+    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'], default='bfloat16')
+    parser.add_argument('--kernel', default='', help='part of a label')
+    args = parser.parse_args(args)
+    columns = ('registers', 'spills', 'shared_bytes', 'blocks', 'serialized', 'rows_per_warp')
+    print('| arch | width | size | kernel | warps |', ' | '.join(columns), '| loops |')
+    print('|---' * (len(columns) + 6) + '|')
+    for workload, arch, width, size in itertools.product(
+        args.workload, args.arch, args.width, args.size
+    ):
+        launches = WORKLOADS[workload](arch, width, size, getattr(torch, args.dtype))
+        for label, launch in launches.items():
+            if args.kernel in label:
+                facts = compile_launch(launch, arch)
+                loops = ', '.join(f'{x.instructions}/{x.barriers}' for x in facts['loops'])
+                warps = launch.kwargs.get('num_warps', 4)
+                cells = [arch, width, size, label, warps, *(facts[x] for x in columns), loops]
+                print('|', ' | '.join(map(str, cells)), '|', flush=True)
+
+
+if __name__ == '__main__':
+    main()

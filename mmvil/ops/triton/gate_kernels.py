@@ -1,15 +1,20 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Kernels of the gate scalars (see :mod:`mmvil.ops.gates`) and their gradients.
 
-One program per sample and head walks along its sequence, block by block, and scans inside the
-blocks. Sums run in one fixed order without atomics, so results repeat to the bit. All scalars lie
-in reading order, (B * NH, N) contiguous.
+One program per sample and head scans its sequence, in blocks if it is very long. Sums run in one
+fixed order without atomics, so results repeat to the bit. All scalars lie in reading order, (B *
+NH, N padded to whole tiles). The logarithms g and M are in bits, and relative to ``base``, the M of
+the first token of every tile of ROWS tokens.
 """
+
+import math
 
 import triton
 import triton.language as tl
 
 from .tiles import matrix
+
+BITS = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
@@ -37,17 +42,23 @@ def gate_statistics_kernel(
     fgate_strides,
     source,
     running_max,
+    base,
     floor,
     heads,
     length,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Compute g, M (float64) and exp(-m), the smallest denominator (float32), of every token."""
+    """Compute g, M and exp(-m), the smallest denominator, of every token (float32), and the base of
+    every tile (float64).
+    """
     program = tl.program_id(0)
     igate = matrix(igate, igate_strides, program, heads)
     fgate = matrix(fgate, fgate_strides, program, heads)
-    row = tl.cast(program, tl.int64) * length
-    index = tl.arange(0, BLOCK)
+    padded = tl.cdiv(length, ROWS) * ROWS
+    row = tl.cast(program, tl.int64) * padded
+    base += row // ROWS
+    index, tile = tl.arange(0, BLOCK), tl.arange(0, BLOCK // ROWS)
     log_forget_before = tl.zeros((), tl.float64)
     max_before = tl.full((), float('-inf'), tl.float64)
     for start in range(0, length, BLOCK):
@@ -61,14 +72,22 @@ def gate_statistics_kernel(
         cumulative = log_forget_before + tl.cumsum(log_forget, 0)
         g = tl.where(inside, i - cumulative, float('-inf'))
         largest = tl.maximum(tl.associative_scan(g, 0, _larger), max_before)
-        tl.store(source + row + token, g, mask=inside)
-        tl.store(running_max + row + token, largest, mask=inside)
-        tl.store(floor + row + token, tl.exp(-(cumulative + largest)).to(tl.float32), mask=inside)
+        first = tl.reshape(tl.where(index % ROWS == 0, largest, 0.0), (BLOCK // ROWS, ROWS))
+        of_tile = tl.sum(first, 1)
+        of_token = tl.reshape(tl.broadcast_to(of_tile[:, None], first.shape), (BLOCK,))
+        stored = start + tile * ROWS < padded
+        tl.store(base + start // ROWS + tile, of_tile * BITS, mask=stored)
+        stored = token < padded
+        g = (g - of_token) * BITS
+        m = tl.where(inside, (largest - of_token) * BITS, float('inf'))
+        tl.store(source + row + token, g.to(tl.float32), mask=stored)
+        tl.store(running_max + row + token, m.to(tl.float32), mask=stored)
+        tl.store(floor + row + token, tl.exp(-(cumulative + largest)).to(tl.float32), mask=stored)
         log_forget_before = _last(cumulative, index, BLOCK)
         max_before = tl.max(largest, 0)
 
 
-@triton.jit(do_not_specialize=['heads', 'length'])
+@triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def gate_gradients_kernel(
     fgate,
     fgate_strides,
@@ -83,7 +102,9 @@ def gate_gradients_kernel(
     fgate_grad_strides,
     heads,
     length,
+    padded,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     r"""Compute the gradients of the gates from those of the weights' logarithms.
 
@@ -96,7 +117,7 @@ def gate_gradients_kernel(
     fgate = matrix(fgate, fgate_strides, program, heads)
     igate_grad = matrix(igate_grad, igate_grad_strides, program, heads)
     fgate_grad = matrix(fgate_grad, fgate_grad_strides, program, heads)
-    row = tl.cast(program, tl.int64) * length
+    row = tl.cast(program, tl.int64) * padded
     index = tl.arange(0, BLOCK)
     run_before = tl.zeros((), tl.float64)
     sum_before = tl.zeros((), tl.float64)
@@ -113,7 +134,10 @@ def gate_gradients_kernel(
         of_m = tl.load(stabilizer_grad + at, mask=inside, other=0.0).to(tl.float64)
         run, any_start = tl.associative_scan((of_m, starts), 0, _add_within_run)
         run += tl.where(any_start != 0, 0.0, run_before)
-        of_i = tl.load(source_grad + at, mask=inside, other=0.0).to(tl.float64)
+        of_i = tl.zeros((BLOCK,), tl.float64)
+        for part in tl.static_range(PARTS):
+            grad = source_grad + tl.cast(part * tl.num_programs(0), tl.int64) * padded
+            of_i += tl.load(grad + at, mask=inside, other=0.0).to(tl.float64)
         of_i += tl.where(is_max, run, 0.0)
         of_row = tl.load(row_grad + at, mask=inside, other=0.0).to(tl.float64)
         of_log_forget = sum_before + tl.cumsum(tl.where(inside, of_row - of_i, 0.0), 0)

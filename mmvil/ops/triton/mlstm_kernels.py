@@ -3,7 +3,14 @@
 
 A program works on one tile of tokens or of a state, of one sample and head. Positions count in
 reading order: a reversed cell gets negative strides, so that the kernels know one direction only.
-Gate scalars g and M come in float64 and are rounded as differences from the M of a token nearby.
+
+The logarithms g and M count in bits, so that a weight is one exp2. Each is the sum of ``base``, in
+float64 for every tile of ROWS tokens, and of an offset from it in float32: only differences enter
+a weight, and those that matter are between tokens nearby. Rows of scalars are padded to whole
+tiles, with g = -inf and M = inf.
+
+On Hopper, matrix products run beside other instructions only as long as the assembler can follow
+their accumulators. It cannot through a branch, so absent states make loops of no steps instead.
 """
 
 import triton
@@ -25,7 +32,7 @@ from .tiles import (
 EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 
 
-@triton.jit(do_not_specialize=['heads', 'length'])
+@triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
     h_grad,
     h,
@@ -40,12 +47,13 @@ def denominators_kernel(
     stabilizer_grad,
     heads,
     length,
+    padded,
     DH: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Compute 1 / denominator of every token, and the gradients that need no matrix product."""
-    tiles = tl.cdiv(length, ROWS)
+    tiles = padded // ROWS
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
     projection = tl.zeros((ROWS,), tl.float32)
     h_grad = matrix(h_grad, h_grad_strides, program, heads)
@@ -55,29 +63,30 @@ def denominators_kernel(
         h_tile = load_tile(h, h_strides, start, length, left, ROWS, DH, WIDTH)
         projection += tl.sum(grad_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
     token = start + tl.arange(0, ROWS)
-    inside = token < length
-    at = tl.cast(program, tl.int64) * length + token
+    at = tl.cast(program, tl.int64) * padded + token
     n = matrix(normalizer, normalizer_strides, program, heads)
-    n = tl.load(n + tl.cast(token, tl.int64) * normalizer_strides[2], mask=inside, other=0.0)
-    smallest = tl.load(floor + at, mask=inside, other=1.0)
+    n += tl.cast(token, tl.int64) * normalizer_strides[2]
+    n = tl.load(n, mask=token < length, other=0.0)
+    smallest = tl.load(floor + at)
     by_normalizer = tl.abs(n) >= smallest
     inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
     eps_part = projection * inv * EPS
     n_grad = tl.where(n > 0, -projection, tl.where(n < 0, projection, 0.0)) * inv
-    tl.store(inverse + at, inv, mask=inside)
-    tl.store(normalizer_grad + at, tl.where(by_normalizer, n_grad, 0.0), mask=inside)
-    tl.store(row_grad + at, tl.where(by_normalizer, 0.0, projection - eps_part), mask=inside)
-    tl.store(stabilizer_grad + at, -eps_part, mask=inside)
+    tl.store(inverse + at, inv)
+    tl.store(normalizer_grad + at, tl.where(by_normalizer, n_grad, 0.0))
+    tl.store(row_grad + at, tl.where(by_normalizer, 0.0, projection - eps_part))
+    tl.store(stabilizer_grad + at, -eps_part)
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def states_kernel(
+def chunk_sums_kernel(
     a,
     b,
     a_strides,
     b_strides,
     source,
     running_max,
+    base,
     inverse,
     normalizer_grad,
     states,
@@ -87,79 +96,126 @@ def states_kernel(
     chunk,
     scale,
     DH: tl.constexpr,
-    A_WIDTH: tl.constexpr,
-    B_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute one (A_WIDTH, B_WIDTH) tile of the incoming state of each chunk but the first, or
-    (GRAD) of its gradient.
+    """Compute one (WIDTH, WIDTH) tile of a chunk's part of the state at its end, or (GRAD) of the
+    gradient of the state at its beginning, relative to M at that bound.
 
-    The state is the sum of k times v from the first token on. Its gradient is the sum of q times
-    the gradient of h from the last token back. ``states`` is (B * NH, chunks - 1, DH, DH),
-    ``state_vectors`` (B * NH, chunks - 1, DH).
+    The state is a sum of k times v, its gradient a sum of q times the gradient of h. ``states`` is
+    (B * NH, chunks - 1, DH, DH), ``state_vectors`` (B * NH, chunks - 1, DH).
     """
-    across: tl.constexpr = (DH + B_WIDTH - 1) // B_WIDTH
-    down: tl.constexpr = (DH + A_WIDTH - 1) // A_WIDTH
-    program = tl.program_id(0) // (across * down)
-    tile = tl.program_id(0) % (across * down)
-    top, left = tile // across * A_WIDTH, tile % across * B_WIDTH
+    across: tl.constexpr = (DH + WIDTH - 1) // WIDTH
+    bounds = tl.cdiv(length, chunk) - 1
+    index, tile = tl.program_id(0) // (across * across), tl.program_id(0) % (across * across)
+    program, bound = index // bounds, index % bounds
+    top, left = tile // across * WIDTH, tile % across * WIDTH
     a = matrix(a, a_strides, program, heads)
     b = matrix(b, b_strides, program, heads)
-    row = tl.cast(program, tl.int64) * length
-    bounds = tl.cdiv(length, chunk) - 1
+    row = tl.cast(program, tl.int64) * tl.cdiv(length, ROWS) * ROWS
+    base += row // ROWS
+    end = (bound + 1) * chunk - 1
+    end_base = tl.load(base + end // ROWS)
+    end_max = tl.load(running_max + row + end)
     STATE = states.dtype.element_ty
 
-    total = tl.zeros((A_WIDTH, B_WIDTH), tl.float32)
-    vector = tl.zeros((A_WIDTH,), tl.float32)
-    # From the first token to the last bound between chunks, or from the last token back to the
-    # first bound. The running sum is always relative to M at its front.
-    first = chunk if GRAD else 0
-    last = length if GRAD else bounds * chunk
-    steps = tl.cdiv(last - first, ROWS)
-    front = tl.load(running_max + row + (length - 1 if GRAD else 0))
-    for step in range(0, steps):
-        start = first + (steps - 1 - step if GRAD else step) * ROWS
-        bound = start if GRAD else start + ROWS
-        new_front = tl.load(running_max + row + bound - 1)
-        token = start + tl.arange(0, ROWS)
-        inside = token < last
+    total = tl.zeros((WIDTH, WIDTH), tl.float32)
+    of_tokens = tl.zeros((STEP, WIDTH), tl.float32)
+    first = (bound + 1) * chunk if GRAD else bound * chunk
+    last = tl.minimum(first + chunk, length)
+    tl.assume(first < last)
+    for start in range(first, last, STEP):
+        token = start + tl.arange(0, STEP)
+        at_end = end_max - (tl.load(base + start // ROWS) - end_base).to(tl.float32)
         if GRAD:
-            m = tl.load(running_max + row + token, mask=inside, other=float('inf'))
-            weight = tl.exp((new_front - m).to(tl.float32)) * scale
-            of_n = weight * tl.load(normalizer_grad + row + token, mask=inside, other=0.0)
-            weight *= tl.load(inverse + row + token, mask=inside, other=0.0)
-            decay = tl.exp((new_front - front).to(tl.float32))
+            m = tl.load(running_max + row + token)
+            weight = tl.exp2(at_end - m) * scale
+            of_n = weight * tl.load(normalizer_grad + row + token)
+            weight *= tl.load(inverse + row + token)
         else:
-            g = tl.load(source + row + token)
-            weight = tl.exp((g - new_front).to(tl.float32))
+            weight = tl.exp2(tl.load(source + row + token) - at_end)
             of_n = weight
-            decay = tl.exp((front - new_front).to(tl.float32))
-        a_tile = load_tile(a, a_strides, start, last, top, ROWS, DH, A_WIDTH).to(tl.float32)
-        b_tile = load_tile(b, b_strides, start, last, left, ROWS, DH, B_WIDTH)
+        a_tile = load_tile(a, a_strides, start, length, top, STEP, DH, WIDTH).to(tl.float32)
+        b_tile = load_tile(b, b_strides, start, length, left, STEP, DH, WIDTH)
         weighted = (a_tile * weight[:, None]).to(STATE)
-        total = dot(tl.trans(weighted), b_tile.to(STATE), total * decay, PRECISION)
-        vector = vector * decay + tl.sum(a_tile * of_n[:, None], 0)
-        front = new_front
-        # Written at the bounds only: by a mask, as a branch would end the pipelining.
-        width_if_bound = tl.where(bound % chunk == 0, DH, 0)
-        index = tl.cast(program, tl.int64) * bounds + (bound // chunk - 1)
-        down_index, across_index = top + tl.arange(0, A_WIDTH), left + tl.arange(0, B_WIDTH)
-        to = states + index * DH * DH + down_index[:, None] * DH + across_index[None, :]
-        mask = (down_index < width_if_bound)[:, None] & (across_index < DH)[None, :]
-        tl.store(to, total.to(STATE), mask=mask)
-        to = state_vectors + index * DH + down_index
-        tl.store(to, vector, mask=down_index < tl.where(left == 0, width_if_bound, 0))
+        total = dot(tl.trans(weighted), b_tile.to(STATE), total, PRECISION)
+        of_tokens += a_tile * of_n[:, None]
+
+    row, column = top + tl.arange(0, WIDTH), left + tl.arange(0, WIDTH)
+    to = states + tl.cast(index, tl.int64) * DH * DH + row[:, None] * DH + column[None, :]
+    tl.store(to, total.to(STATE), mask=(row < DH)[:, None] & (column < DH)[None, :])
+    if left == 0:
+        vector = state_vectors + tl.cast(index, tl.int64) * DH + row
+        tl.store(vector, tl.sum(of_tokens, 0), mask=row < DH)
+
+
+@triton.jit(do_not_specialize=['length'])
+def sum_states_kernel(
+    states,
+    state_vectors,
+    running_max,
+    base,
+    length,
+    chunk,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    """Turn the chunks' parts into states: sums from the first chunk on or (GRAD) the last back."""
+    blocks: tl.constexpr = (DH * DH + BLOCK - 1) // BLOCK
+    program, block = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
+    running_max += tl.cast(program, tl.int64) * tl.cdiv(length, ROWS) * ROWS
+    base += program * tl.cdiv(length, ROWS)
+    bounds = tl.cdiv(length, chunk) - 1
+    gates = (running_max, base, bounds, chunk)
+    if block < blocks:
+        _sum_states(states, program, block, gates, DH * DH, BLOCK, ROWS, GRAD)
+    else:
+        _sum_states(state_vectors, program, 0, gates, DH, BLOCK, ROWS, GRAD)
 
 
 @triton.jit
-def _read_state(
+def _sum_states(
+    parts,
+    program,
+    block,
+    gates,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    running_max, base, bounds, chunk = gates
+    element = block * BLOCK + tl.arange(0, BLOCK)
+    parts += tl.cast(program, tl.int64) * bounds * SIZE
+    total = tl.zeros((BLOCK,), tl.float32)
+    before = tl.zeros((), tl.float64)
+    for step in tl.range(0, bounds, num_stages=4):
+        bound = bounds - 1 - step if GRAD else step
+        end = (bound + 1) * chunk - 1
+        now = tl.load(base + end // ROWS) + tl.load(running_max + end)
+        decay = tl.exp2(-tl.abs(now - before).to(tl.float32))  # M never falls
+        at = parts + tl.cast(bound, tl.int64) * SIZE + element
+        part = tl.load(at, mask=element < SIZE, other=0.0).to(tl.float32)
+        total = total * decay + part
+        tl.store(at, total.to(parts.dtype.element_ty), mask=element < SIZE)
+        before = now
+
+
+@triton.jit
+def _add_state(
+    totals,
     a,
     a_strides,
     start,
     length,
     state,
+    left,
+    present,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -168,12 +224,11 @@ def _read_state(
     TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply rows of a by a state (DH, DH) or its transpose, into a tuple of tiles."""
+    """Add the product of rows of a and a state (DH, DH), or its transpose, if present."""
     strides = (0, 0, 1, DH) if TRANSPOSED else (0, 0, DH, 1)
-    totals = zero_tiles(ROWS, WIDTH, TILES)
-    for left in range(0, DH, STEP):
-        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
-        state_rows = load_tiles(state, strides, left, DH, STEP, DH, WIDTH, TILES)
+    for middle in range(0, tl.where(present, DH, 0), STEP):
+        a_tile = load_tile(a, a_strides, start, length, middle, ROWS, DH, STEP)
+        state_rows = load_tiles(state, strides, middle, DH, left, STEP, DH, WIDTH, TILES)
         totals = add_product(
             totals, a_tile.to(state.dtype.element_ty), state_rows, TILES, PRECISION
         )
@@ -181,28 +236,11 @@ def _read_state(
 
 
 @triton.jit
-def _times_vector(
-    a, a_strides, start, length, vector, ROWS: tl.constexpr, STEP: tl.constexpr, DH: tl.constexpr
-):
-    """Multiply rows of a by a vector (DH, )."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for left in range(0, DH, STEP):
-        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
-        column = left + tl.arange(0, STEP)
-        part = tl.load(vector + column, mask=column < DH, other=0.0)
-        total += tl.sum(a_tile.to(tl.float32) * part[None, :], 1)
-    return total
-
-
-@triton.jit
-def _plus_outer(tiles, factor, vector, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
-    """Add factor (ROWS, ) times vector (DH, )."""
-    sums = ()
-    for i in tl.static_range(TILES):
-        column = i * WIDTH + tl.arange(0, WIDTH)
-        part = tl.load(vector + column, mask=column < DH, other=0.0)
-        sums = sums + (tiles[i] + factor[:, None] * part[None, :],)
-    return sums
+def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
+    """Load a part of a vector (DH, ) as a row, 0 if it is not present."""
+    column = left + tl.arange(0, WIDTH)
+    inside = column < tl.where(present, DH, 0)
+    return tl.load(vector + column, mask=inside, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
@@ -217,6 +255,7 @@ def query_side_kernel(
     out_strides,
     source,
     running_max,
+    base,
     floor,
     normalizer,
     normalizer_strides,
@@ -231,79 +270,98 @@ def query_side_kernel(
     DH: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum over the keys of a tile of queries t: h, or (GRAD) dq.
+    """Sum over the keys of a tile of queries t: h, or (GRAD) dq, in one of PARTS of its columns.
 
     With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq.
     """
+    OWN: tl.constexpr = TILES // PARTS
+    place, own = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
-    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    program, start = place // tiles, place % tiles * ROWS
     a = matrix(a, a_strides, program, heads)
     b = matrix(b, b_strides, program, heads)
     c = matrix(c, c_strides, program, heads)
-    out = matrix(out, out_strides, program, heads)
-    row = tl.cast(program, tl.int64) * length
-    token = start + tl.arange(0, ROWS)
-    inside = token < length
-    base = tl.load(running_max + row + start)
-    m = tl.load(running_max + row + token, mask=inside, other=float('inf'))
-    m = (m - base).to(tl.float32)
+    row = tl.cast(program, tl.int64) * tiles * ROWS
+    base += program * tiles
+    index, column_index = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    token = start + index
+    own_base = tl.load(base + start // ROWS)
+    m = tl.load(running_max + row + token) - tl.log2(scale)
+    n = tl.zeros((ROWS,), tl.float32)
     if GRAD:
-        inv = tl.load(inverse + row + token, mask=inside, other=0.0)
-        n = tl.load(normalizer_grad + row + token, mask=inside, other=0.0)
-    else:
-        n = tl.zeros((ROWS,), tl.float32)
+        inv = tl.load(inverse + row + token)
+        n = tl.load(normalizer_grad + row + token)
 
+    a_tiles = load_tiles(a, a_strides, start, length, 0, ROWS, DH, WIDTH, TILES)
+    totals = zero_tiles(ROWS, WIDTH, OWN)
     chunk_start = start // chunk * chunk
-    totals = zero_tiles(ROWS, WIDTH, TILES)
-    if chunk_start > 0:  # the chunks before, through the incoming state
-        before = (tl.load(running_max + row + chunk_start - 1) - base).to(tl.float32)
-        weight = tl.exp(before - m) * scale
+    if STATES:  # the chunks before, through the incoming state
+        present = chunk_start > 0
+        end = tl.maximum(chunk_start, 1) - 1
+        shift = (tl.load(base + end // ROWS) - own_base).to(tl.float32)
+        decay = tl.exp2(tl.load(running_max + row + end) + shift - m)
         bounds = tl.cdiv(length, chunk) - 1
-        index = tl.cast(program, tl.int64) * bounds + (chunk_start // chunk - 1)
-        state, vector = states + index * DH * DH, state_vectors + index * DH
-        totals = _read_state(
-            a, a_strides, start, length, state, GRAD, ROWS, STEP, DH, WIDTH, TILES, PRECISION
-        )
+        state = tl.cast(program, tl.int64) * bounds + tl.maximum(chunk_start // chunk, 1) - 1
+        vector, state = state_vectors + state * DH, states + state * DH * DH
+        totals = _add_state(
+            totals, a, a_strides, start, length, state, own, present,
+            GRAD, ROWS, STEP, DH, WIDTH, OWN, PRECISION,
+        )  # fmt: skip
         if GRAD:
-            totals = scaled(totals, weight * inv, TILES)
-            totals = _plus_outer(totals, weight * n, vector, DH, WIDTH, TILES)
+            totals = scaled(totals, decay * inv, OWN)
+            sums = ()
+            for i in tl.static_range(OWN):
+                part = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
+                sums = sums + (totals[i] + (decay * n)[:, None] * part,)
+            totals = sums
         else:
-            totals = scaled(totals, weight, TILES)
-            n = weight * _times_vector(a, a_strides, start, length, vector, ROWS, STEP, DH)
+            totals = scaled(totals, decay, OWN)
+            for i in tl.static_range(TILES):
+                part = _state_vector(vector, i * WIDTH, present, DH, WIDTH)
+                n += tl.sum(a_tiles[i].to(tl.float32) * part, 1)
+            n *= decay
 
     scale_of_row = tl.full((ROWS,), 1, tl.float32)
-    a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
-    for left in range(chunk_start, tl.minimum(start + ROWS, length), COLUMNS):
-        column = left + tl.arange(0, COLUMNS)
-        g = tl.load(source + row + column, mask=column < length, other=float('-inf'))
-        g = (g - base).to(tl.float32)
-        b_tiles = load_tiles(b, b_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        c_tiles = load_tiles(c, c_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION)
-        if GRAD:
-            weight = weight * inv[:, None] + n[:, None]
-        read = token[:, None] >= column[None, :]
-        logarithm = tl.where(read, g[None, :] - m[:, None], float('-inf'))
-        weight *= tl.exp(logarithm) * scale
-        if not GRAD:
-            n += tl.sum(weight, 1)
-        totals, scale_of_row = add_product_in_range(
-            totals, scale_of_row, weight, c_tiles, TILES, PRECISION
-        )
+    edge = tl.minimum(start + ROWS, length)
+    for DIAGONAL in tl.static_range(2):  # masks in the second loop alone
+        first, last = (start, edge) if DIAGONAL else (chunk_start, start)
+        for left in range(first, last, COLUMNS):
+            column = left + column_index
+            shift = (tl.load(base + left // ROWS) - own_base).to(tl.float32)
+            g = tl.load(source + row + column)
+            b_tiles = load_tiles(b, b_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
+            c_tiles = load_tiles(c, c_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
+            weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION)
+            if GRAD:
+                weight = weight * inv[:, None] + n[:, None]
+            logarithm = g[None, :] - (m - shift)[:, None]
+            if DIAGONAL:
+                read = (index - (left - start))[:, None] >= column_index[None, :]
+                logarithm = tl.where(read, logarithm, float('-inf'))
+            weight *= tl.exp2(logarithm)
+            if not GRAD:
+                n += tl.sum(weight, 1)
+            totals, scale_of_row = add_product_in_range(
+                totals, scale_of_row, weight, c_tiles, OWN, PRECISION
+            )
 
-    totals = scaled(totals, 1 / scale_of_row, TILES)
+    totals = scaled(totals, 1 / scale_of_row, OWN)
     if not GRAD:
-        smallest = tl.load(floor + row + token, mask=inside, other=1.0)
-        totals = scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), TILES)
+        smallest = tl.load(floor + row + token)
+        totals = scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), OWN)
         to = matrix(normalizer, normalizer_strides, program, heads)
-        tl.store(to + tl.cast(token, tl.int64) * normalizer_strides[2], n, mask=inside)
-    store_tiles(out, out_strides, start, length, totals, ROWS, DH, WIDTH, TILES)
+        to += tl.cast(token, tl.int64) * normalizer_strides[2]
+        tl.store(to, n, mask=token < tl.where(own == 0, length, 0))
+    out = matrix(out, out_strides, program, heads)
+    store_tiles(out, out_strides, start, length, own, totals, ROWS, DH, WIDTH, OWN)
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
@@ -320,6 +378,7 @@ def key_side_kernel(
     k_strides,
     source,
     running_max,
+    base,
     inverse,
     normalizer_grad,
     source_grad,
@@ -332,72 +391,92 @@ def key_side_kernel(
     DH: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STATES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum over the queries of a tile of keys j: dv, or (KEYS) dk and the gradient of g.
+    """Sum over the queries of a tile of keys j: dv, or (KEYS) dk and the gradient of g, in one of
+    PARTS of its columns.
 
     With (a, b, c) = (k, q, dh) it computes dv, with (v, dh, q) it computes dk. ``states`` are
-    gradients. The two share no product, and their sums would not fit into registers at once.
+    gradients. The two share no product, and their sums would not fit into registers at once. The
+    gradient of g is the sum of PARTS, (PARTS, B * NH, N).
     """
+    OWN: tl.constexpr = TILES // PARTS
+    place, own = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
-    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    program, start = place // tiles, place % tiles * ROWS
     a = matrix(a, a_strides, program, heads)
     b = matrix(b, b_strides, program, heads)
     c = matrix(c, c_strides, program, heads)
-    out = matrix(out, out_strides, program, heads)
-    row = tl.cast(program, tl.int64) * length
-    token = start + tl.arange(0, ROWS)
-    inside = token < length
-    base = tl.load(running_max + row + start)
-    g = tl.load(source + row + token, mask=inside, other=float('-inf'))
-    g = (g - base).to(tl.float32)
+    row = tl.cast(program, tl.int64) * tiles * ROWS
+    base += program * tiles
+    index, column_index = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    token = start + index
+    own_base = tl.load(base + start // ROWS)
+    g = tl.load(source + row + token)
 
+    totals = zero_tiles(ROWS, WIDTH, OWN)
     chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
-    totals = zero_tiles(ROWS, WIDTH, TILES)
-    if chunk_end < length:  # the chunks after, through the state's gradient
-        end = (tl.load(running_max + row + chunk_end - 1) - base).to(tl.float32)
-        weight = tl.exp(g - end)
+    if STATES:  # the chunks after, through the state's gradient
+        present = chunk_end < length
+        shift = (tl.load(base + (chunk_end - 1) // ROWS) - own_base).to(tl.float32)
+        decay = tl.exp2(g - (tl.load(running_max + row + chunk_end - 1) + shift))
         bounds = tl.cdiv(length, chunk) - 1
-        index = tl.cast(program, tl.int64) * bounds + (chunk_end // chunk - 1)
-        state, vector = states + index * DH * DH, state_vectors + index * DH
-        totals = _read_state(
-            a, a_strides, start, length, state, KEYS, ROWS, STEP, DH, WIDTH, TILES, PRECISION
-        )
-        totals = scaled(totals, weight, TILES)
-        if KEYS:
-            totals = _plus_outer(totals, weight, vector, DH, WIDTH, TILES)
+        state = tl.cast(program, tl.int64) * bounds + tl.minimum(start // chunk, bounds - 1)
+        vector, state = state_vectors + state * DH, states + state * DH * DH
+        totals = _add_state(
+            totals, a, a_strides, start, length, state, own, present,
+            KEYS, ROWS, STEP, DH, WIDTH, OWN, PRECISION,
+        )  # fmt: skip
+        sums = ()
+        for i in tl.static_range(OWN):
+            if KEYS:
+                part = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
+                sums = sums + ((totals[i] + part) * decay[:, None],)
+            else:
+                sums = sums + (totals[i] * decay[:, None],)
+        totals = sums
 
+    g += tl.log2(scale)
     scale_of_row = tl.full((ROWS,), 1, tl.float32)
-    a_tiles = load_tiles(a, a_strides, start, length, ROWS, DH, WIDTH, TILES)
-    for left in range(start, chunk_end, COLUMNS):
-        column = left + tl.arange(0, COLUMNS)
-        column_inside = column < chunk_end
-        m = tl.load(running_max + row + column, mask=column_inside, other=float('inf'))
-        m = (m - base).to(tl.float32)
-        inv = tl.load(inverse + row + column, mask=column_inside, other=0.0)
-        b_tiles = load_tiles(b, b_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        c_tiles = load_tiles(c, c_strides, left, length, COLUMNS, DH, WIDTH, TILES)
-        weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION) * inv[None, :]
-        if KEYS:
-            n = tl.load(normalizer_grad + row + column, mask=column_inside, other=0.0)
-            weight += n[None, :]
-        read = token[:, None] <= column[None, :]
-        logarithm = tl.where(read, g[:, None] - m[None, :], float('-inf'))
-        weight *= tl.exp(logarithm) * scale
-        totals, scale_of_row = add_product_in_range(
-            totals, scale_of_row, weight, c_tiles, TILES, PRECISION
-        )
+    a_tiles = load_tiles(a, a_strides, start, length, 0, ROWS, DH, WIDTH, TILES)
+    edge = tl.minimum(start + ROWS, chunk_end)
+    for DIAGONAL in tl.static_range(2):
+        first, last = (start, edge) if DIAGONAL else (edge, chunk_end)
+        for left in range(first, last, COLUMNS):
+            column = left + column_index
+            shift = (tl.load(base + left // ROWS) - own_base).to(tl.float32)
+            m = tl.load(running_max + row + column)
+            inv = tl.load(inverse + row + column)
+            b_tiles = load_tiles(b, b_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
+            c_tiles = load_tiles(c, c_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
+            weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION) * inv[None, :]
+            if KEYS:
+                n = tl.load(normalizer_grad + row + column)
+                weight += n[None, :]
+            logarithm = (g - shift)[:, None] - m[None, :]
+            if DIAGONAL:
+                read = (index - (left - start))[:, None] <= column_index[None, :]
+                logarithm = tl.where(read, logarithm, float('-inf'))
+            weight *= tl.exp2(logarithm)
+            totals, scale_of_row = add_product_in_range(
+                totals, scale_of_row, weight, c_tiles, OWN, PRECISION
+            )
 
-    totals = scaled(totals, 1 / scale_of_row, TILES)
+    totals = scaled(totals, 1 / scale_of_row, OWN)
     if KEYS:
         k = matrix(k, k_strides, program, heads)
         of_source = tl.zeros((ROWS,), tl.float32)
-        for i in tl.static_range(TILES):
-            k_tile = load_tile(k, k_strides, start, length, i * WIDTH, ROWS, DH, WIDTH)
+        for i in tl.static_range(OWN):
+            k_tile = load_tile(k, k_strides, start, length, own + i * WIDTH, ROWS, DH, WIDTH)
             of_source += tl.sum(k_tile.to(tl.float32) * totals[i], 1)
-        tl.store(source_grad + row + token, of_source, mask=inside)
-    store_tiles(out, out_strides, start, length, totals, ROWS, DH, WIDTH, TILES)
+        part = tl.cast(tl.program_id(0) % PARTS, tl.int64) * (tl.num_programs(0) // PARTS) * ROWS
+        to = source_grad + part + row
+        tl.store(to + token, of_source)
+    out = matrix(out, out_strides, program, heads)
+    store_tiles(out, out_strides, start, length, own, totals, ROWS, DH, WIDTH, OWN)

@@ -15,10 +15,10 @@ M_t} / \sqrt{d} \le 1 / \sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t
 
 All four have one form: scores of two features, times weights, times a third feature. So there is
 one kernel for the query side (h and :math:`\partial q`) and one for the key side
-(:math:`\partial k` and :math:`\partial v`); a program holds one tile of tokens in full head width
-and walks through its chunk. Other chunks contribute by one product with the incoming (DH, DH) state
-of the chunk, or with the gradient of the state after it. One kernel computes both by a walk along
-the sequence, tiled over the state.
+(:math:`\partial k` and :math:`\partial v`); a program holds one tile of tokens, in full head width
+or a part of it, and walks through its chunk. Other chunks contribute by one product with the
+incoming (DH, DH) state of the chunk, or with the gradient of the state after it. Both are computed
+as parts of all chunks side by side, and a sum of these from chunk to chunk.
 
 Nothing quadratic is ever written to memory: scores and states are recomputed in the backward pass,
 from the inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are,
@@ -36,12 +36,16 @@ from ..layout import like_tokens
 from . import default_chunk_size, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
+    chunk_sums_kernel,
     denominators_kernel,
     key_side_kernel,
     query_side_kernel,
-    states_kernel,
+    sum_states_kernel,
 )
 from .tiles import dot_precision
+
+GATE_BLOCK = 2048
+"""Tokens of a sequence whose gates are scanned at once."""
 
 
 class Tiling(NamedTuple):
@@ -50,6 +54,8 @@ class Tiling(NamedTuple):
     width: int
     tiles: int
     """A head is ``tiles`` tensors of ``width`` columns."""
+    parts: int
+    """Programs that share the columns of a tile of outputs."""
     rows: int
     columns: int
     warps: int
@@ -61,29 +67,35 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
-    """Choose what fits into registers and ``shared`` bytes of memory, instead of autotuning."""
+    """Choose what fits into registers and ``shared`` bytes of memory, instead of autotuning.
+
+    The sizes come from compiled code, not from a GPU: ``python -m tests.test_ops.triton_offline``
+    prints it. A warp computes 16 rows; with fewer, warps would share them and repeat each other's
+    scores. At widths 96 and 192 these are the largest tiles without spilled registers (2 blocks and
+    1 on an H100). Beyond, programs split the columns of the output, so that 2 blocks fit again.
+    """
     width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
-    single = dtype == torch.float32
-    few_registers = width == 64 and shared < 200 * 1024  # GPUs before Hopper need smaller steps
-    wide = padded >= 128
-    if single:
+    parts = tiles if padded > 192 else 1
+    itemsize = dtype.itemsize
+    if itemsize == 4:
         rows = columns = 32 if padded <= 64 else 16
+    elif padded < 128:
+        rows, columns = 64, 64
     else:
-        rows, columns = 64, (32 if wide else 64)
-        if few_registers and wide and dtype == torch.float16:  # which scales its totals
-            columns = 16
-    room = shared // (dtype.itemsize * padded) - rows  # rows that loops may prefetch
+        rows, columns = (128 if parts == 1 else 64), 32
+    room = shared // (itemsize * padded) - rows  # rows that loops may prefetch
     return Tiling(
         width=width,
         tiles=tiles,
+        parts=parts,
         rows=rows,
         columns=columns,
-        warps=8 if wide else 4,
-        stages=2 if room >= 4 * columns + 16 else 1,
-        step=16 if few_registers else min(width, 32),
-        state=min(triton.next_power_of_2(padded), 128 if padded > 192 and not single else 64),
+        warps=rows // 16,
+        stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
+        step=min(width, 32),
+        state=min(triton.next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
     )
 
 
@@ -98,25 +110,30 @@ class _Cell:
         self.precision = dot_precision(q.dtype)
         self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
         chunk = chunk_size or default_chunk_size(self.length, self.width)
-        unit = self.tiling.rows  # a multiple of columns
-        self.chunk = triton.cdiv(min(chunk, self.length), unit) * unit
+        rows = self.tiling.rows  # a multiple of columns
+        self.chunk = triton.cdiv(min(chunk, self.length), rows) * rows
+        self.bounds = triton.cdiv(self.length, self.chunk) - 1
         self.sizes = dict(heads=heads, length=self.length)
-        self.gates = dict(
-            source=self.scalars(torch.float64), running_max=self.scalars(torch.float64)
-        )
+        self.padded = triton.cdiv(self.length, rows) * rows
+        shape = (self.programs, self.padded // rows)
+        bases = torch.empty(shape, dtype=torch.float64, device=q.device)
+        self.gates = dict(source=self.scalars(), running_max=self.scalars(), base=bases)
         self.floor = self.scalars()
-        self.block = dict(BLOCK=min(1024, max(16, triton.next_power_of_2(self.length))))
+        block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
+        self.block = dict(BLOCK=block, num_warps=max(4, block // 256))
         gate_statistics_kernel[(self.programs,)](
             **self.in_reading_order(igate=igate, fgate=fgate),
             **self.gates,
             floor=self.floor,
             **self.sizes,
             **self.block,
+            ROWS=rows,
         )
 
-    def scalars(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def scalars(self, *, parts: int = 1) -> Tensor:
         """One number per token, in reading order."""
-        return torch.empty(self.programs, self.length, dtype=dtype, device=self.device)
+        shape = (parts * self.programs, self.padded)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def in_reading_order(self, **tensors: Tensor) -> dict[str, Any]:
         """Arguments for tensors (B, NH, N, ...): a pointer to the first token in reading order, and
@@ -134,11 +151,12 @@ class _Cell:
         """Scalars of the backward pass that need no matrix product."""
         names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
         by_token = {name: self.scalars() for name in names}
-        denominators_kernel[(self.programs * triton.cdiv(self.length, 16),)](
+        denominators_kernel[(self.programs * self.padded // 16,)](
             **self.in_reading_order(h_grad=h_grad, h=h, normalizer=normalizer),
             floor=self.floor,
             **by_token,
             **self.sizes,
+            padded=self.padded,
             DH=self.width,
             WIDTH=min(128, triton.next_power_of_2(self.width)),
             ROWS=16,
@@ -147,36 +165,48 @@ class _Cell:
 
     def states(self, a: Tensor, b: Tensor, by_token: dict[str, Tensor] | None = None):
         """Incoming states and normalizers of all chunks but the first, or gradients of both."""
-        bounds = triton.cdiv(self.length, self.chunk) - 1
-        shape = (self.programs, bounds, self.width)
+        shape = (self.programs, self.bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
-        t = self.tiling
-        if bounds:
-            states_kernel[(self.programs * triton.cdiv(self.width, t.state) ** 2,)](
+        t, grad = self.tiling, by_token is not None
+        targets = dict(states=states, state_vectors=vectors)
+        if self.bounds:
+            tiles = triton.cdiv(self.width, t.state) ** 2
+            chunk_sums_kernel[(self.programs * self.bounds * tiles,)](
                 **self.in_reading_order(a=a, b=b),
                 **self.gates,
                 **self.backward_scalars(by_token),
-                states=states,
-                state_vectors=vectors,
+                **targets,
                 **self.sizes,
                 chunk=self.chunk,
                 scale=self.width**-0.5,
                 DH=self.width,
-                A_WIDTH=t.state,
-                B_WIDTH=t.state,
+                WIDTH=t.state,
                 ROWS=t.rows,
-                GRAD=by_token is not None,
+                STEP=min(t.rows, 64),
+                GRAD=grad,
                 PRECISION=self.precision,
-                num_warps=t.warps,
+                num_warps=t.state // 16,
                 num_stages=t.stages,
             )
-        return dict(states=states, state_vectors=vectors)
+            block = max(1024, triton.next_power_of_2(self.width))
+            sum_states_kernel[(self.programs * (triton.cdiv(self.width**2, block) + 1),)](
+                **targets,
+                running_max=self.gates['running_max'],
+                base=self.gates['base'],
+                length=self.length,
+                chunk=self.chunk,
+                DH=self.width,
+                BLOCK=block,
+                ROWS=t.rows,
+                GRAD=grad,
+            )
+        return targets
 
     def products(self, kernel, by_token: dict[str, Tensor] | None, **arguments) -> None:
         """Launch the kernel of the query side or the key side."""
         t = self.tiling
-        kernel[(self.programs * triton.cdiv(self.length, t.rows),)](
+        kernel[(self.programs * self.padded // t.rows * t.parts,)](
             **self.gates,
             **self.backward_scalars(by_token),
             **arguments,
@@ -186,9 +216,11 @@ class _Cell:
             DH=self.width,
             WIDTH=t.width,
             TILES=t.tiles,
+            PARTS=t.parts,
             STEP=t.step,
             ROWS=t.rows,
             COLUMNS=t.columns,
+            STATES=self.bounds > 0,
             PRECISION=self.precision,
             num_warps=t.warps,
             num_stages=t.stages,
@@ -201,12 +233,15 @@ class _Cell:
     def gate_gradients(self, by_token, source_grad, igate_grad, fgate_grad) -> None:
         gate_gradients_kernel[(self.programs,)](
             **self.in_reading_order(fgate=self.fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
-            **self.gates,
+            source=self.gates['source'],
+            running_max=self.gates['running_max'],
             source_grad=source_grad,
             row_grad=by_token['row_grad'],
             stabilizer_grad=by_token['stabilizer_grad'],
             **self.sizes,
+            padded=self.padded,
             **self.block,
+            PARTS=self.tiling.parts,
         )
 
 
@@ -281,7 +316,8 @@ def mlstm_backward(
         floor=cell.floor,
         GRAD=True,
     )
-    states_grad, source_grad = cell.states(q, h_grad, by_token), cell.scalars()
+    states_grad = cell.states(q, h_grad, by_token)
+    source_grad = cell.scalars(parts=cell.tiling.parts)
     for keys, a, b, c, out in ((False, k, q, h_grad, v_grad), (True, v, h_grad, q, k_grad)):
         cell.products(
             key_side_kernel,

@@ -55,15 +55,19 @@ def load_tiles(
     strides,
     start,
     length,
+    left,
     ROWS: tl.constexpr,
     DH: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Load rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``."""
+    """Load rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``, from
+    column ``left`` on.
+    """
     tiles = ()
     for i in tl.static_range(TILES):
-        tiles = tiles + (load_tile(first, strides, start, length, i * WIDTH, ROWS, DH, WIDTH),)
+        tile = load_tile(first, strides, start, length, left + i * WIDTH, ROWS, DH, WIDTH)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -83,8 +87,17 @@ def load_tile(
     # Only the step to the first row may exceed 32 bits.
     first += tl.cast(start, tl.int64) * strides[2]
     offset = row[:, None] * strides[2] + column[None, :] * strides[3]
-    inside = (row < length - start)[:, None] & (column < DH)[None, :]
+    inside = _inside(row, length - start, column, DH, WIDTH)
     return tl.load(first + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _inside(row, rows, column, DH: tl.constexpr, WIDTH: tl.constexpr):
+    """Mask of what is inside a matrix (rows, DH); no column is outside where WIDTH divides DH."""
+    inside = (row < rows)[:, None]
+    if DH % WIDTH != 0:
+        inside = inside & (column < DH)[None, :]
+    return inside
 
 
 @triton.jit
@@ -93,6 +106,7 @@ def store_tiles(
     strides,
     start,
     length,
+    left,
     tiles,
     ROWS: tl.constexpr,
     DH: tl.constexpr,
@@ -103,9 +117,9 @@ def store_tiles(
     row = tl.arange(0, ROWS)
     first += tl.cast(start, tl.int64) * strides[2]
     for i in tl.static_range(TILES):
-        column = i * WIDTH + tl.arange(0, WIDTH)
+        column = left + i * WIDTH + tl.arange(0, WIDTH)
         offset = row[:, None] * strides[2] + column[None, :] * strides[3]
-        inside = (row < length - start)[:, None] & (column < DH)[None, :]
+        inside = _inside(row, length - start, column, DH, WIDTH)
         tl.store(first + offset, tiles[i].to(first.dtype.element_ty), mask=inside)
 
 
