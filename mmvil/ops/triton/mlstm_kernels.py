@@ -324,9 +324,10 @@ def query_side_kernel(
             totals = sums
         else:
             totals = scaled(totals, decay, OWN)
-            for i in tl.static_range(TILES):
-                part = _state_vector(vector, i * WIDTH, present, DH, WIDTH)
-                n += tl.sum(a_tiles[i].to(tl.float32) * part, 1)
+            for left in range(0, tl.where(present, DH, 0), STEP):
+                part = _state_vector(vector, left, present, DH, STEP)
+                a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
+                n += tl.sum(a_tile.to(tl.float32) * part, 1)
             n *= decay
 
     scale_of_row = tl.full((ROWS,), 1, tl.float32)
