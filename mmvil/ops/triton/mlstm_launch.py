@@ -81,12 +81,14 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     itemsize = dtype.itemsize
     # GPUs before Hopper hold the rows of a tile in registers too.
     few_registers = width == 64 and shared < 200 * 1024
-    if itemsize == 4:
+    if itemsize == 4:  # too many registers for a warp of its own to 16 rows
         rows = columns = 32 if padded <= 64 else 16
+        warps = 4 if padded < 128 else 8
     elif padded < 128:
-        rows, columns = 64, 64
+        rows, columns, warps = 64, 64, 4
     else:
-        rows, columns = (128 if parts == 1 else 64), (16 if few_registers else 32)
+        rows, warps = (128, 8) if parts == 1 else (64, 4)
+        columns = 16 if few_registers else 32
     room = shared // (itemsize * padded) - rows  # rows that loops may prefetch
     return Tiling(
         width=width,
@@ -94,7 +96,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         parts=parts,
         rows=rows,
         columns=columns,
-        warps=rows // 16,
+        warps=warps,
         stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
         step=16 if few_registers else min(width, 32),
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
