@@ -119,7 +119,10 @@ def check_backbone(case):
         assert output.isfinite().all()
         if output.numel():
             # What half precision rounds off, a norm may blow up, on the plain path too.
-            inherent = 1.1 * relative_error(plain_output, reference)
+            # Two roundings of a few values differ by chance.
+            inherent = (1.1 + 1.5 * output.numel() ** -0.5) * relative_error(
+                plain_output, reference
+            )
             tolerance = TOLERANCE.get(case['dtype'], inherent)
             assert relative_error(output, reference) < tolerance
             assert (output - reference).norm() < 0.05 * reference.norm()

@@ -2,22 +2,31 @@
 r"""The chunkwise form of the mLSTM: parallel inside chunks, recurrent from chunk to chunk, linear
 in N.
 
-The chunks read before chunk c leave behind a memory and a normalizer, scaled by the running maximum
-:math:`M` at their end:
+Token j is written with the weight :math:`e^{g_j - M_t}` into the sums of token t (see
+:mod:`mmvil.ops.gates` for g and M). Inside a chunk with a base c near its M the weight is a
+product,
 
-.. math:: C = \sum_j e^{g_j - M} k_j v_j^\top, \qquad n = \sum_j e^{g_j - M} k_j,
+.. math:: e^{g_j - M_t} = e^{g_j - c} \cdot e^{c - M_t},
 
-and token t of chunk c sees them with the weight :math:`e^{M - M_t} \le 1` (see
-:mod:`mmvil.ops.gates` for g and M). The chunks of a sequence are computed side by side; only the
-states pass from one to the next. With one chunk this is the parallel form. Nothing is flipped for
-the reverse direction: states go from the last chunk to the first, and inside chunks the other
-triangle is used.
+of a factor of the values and a factor of the sums, so no matrix of weights is made. Where M rises
+too far inside a chunk for the range of float32 (MAX_RISE), the weights are made after all.
+
+The chunks read before leave behind a memory and a normalizer,
+
+.. math:: C = \sum_j e^{g_j - c} k_j v_j^\top, \qquad n = \sum_j e^{g_j - c} k_j,
+
+which the queries of later chunks read as they read the tokens of their own. The chunks of a
+sequence are computed side by side; only the states pass from one to the next. With one chunk this
+is the parallel form. Nothing is flipped for the reverse direction: states go from the last chunk to
+the first, and inside chunks the other triangle is used.
 
 Sequences, one for each sample and head, are processed in tiles of a few sequences that stay in a
 CPU's cache, and read and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH *
 DH).
 
-Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (G * n, L, DH).
+Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (n, G, L, DH), and (n * G, L,
+DH) in matrix products. As chunks come first, those that write states, all but the last one read,
+and those that read them, all but the first one, lie together.
 """
 
 import math
@@ -30,7 +39,13 @@ from torch import Tensor
 
 from .gates import GateStatistics, gate_gradients, gate_statistics
 from .layout import like_tokens
-from .parallel import decay_weights, parallel_backward, parallel_forward
+from .parallel import (
+    causal_mask,
+    decay_weights,
+    parallel_backward,
+    parallel_forward,
+    scaled_product,
+)
 from .reference import EPS
 
 SEQUENCE_TILE_BYTES = 2**20
@@ -39,6 +54,10 @@ cache."""
 
 DENSE_TRANSFER = 32
 """Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
+
+MAX_RISE = 40.0
+"""Largest rise of M inside a chunk at which weights are taken as products: each factor is at most
+e^20, and what the mask removes at most e^40 times a score."""
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
@@ -53,125 +72,191 @@ def chunk_length(length: int, chunk_size: int) -> int:
 
 
 class ChunkGates(NamedTuple):
-    """The gates of G sequences by chunk. Logarithms stay in float64: far from their chunk's start
-    they are large, and only their differences are small. Weights are in the dtype of the features.
+    """The gates of a tile of G sequences by chunk. Logarithms stay in float64: far from their
+    chunk's start they are large, and only their differences are small. Weights are in the dtype of
+    the features.
     """
 
-    source: Tensor  # (G, n, L) g_j
-    running_max: Tensor  # (G, n, L) M_t
-    to_state: Tensor  # (G, n, L, 1) exp(g_j - M_end): what of token j is left at the chunk's end
-    from_state: Tensor  # (G, n, L, 1) exp(M_before - M_t): what token t sees of the incoming state
-    # (G, n, n): what of chunk j's part is left in the incoming state of chunk c. Beyond
-    # DENSE_TRANSFER chunks (G, n, 1): what of the incoming state of chunk c is left at its end.
+    factorized: bool  # whether weights are products; else they are those of decay_weights
+    source: Tensor  # (n, G, L) g_j
+    running_max: Tensor  # (n, G, L) M_t
+    write: Tensor  # (n, G, L, 1) exp(g_j - base): factor of token j in the state that it writes
+    read: Tensor  # (n, G, L, 1) exp(base - M_t): factor of token t for the state that it reads
+    # (G, n - 1, n - 1): what of the part that a chunk writes is left when another reads it. Beyond
+    # DENSE_TRANSFER chunks (G, n - 1, 2): what is left, at the next reader, of the part written
+    # last and of the state read last.
     transfer: Tensor
-
-    def sequence_tiles(self, size: int) -> list['ChunkGates']:
-        return [ChunkGates(*parts) for parts in zip(*(x.split(size) for x in self))]
 
 
 def chunk_gates(
-    stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype
-) -> ChunkGates:
-    """Cut statistics of shape (G, N) into chunks of ``length`` tokens."""
+    stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype, tile: int
+) -> list[ChunkGates]:
+    """Cut statistics into chunks of ``length`` tokens and tiles of ``tile`` sequences.
+
+    Args:
+        stats (GateStatistics): Of all sequences, each (B * NH, N).
+        length (int): L. Missing tokens of the last chunk weigh nothing.
+        reverse (bool): Reading direction.
+        dtype (torch.dtype): Dtype of the features.
+        tile (int): Largest G; the last tile may be smaller.
+    """
     source, running_max = stats.source, stats.running_max
-    padding = -source.shape[1] % length  # stands after the last token and weighs nothing
+    padding = -source.shape[1] % length
     if padding:
         source = F.pad(source, (0, padding), value=-math.inf)
         running_max = torch.cat([running_max, running_max[:, -1:].expand(-1, padding)], dim=1)
-    source, running_max = source.unflatten(1, (-1, length)), running_max.unflatten(1, (-1, length))
-    end = running_max[..., :1] if reverse else running_max[..., -1:]  # (G, n, 1)
-    before = end.roll(-1 if reverse else 1, 1)
-    before[:, -1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
-    if end.shape[1] > DENSE_TRANSFER:
-        transfer = torch.exp(before - end)
+    source, running_max = (
+        x.unflatten(1, (-1, length)).transpose(0, 1).contiguous() for x in (source, running_max)
+    )
+    lowest, highest = running_max[..., :1], running_max[..., -1:]  # (n, B * NH, 1)
+    if reverse:
+        lowest, highest = highest, lowest
+
+    # What states are relative to: M when they are written and read, or the base of the chunk.
+    write_base, read_base = highest, highest.roll(-1 if reverse else 1, 0)
+    read_base[-1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
+    sequences = source.shape[1]
+    factorized = [False] * math.ceil(sequences / tile)
+    if source.device.type == 'cpu':  # elsewhere it would have to be waited for
+        rise = (highest - lowest).amax((0, 2))
+        # Not if it is NaN, as where nothing is written at all.
+        factorized = [bool(x.max() <= MAX_RISE) for x in rise.split(tile)]
+        fits = torch.tensor(factorized).repeat_interleave(tile)[:sequences].unsqueeze(-1)
+        middle = (highest + lowest) / 2
+        write_base = torch.where(fits, middle, write_base)
+        read_base = torch.where(fits, middle, read_base)
+
+    written = write_base[_writers(reverse)].permute(1, 0, 2)  # (B * NH, n - 1, 1)
+    read = read_base[_readers(reverse)].permute(1, 0, 2)
+    if len(source) > DENSE_TRANSFER:
+        transfer = torch.cat([written, read.roll(-1 if reverse else 1, 1)], -1) - read
     else:
-        transfer = torch.exp(end.transpose(1, 2) - before)
-        transfer = transfer.triu_(1) if reverse else transfer.tril_(-1)
-    return ChunkGates(
+        transfer = written.transpose(1, 2) - read
+    transfer = torch.exp(transfer).to(dtype)
+    if len(source) <= DENSE_TRANSFER:
+        transfer = transfer.triu_() if reverse else transfer.tril_()
+    by_chunk = (
         source,
         running_max,
-        torch.exp(source - end).to(dtype).unsqueeze(-1),
-        torch.exp(before - running_max).to(dtype).unsqueeze(-1),
-        transfer.to(dtype),
+        torch.exp(source - write_base).to(dtype).unsqueeze(-1),
+        torch.exp(read_base - running_max).to(dtype).unsqueeze(-1),
     )
+    tiles = zip(*(x.split(tile, 1) for x in by_chunk))
+    return [ChunkGates(*parts) for parts in zip(factorized, *zip(*tiles), transfer.split(tile))]
 
 
-def _incoming_states(added: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
-    """Incoming state of every chunk, from what each chunk adds to the state.
-
-    Args:
-        added (Tensor): Shape (G * n, ...).
-        transfer (Tensor): See :class:`ChunkGates`.
-        reverse (bool): Whether chunks are read from last to first.
-
-    Returns:
-        Tensor: Shape (G * n, ...).
-    """
-    sequences, chunks, width = transfer.shape
-    flat = added.view(sequences, chunks, -1)
-    if width == chunks:
-        return torch.bmm(transfer, flat).view(added.shape)
-    return _scan(flat, transfer, reverse).view(added.shape)
+def _writers(reverse: bool) -> slice:
+    """Chunks whose state another one reads."""
+    return slice(1, None) if reverse else slice(-1)
 
 
-def _incoming_states_backward(states_grad: Tensor, transfer: Tensor, reverse: bool) -> Tensor:
-    """Gradient of ``added`` in :func:`_incoming_states`: the transposed map."""
-    if transfer.shape[1] == transfer.shape[2]:
-        transfer = transfer.transpose(1, 2)
-    return _incoming_states(states_grad, transfer, not reverse)
-
-
-def _scan(added: Tensor, decay: Tensor, reverse: bool) -> Tensor:
-    """Carry states (G, n, K) from chunk to chunk, with what is left of them after each (G, n,
-    1).
-    """
-    order = range(added.shape[1])[::-1] if reverse else range(added.shape[1])
-    incoming = torch.empty_like(added)
-    incoming[:, order[0]] = 0
-    added, decay, states = added.unbind(1), decay.unbind(1), incoming.unbind(1)
-    for last, this in zip(order, order[1:]):
-        torch.addcmul(added[last], states[last], decay[last], out=states[this])
-    return incoming
+def _readers(reverse: bool) -> slice:
+    """Chunks that read a state."""
+    return slice(-1) if reverse else slice(1, None)
 
 
 def _sequence_tile_size(q: Tensor) -> int:
-    """Sequences in a tile: on a CPU some heads of one sample, whose tensors stay in its cache;
-    elsewhere all there are.
+    """Sequences in a tile: on a CPU some samples, or some heads of one, whose tensors stay in its
+    cache; elsewhere all there are.
     """
     batch, heads, tokens, head_width = q.shape
     if q.device.type != 'cpu':
         return batch * heads
     fitting = max(1, SEQUENCE_TILE_BYTES // (tokens * head_width * q.element_size()))
+    if fitting >= heads:
+        return min(fitting // heads, batch) * heads
     return max(size for size in range(1, heads + 1) if heads % size == 0 and size <= fitting)
 
 
 def _sequence_tiles(x: Tensor, size: int) -> Sequence[Tensor]:
-    """Views (size, ...) of (B, NH, ...), each of one sample and some heads, or all in one."""
-    if size > x.shape[1]:
-        return [x]
-    samples = x.unbind(0)
-    if size == x.shape[1]:
-        return samples
-    return [heads for sample in samples for heads in sample.split(size)]
+    """Views (..., N, DH) of (B, NH, N, DH), each of some samples, or of some heads of one."""
+    heads = x.shape[1]
+    if size >= heads:
+        return x.split(size // heads)
+    return [tile for sample in x.unbind(0) for tile in sample.split(size)]
 
 
-def _to_chunks(x: Tensor, length: int) -> Tensor:
-    """Cut (..., N, DH) into (G * n, L, DH), padded with zeros if need be."""
-    padding = -x.shape[-2] % length
-    if padding:
-        x = F.pad(x, (0, 0, 0, padding))
-    return x.unflatten(-2, (-1, length)).flatten(0, -3)
+def _by_chunk(x: Tensor, length: int) -> Tensor:
+    """View (..., N, DH) as (n, ..., L, DH)."""
+    return x.unflatten(-2, (-1, length)).movedim(-3, 0)
 
 
-def _from_chunks(x: Tensor, shape: torch.Size) -> Tensor:
-    """Join (G * n, L, DH) to (..., N, DH), without the padding."""
-    x = x.reshape(*shape[:-2], -1, shape[-1])
-    return x[..., : shape[-2], :]
+def _pad(x: Tensor, padding: int) -> Tensor:
+    """Append tokens of zeros to (B, NH, N, DH)."""
+    return F.pad(x, (0, 0, 0, padding)) if padding else x
+
+
+def _unpad(x: Tensor, length: int) -> Tensor:
+    """Remove tokens beyond a length from (B, NH, N, DH), in memory (B, N, NH, DH)."""
+    return x if x.shape[2] == length else like_tokens(x[:, :, :length]).copy_(x[:, :, :length])
+
+
+def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = False) -> Tensor:
+    """Carry what chunks add to the state to the chunks that read it.
+
+    Args:
+        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write.
+        gates (ChunkGates): Of n chunks.
+        reverse (bool): Whether chunks are read from last to first.
+        backward (bool): Apply the transposed map, to gradients of the result. Default: False.
+
+    Returns:
+        Tensor: Shape ((n - 1) * G, ...), of the chunks that read.
+    """
+    transfer, links = gates.transfer, len(gates.write) - 1
+    flat = added.view(links, -1, added[0].numel())  # (n - 1, G, K)
+    if links == 1:
+        return (flat * transfer[..., :1].transpose(0, 1)).view(added.shape)
+    passed = torch.empty_like(flat)
+    if links < DENSE_TRANSFER:
+        transfer = transfer.transpose(1, 2) if backward else transfer
+        torch.bmm(transfer, flat.transpose(0, 1), out=passed.transpose(0, 1))
+        return passed.view(added.shape)
+    written, left = transfer.transpose(0, 1).split(1, dim=-1)  # (n - 1, G, 1)
+    if not backward:
+        flat = flat * written
+    order = range(links)[::-1] if reverse != backward else range(links)
+    passed[order[0]] = flat[order[0]]
+    flat, left, steps = flat.unbind(), left.unbind(), passed.unbind()
+    for last, this in zip(order, order[1:]):
+        torch.addcmul(flat[this], steps[last], left[last if backward else this], out=steps[this])
+    return (passed.mul_(written) if backward else passed).view(added.shape)
+
+
+def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Memory (DH, DH) and normalizer (1, DH) that chunks read, from weighted keys and values
+    ((n - 1) * G, L, DH) of those that write.
+    """
+    memory, normalizer = torch.bmm(k.transpose(1, 2), v), k.sum(1, keepdim=True)
+    return tuple(_pass_on(x, gates, reverse) for x in (memory, normalizer))
+
+
+def _chunks(x: Tensor, which: slice, gates: ChunkGates) -> Tensor:
+    """View of some chunks of (n * G, ...)."""
+    return x.view(len(gates.write), -1, *x.shape[1:])[which].flatten(0, 1)
 
 
 def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
     """exp(-m_t), the least denominator; infinite where nothing was ever written, so that h is 0."""
     return torch.exp(-stats.stabilizer).to(dtype)
+
+
+def _operands(q, k, v, gates: ChunkGates, length: int, reverse: bool) -> tuple[Tensor, ...]:
+    """Operands of a tile's matrix products, from features (..., N, DH).
+
+    Returns:
+        tuple[Tensor, ...]: q, k, v as :func:`parallel_forward` takes them, its weights, and the
+        keys that write states.
+    """
+    k = _by_chunk(k, length)
+    q, v = (_by_chunk(x, length).reshape(-1, length, x.shape[-1]) for x in (q, v))
+    state_k = torch.empty_like(q)
+    torch.mul(k, gates.write.view(*k.shape[:-1], 1), out=state_k.view(k.shape))
+    if gates.factorized:
+        return q, state_k, v, causal_mask(length, reverse, q), state_k
+    source, running_max = gates.source.flatten(0, 1), gates.running_max.flatten(0, 1)
+    weights = decay_weights(source, running_max, reverse, q.dtype)
+    return q, k.reshape(q.shape), v, weights, state_k
 
 
 def chunkwise_forward(
@@ -189,47 +274,41 @@ def chunkwise_forward(
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH) and in memory (B, N, NH, DH); and the signed
         normalizer, shape (B, NH, N), needed for backward.
     """
-    scale = q.shape[-1] ** -0.5
+    tokens, scale = q.shape[2], q.shape[3] ** -0.5
     stats = gate_statistics(igate.flatten(0, 1), fgate.flatten(0, 1), reverse)
-    length = chunk_length(q.shape[2], chunk_size)
-    gates = chunk_gates(stats, length, reverse, q.dtype)
+    length = chunk_length(tokens, chunk_size)
     size = _sequence_tile_size(q)
+    gates = chunk_gates(stats, length, reverse, q.dtype, size)
 
+    q, k, v = (_pad(x, -tokens % length) for x in (q, k, v))
     h = like_tokens(q)
-    normalizer = torch.empty_like(stats.source, dtype=q.dtype)  # (B * NH, N)
-    for q_, k_, v_, h_, normalizer_, floor, part in zip(
-        *(_sequence_tiles(x, size) for x in (q, k, v, h)),
-        normalizer.split(size),
-        _floor(stats, q.dtype).split(size),
-        gates.sequence_tiles(size),
+    normalizer = q.new_empty(*q.shape[:3], 1)
+    floor = F.pad(_floor(stats, q.dtype), (0, q.shape[2] - tokens)).view_as(normalizer)
+    for q_, k_, v_, h_, normalizer_, floor_, part in zip(
+        *(_sequence_tiles(x, size) for x in (q, k, v, h, normalizer, floor)), gates
     ):
-        q_, k_, v_ = (_to_chunks(x, length) for x in (q_, k_, v_))
-        numerator, sums = parallel_forward(q_, k_, v_, _weights(part, reverse, q.dtype), scale)
-        if length < q.shape[2]:
-            memory, state_normalizer = _states(k_, v_, part, reverse)
-            state_q = q_ * (part.from_state * scale).flatten(0, 1)
-            numerator.baddbmm_(state_q, memory)
-            sums += torch.bmm(state_q, state_normalizer.transpose(1, 2)).squeeze(-1)
-        normalizer_.copy_(_from_chunks(sums.unsqueeze(-1), (*normalizer_.shape, 1)).squeeze(-1))
-        denominator = torch.maximum(normalizer_.abs(), floor).add_(EPS)
-        torch.div(_from_chunks(numerator, h_.shape), denominator.view(*h_.shape[:-1], 1), out=h_)
-    return h, normalizer.view(q.shape[:3])
-
-
-def _weights(gates: ChunkGates, reverse: bool, dtype: torch.dtype) -> Tensor:
-    """exp(g_j - M_t) inside the chunks, shape (G * n, L, L)."""
-    source, running_max = gates.source.flatten(0, 1), gates.running_max.flatten(0, 1)
-    return decay_weights(source, running_max, reverse, dtype)
-
-
-def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Incoming memory (G * n, DH, DH) and normalizer (G * n, 1, DH) of each chunk."""
-    state_k = k * gates.to_state.flatten(0, 1)
-    memory = torch.bmm(state_k.transpose(1, 2), v)
-    return (
-        _incoming_states(memory, gates.transfer, reverse),
-        _incoming_states(state_k.sum(1, keepdim=True), gates.transfer, reverse),
-    )
+        q_, k_, v_, weights, state_k = _operands(q_, k_, v_, part, length, reverse)
+        numerator, sums = parallel_forward(q_, k_, v_, weights, scale)
+        if length < tokens:
+            writers, readers = _writers(reverse), _readers(reverse)
+            state_k, state_v = (_chunks(x, writers, part) for x in (state_k, v_))
+            memory, state_normalizer = _states(state_k, state_v, part, reverse)
+            state_q = _chunks(q_, readers, part)
+            if not part.factorized:
+                state_q = state_q * part.read[readers].flatten(0, 1)
+            _chunks(numerator, readers, part).baddbmm_(state_q, memory, alpha=scale)
+            read_sums = (state_q * state_normalizer).sum(-1, keepdim=True)
+            _chunks(sums, readers, part).add_(read_sums, alpha=scale)
+        h_, normalizer_, floor_ = (_by_chunk(x, length) for x in (h_, normalizer_, floor_))
+        sums, read = sums.view(normalizer_.shape), part.read.view(normalizer_.shape)
+        if part.factorized:
+            sums.mul_(read)
+        normalizer_.copy_(sums)
+        factor = torch.maximum(sums.abs_(), floor_).add_(EPS).reciprocal_()
+        if part.factorized:
+            factor.mul_(read)
+        torch.mul(numerator.view(h_.shape), factor, out=h_)
+    return _unpad(h, tokens), normalizer.squeeze(-1)[..., :tokens].contiguous()
 
 
 def chunkwise_backward(
@@ -261,12 +340,12 @@ def chunkwise_backward(
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH), in memory (B, N, NH, DH), and of
         igate, fgate (B, NH, N).
     """
-    scale = q.shape[-1] ** -0.5
+    tokens, scale = q.shape[2], q.shape[3] ** -0.5
     fgate = fgate.flatten(0, 1)
     stats = gate_statistics(igate.flatten(0, 1), fgate, reverse)
-    length = chunk_length(q.shape[2], chunk_size)
-    gates = chunk_gates(stats, length, reverse, q.dtype)
+    length = chunk_length(tokens, chunk_size)
     size = _sequence_tile_size(q)
+    gates = chunk_gates(stats, length, reverse, q.dtype, size)
 
     projection = (h_grad * h).sum(-1).flatten(0, 1)  # (B * NH, N)
     normalizer, floor = normalizer.flatten(0, 1), _floor(stats, q.dtype)
@@ -275,49 +354,72 @@ def chunkwise_backward(
     projection_part = projection * inverse
     normalizer_grad = torch.where(by_normalizer, projection_part * -normalizer.sign(), 0)
 
+    padding = -tokens % length
+    q, k, v, h_grad, inverse, normalizer_grad = (
+        _pad(x.view(*q.shape[:3], -1), padding) for x in (q, k, v, h_grad, inverse, normalizer_grad)
+    )
     grads = [like_tokens(q) for _ in range(3)]
-    source_grad = torch.empty_like(normalizer)
-    for q_, k_, v_, h_grad_, q_grad_, k_grad_, v_grad_, source_grad_, inverse_, n_grad, part in zip(
-        *(_sequence_tiles(x, size) for x in (q, k, v, h_grad, *grads)),
-        *(x.split(size) for x in (source_grad, inverse, normalizer_grad)),
-        gates.sequence_tiles(size),
+    source_grad = torch.empty_like(inverse)
+    tensors = (q, k, v, h_grad, inverse, normalizer_grad, *grads, source_grad)
+    for q_, k_, v_, h_grad_, inverse_, n_grad, *targets, part in zip(
+        *(_sequence_tiles(x, size) for x in tensors), gates
     ):
-        q_, k_, v_, numerator_grad = (
-            _to_chunks(x, length)
-            for x in (q_, k_, v_, h_grad_ * inverse_.view(*h_grad_.shape[:-1], 1))
-        )
-        n_grad = _to_chunks(n_grad.unsqueeze(-1), length)  # (G * n, L, 1)
+        q_, k_, v_, weights, state_k = _operands(q_, k_, v_, part, length, reverse)
+        h_grad_, inverse_, n_grad = (_by_chunk(x, length) for x in (h_grad_, inverse_, n_grad))
+        read, write = part.read.view(inverse_.shape), part.write.flatten(0, 1)
+        if part.factorized:
+            inverse_, n_grad = inverse_ * read, n_grad * read
+        numerator_grad = torch.empty_like(q_)
+        torch.mul(h_grad_, inverse_, out=numerator_grad.view(h_grad_.shape))
+        n_grad = n_grad.reshape(*q_.shape[:2], 1)
         q_grad, k_grad, v_grad = parallel_backward(
-            numerator_grad, n_grad, q_, k_, v_, _weights(part, reverse, q.dtype), scale
+            numerator_grad, n_grad, q_, k_, v_, weights, scale
         )
-        if length < q.shape[2]:
+        if length < tokens:
             # Through the state that a chunk reads ...
-            memory, state_normalizer = _states(k_, v_, part, reverse)
+            writers, readers = _writers(reverse), _readers(reverse)
+            state_k, state_v, state_k_grad, state_v_grad = (
+                _chunks(x, writers, part) for x in (state_k, v_, k_grad, v_grad)
+            )
+            state_q, numerator_grad, n_grad = (
+                _chunks(x, readers, part) for x in (q_, numerator_grad, n_grad)
+            )
+            memory, state_normalizer = _states(state_k, state_v, part, reverse)
             state_q_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
             state_q_grad.addcmul_(n_grad, state_normalizer)
-            from_state, to_state = (
-                (part.from_state * scale).flatten(0, 1),
-                part.to_state.flatten(0, 1),
-            )
-            q_grad.addcmul_(state_q_grad, from_state)
+            if not part.factorized:
+                read = part.read[readers].flatten(0, 1)
+                state_q, state_q_grad = state_q * read, state_q_grad.mul_(read)
+            _chunks(q_grad, readers, part).add_(state_q_grad, alpha=scale)
             # ... whose gradients run from chunk to chunk in the opposite direction ...
-            state_q = torch.mul(q_, from_state, out=state_q_grad)
-            memory_grad = _incoming_states_backward(
-                torch.bmm(state_q.transpose(1, 2), numerator_grad), part.transfer, reverse
-            )
-            state_normalizer_grad = _incoming_states_backward(
-                torch.bmm(n_grad.transpose(1, 2), state_q), part.transfer, reverse
+            memory_grad = scaled_product(state_q.transpose(1, 2), numerator_grad, scale)
+            state_normalizer_grad = scaled_product(n_grad.transpose(1, 2), state_q, scale)
+            memory_grad, state_normalizer_grad = (
+                _pass_on(x, part, reverse, backward=True)
+                for x in (memory_grad, state_normalizer_grad)
             )
             # ... and through the state that it writes.
-            state_k_grad = torch.baddbmm(state_normalizer_grad, v_, memory_grad.transpose(1, 2))
-            k_grad.addcmul_(state_k_grad, to_state)
-            v_grad.baddbmm_(torch.mul(k_, to_state, out=state_k_grad), memory_grad)
-        products = (k_ * k_grad).sum(-1, keepdim=True)
-        source_grad_.copy_(_from_chunks(products, (*source_grad_.shape, 1)).squeeze(-1))
-        for target, grad in ((q_grad_, q_grad), (k_grad_, k_grad), (v_grad_, v_grad)):
-            target.copy_(_from_chunks(grad, target.shape))
+            state_v_grad.baddbmm_(state_k, memory_grad)
+            if part.factorized:
+                state_k_grad.baddbmm_(state_v, memory_grad.transpose(1, 2))
+                state_k_grad.add_(state_normalizer_grad)
+            else:
+                through_state = torch.baddbmm(
+                    state_normalizer_grad, state_v, memory_grad.transpose(1, 2)
+                )
+                state_k_grad.addcmul_(through_state, part.write[writers].flatten(0, 1))
+        products = (k_ * k_grad).sum(-1)
+        if part.factorized:
+            k_grad.mul_(write)
+        for target, grad in zip(targets, (q_grad, k_grad, v_grad, products)):
+            target = _by_chunk(target, length)
+            target.copy_(grad.view(target.shape))
 
     eps_part = projection_part * EPS  # the stabilizer matters only relative to eps
     row_grad = torch.where(by_normalizer, 0, projection - eps_part)
+    source_grad = source_grad.flatten(0, 1)[:, :tokens, 0]
     gate_grads = gate_gradients(source_grad, -eps_part, row_grad, fgate, stats, reverse)
-    return (*grads, *(grad.view(q.shape[:3]) for grad in gate_grads))
+    return (
+        *(_unpad(grad, tokens) for grad in grads),
+        *(grad.view(igate.shape) for grad in gate_grads),
+    )

@@ -320,8 +320,15 @@ def _fold_into_batch(function, size: int, in_dims, args):
     return tuple(y.unflatten(0, (size, len(y) // size)) for y in outputs), (0,) * len(outputs)
 
 
+def _mlstm_autograd(*args):
+    if torch.is_grad_enabled():
+        return _MLSTM.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # applying costs more than a short sequence
+        return torch.ops.mmvil.mlstm(*args)
+
+
 _library.impl('mlstm', _mlstm_forward, 'CompositeExplicitAutograd')
-_library.impl('mlstm', _MLSTM.apply, 'Autograd')
+_library.impl('mlstm', _mlstm_autograd, 'Autograd')
 _library.impl('mlstm_backward', _mlstm_backward, 'CompositeExplicitAutograd')
 _library.impl('mlstm', _mlstm_fake, 'Meta')
 _library.impl('mlstm_backward', _mlstm_backward_fake, 'Meta')

@@ -32,12 +32,13 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: tor
     return weights.triu_() if reverse else weights.tril_()
 
 
-def scaled_scores(q: Tensor, k: Tensor, weights: Tensor, scale: float) -> Tensor:
-    r"""Gated scores :math:`S_{tj} = D_{tj}\, q_t \cdot k_j\, scale`, shape (G, L, L)."""
-    return _scaled_product(q, k.transpose(1, 2), scale).mul_(weights)
+def causal_mask(length: int, reverse: bool, like: Tensor) -> Tensor:
+    """1 for tokens already read and 0 for the others, shape (L, L), rows t, columns j."""
+    mask = like.new_ones(length, length)
+    return mask.triu_() if reverse else mask.tril_()
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale * a @ b`` with the factor inside the matrix product; shapes (G, L, K) and (G, K,
     M).
     """
@@ -47,18 +48,19 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def parallel_forward(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
+    r"""Compute the sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
-        q, k, v (Tensor): Shape (G, L, DH).
-        weights (Tensor): Result of :func:`decay_weights`, shape (G, L, L).
+        q, k, v (Tensor): Shape (G, L, DH). If the weight of token j in the sums of token t is a
+            product, k may have the factor of j already, and the sums can get that of t later.
+        weights (Tensor): Shape (G, L, L) or (L, L): :func:`decay_weights` or :func:`causal_mask`.
         scale (float): Factor of the scores, 1 / sqrt(DH).
 
     Returns:
-        tuple[Tensor, Tensor]: Numerator (G, L, DH) and signed normalizer (G, L) before division.
+        tuple[Tensor, Tensor]: Numerator (G, L, DH) and signed normalizer (G, L, 1) before division.
     """
-    scores = scaled_scores(q, k, weights, scale)
-    return torch.bmm(scores, v), scores.sum(-1)
+    scores = scaled_product(q, k.transpose(1, 2), scale).mul_(weights)
+    return torch.bmm(scores, v), scores.sum(-1, keepdim=True)
 
 
 def parallel_backward(
@@ -81,12 +83,12 @@ def parallel_backward(
     Returns:
         tuple[Tensor, Tensor, Tensor]: Gradients of q, k and v, each (G, L, DH).
     """
-    scores = scaled_scores(q, k, weights, scale)
+    scores = scaled_product(q, k.transpose(1, 2), scale).mul_(weights)
     v_grad = torch.bmm(scores.transpose(1, 2), numerator_grad)
     scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # in their memory
     scores_grad = scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
     return (
-        _scaled_product(scores_grad, k, scale),
-        _scaled_product(scores_grad.transpose(1, 2), q, scale),
+        scaled_product(scores_grad, k, scale),
+        scaled_product(scores_grad.transpose(1, 2), q, scale),
         v_grad,
     )

@@ -16,6 +16,9 @@ DENSE_BLOCK = 32
 """Width up to which small diagonal blocks are joined into one dense block. Matrix units want that
 much, and multiplying the zeros costs less than many tiny products."""
 
+ROW_TILE = 1024
+"""Tokens of a block-diagonal product that a CPU computes together."""
+
 
 def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
     """Join diagonal blocks, so that a block-diagonal product becomes a batch of larger products.
@@ -53,8 +56,16 @@ def dense_block_width(size: int, head_width: int) -> int:
 
 
 def _groups(x: Tensor, width: int) -> Tensor:
-    """View (B, N, E) as (groups, B * N, width)."""
+    """View (..., E) as (groups, tokens, width)."""
     return x.reshape(-1, x.shape[-1] // width, width).transpose(0, 1)
+
+
+def _row_tiles(x: Tensor) -> Sequence[Tensor]:
+    """View (B, N, E) as rows; on a CPU as groups of so few that they stay in its cache, as every
+    group of channels passes over all of them.
+    """
+    rows = x.flatten(0, 1)
+    return rows.split(ROW_TILE) if x.device.type == 'cpu' else (rows,)
 
 
 def headwise_linear(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,8 +86,11 @@ def headwise_linear(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
         y = torch.bmm(_groups(x, width), dense).transpose(0, 1).reshape(x.shape)
         return y if bias is None else y + bias
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.bmm(_groups(x, width), dense, out=_groups(y, width))
-    return y if bias is None else y.add_(bias)
+    for rows, target in zip(_row_tiles(x), _row_tiles(y)):
+        torch.bmm(_groups(rows, width), dense, out=_groups(target, width))
+        if bias is not None:
+            target.add_(bias)
+    return y
 
 
 def headwise_linear_backward(
@@ -99,9 +113,13 @@ def headwise_linear_backward(
     if is_compiling():
         x_part = torch.bmm(y_grad_groups, dense.transpose(1, 2))
         x_grad += x_part.transpose(0, 1).reshape(x_grad.shape)
+        dense_grad = torch.bmm(_groups(x, width).transpose(1, 2), y_grad_groups)
     else:
-        _groups(x_grad, width).baddbmm_(y_grad_groups, dense.transpose(1, 2))
-    dense_grad = torch.bmm(_groups(x, width).transpose(1, 2), y_grad_groups)
+        dense_grad = torch.zeros_like(dense)
+        for rows, y_rows, target in zip(*map(_row_tiles, (x, y_grad, x_grad))):
+            y_rows = _groups(y_rows, width)
+            _groups(target, width).baddbmm_(y_rows, dense.transpose(1, 2))
+            dense_grad.baddbmm_(_groups(rows, width).transpose(1, 2), y_rows)
     return dense_grad, y_grad.sum((0, 1)) if with_bias else None
 
 
@@ -177,11 +195,10 @@ def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> tuple[Ten
         tuple[Tensor, Tensor]: igate and fgate, shape (B, NH, N).
     """
     c_flat, x_flat = (tokens.flatten(0, 1).to(weights.bias.dtype) for tokens in (c, x))
-    gates = torch.addmm(weights.bias, c_flat, weights.c.t())
-    gates = gates + torch.mm(x_flat, weights.x.t())
-    igate, fgate = (
-        gates.view(*c.shape[:2], gates.shape[1]).transpose(1, 2).contiguous().chunk(2, dim=1)
-    )
+    gates = torch.addmm(weights.bias.unsqueeze(1), weights.c, c_flat.t())  # (2 NH, B * N)
+    gates = torch.addmm(gates, weights.x, x_flat.t())
+    heads = len(weights.bias) // 2
+    igate, fgate = gates.view(2, heads, *c.shape[:2]).transpose(1, 2).contiguous()
     return igate, fgate
 
 
