@@ -112,35 +112,39 @@ def chunk_gates(
     if reverse:
         lowest, highest = highest, lowest
 
-    # What states are relative to: M when they are written and read, or the base of the chunk.
-    write_base, read_base = highest, highest.roll(-1 if reverse else 1, 0)
-    read_base[-1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
+    # What states are relative to: the base of the chunk, or M when they are written and read.
     sequences = source.shape[1]
     factorized = [False] * math.ceil(sequences / tile)
     if source.device.type == 'cpu':  # elsewhere it would have to be waited for
-        rise = (highest - lowest).amax((0, 2))
         # Not if it is NaN, as where nothing is written at all.
-        factorized = [bool(x.max() <= MAX_RISE) for x in rise.split(tile)]
-        fits = torch.tensor(factorized).repeat_interleave(tile)[:sequences].unsqueeze(-1)
-        middle = (highest + lowest) / 2
-        write_base = torch.where(fits, middle, write_base)
-        read_base = torch.where(fits, middle, read_base)
-
-    written = write_base[_writers(reverse)].permute(1, 0, 2)  # (B * NH, n - 1, 1)
-    read = read_base[_readers(reverse)].permute(1, 0, 2)
-    if len(source) > DENSE_TRANSFER:
-        transfer = torch.cat([written, read.roll(-1 if reverse else 1, 1)], -1) - read
-    else:
-        transfer = written.transpose(1, 2) - read
-    transfer = torch.exp(transfer).to(dtype)
-    if len(source) <= DENSE_TRANSFER:
-        transfer = transfer.triu_() if reverse else transfer.tril_()
+        fits = [rise <= MAX_RISE for rise in (highest - lowest).amax((0, 2)).tolist()]
+        factorized = [all(fits[first : first + tile]) for first in range(0, sequences, tile)]
+    write_base = read_base = (highest + lowest) / 2
+    if not all(factorized):
+        before = highest.roll(-1 if reverse else 1, 0)
+        before[-1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
+        fits = torch.tensor(factorized, device=source.device).repeat_interleave(tile)
+        fits = fits[:sequences].unsqueeze(-1)
+        write_base = torch.where(fits, write_base, highest)
+        read_base = torch.where(fits, read_base, before)
     by_chunk = (
         source,
         running_max,
         torch.exp(source - write_base).to(dtype).unsqueeze(-1),
         torch.exp(read_base - running_max).to(dtype).unsqueeze(-1),
     )
+    transfer = source.new_empty(sequences, 0, 0)
+    if len(source) > 1:
+        written = write_base[_writers(reverse)].permute(1, 0, 2)  # (B * NH, n - 1, 1)
+        read = read_base[_readers(reverse)].permute(1, 0, 2)
+        if len(source) > DENSE_TRANSFER:
+            transfer = torch.cat([written, read.roll(-1 if reverse else 1, 1)], -1) - read
+            transfer = torch.exp(transfer).to(dtype)
+        else:
+            transfer = torch.exp(written.transpose(1, 2) - read).to(dtype)
+            transfer = transfer.triu_() if reverse else transfer.tril_()
+    if len(factorized) == 1:
+        return [ChunkGates(factorized[0], *by_chunk, transfer)]
     tiles = zip(*(x.split(tile, 1) for x in by_chunk))
     return [ChunkGates(*parts) for parts in zip(factorized, *zip(*tiles), transfer.split(tile))]
 
@@ -170,7 +174,9 @@ def _sequence_tile_size(q: Tensor) -> int:
 
 def _sequence_tiles(x: Tensor, size: int) -> Sequence[Tensor]:
     """Views (..., N, DH) of (B, NH, N, DH), each of some samples, or of some heads of one."""
-    heads = x.shape[1]
+    batch, heads = x.shape[:2]
+    if size >= batch * heads:
+        return (x,)
     if size >= heads:
         return x.split(size // heads)
     return [tile for sample in x.unbind(0) for tile in sample.split(size)]

@@ -65,7 +65,8 @@ def _row_tiles(x: Tensor) -> Sequence[Tensor]:
     group of channels passes over all of them.
     """
     rows = x.flatten(0, 1)
-    return rows.split(ROW_TILE) if x.device.type == 'cpu' else (rows,)
+    fit = len(rows) <= ROW_TILE or x.device.type != 'cpu'
+    return (rows,) if fit else rows.split(ROW_TILE)
 
 
 def headwise_linear(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:

@@ -223,7 +223,8 @@ def _sample_tiles(x: Tensor, w: LayerWeights) -> tuple[Tensor, ...]:
     if x.device.type != 'cpu' or is_compiling():
         return (x,)
     sample_bytes = x.shape[1] * len(w.skip) * x.element_size()
-    return x.split(max(1, SAMPLE_TILE_BYTES // max(1, sample_bytes)))
+    fitting = max(1, SAMPLE_TILE_BYTES // max(1, sample_bytes))
+    return (x,) if len(x) <= fitting else x.split(fitting)
 
 
 def _join(tiles: list[Tensor]) -> Tensor:
@@ -250,6 +251,8 @@ def _projections(w: LayerWeights, settings: LayerSettings) -> _Projections:
 
 def _cast_weights(w: LayerWeights, settings: LayerSettings) -> LayerWeights:
     """Weights in the dtype of the features, but for those of the input norm."""
+    if all(weight is None or weight.dtype == settings.dtype for weight in w):
+        return w
     narrow = LayerWeights(*(cast(weight, settings.dtype) for weight in w))
     return narrow._replace(norm_weight=w.norm_weight, norm_bias=w.norm_bias)
 
