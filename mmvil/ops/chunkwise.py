@@ -20,8 +20,8 @@ sequence are computed side by side; only the states pass from one to the next. W
 is the parallel form. Nothing is flipped for the reverse direction: states go from the last chunk to
 the first, and inside chunks the other triangle is used.
 
-Sequences, one for each sample and head, are processed in tiles of a few sequences that stay in a
-CPU's cache, and read and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH *
+Sequences, one for each sample and head, are processed in tiles that stay in a CPU's cache, and read
+and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH *
 DH).
 
 Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (n, G, L, DH), and (n * G, L,
@@ -48,12 +48,9 @@ from .parallel import (
 )
 from .reference import EPS
 
-SEQUENCE_TILE_BYTES = 2**20
-"""Queries of a tile of sequences on a CPU; with all that is made of them they fill a common L2
+SEQUENCE_TILE_BYTES = 2**21
+"""Queries of a tile of sequences on a CPU; with all that is made of them they stay in a common L3
 cache."""
-
-DENSE_TRANSFER = 32
-"""Up to that many chunks, all states come out of one matrix product; beyond, out of a loop."""
 
 MAX_RISE = 40.0
 """Largest rise of M inside a chunk at which weights are taken as products: each factor is at most
@@ -82,10 +79,10 @@ class ChunkGates(NamedTuple):
     running_max: Tensor  # (n, G, L) M_t
     write: Tensor  # (n, G, L, 1) exp(g_j - base): factor of token j in the state that it writes
     read: Tensor  # (n, G, L, 1) exp(base - M_t): factor of token t for the state that it reads
-    # (G, n - 1, n - 1): what of the part that a chunk writes is left when another reads it. Beyond
-    # DENSE_TRANSFER chunks (G, n - 1, 2): what is left, at the next reader, of the part written
-    # last and of the state read last.
-    transfer: Tensor
+    # (n - 1, G, 1) each, at the next reader of a state: what is left of the part that was written
+    # last, and of the state that was read last.
+    written: Tensor
+    kept: Tensor
 
 
 def chunk_gates(
@@ -123,30 +120,23 @@ def chunk_gates(
     if not all(factorized):
         before = highest.roll(-1 if reverse else 1, 0)
         before[-1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
-        fits = torch.tensor(factorized, device=source.device).repeat_interleave(tile)
-        fits = fits[:sequences].unsqueeze(-1)
-        write_base = torch.where(fits, write_base, highest)
-        read_base = torch.where(fits, read_base, before)
+        common = torch.tensor(factorized, device=source.device).repeat_interleave(tile)
+        common = common[:sequences].unsqueeze(-1)
+        write_base = torch.where(common, write_base, highest)
+        read_base = torch.where(common, read_base, before)
     by_chunk = (
         source,
         running_max,
         torch.exp(source - write_base).to(dtype).unsqueeze(-1),
         torch.exp(read_base - running_max).to(dtype).unsqueeze(-1),
     )
-    transfer = source.new_empty(sequences, 0, 0)
-    if len(source) > 1:
-        written = write_base[_writers(reverse)].permute(1, 0, 2)  # (B * NH, n - 1, 1)
-        read = read_base[_readers(reverse)].permute(1, 0, 2)
-        if len(source) > DENSE_TRANSFER:
-            transfer = torch.cat([written, read.roll(-1 if reverse else 1, 1)], -1) - read
-            transfer = torch.exp(transfer).to(dtype)
-        else:
-            transfer = torch.exp(written.transpose(1, 2) - read).to(dtype)
-            transfer = transfer.triu_() if reverse else transfer.tril_()
-    if len(factorized) == 1:
-        return [ChunkGates(factorized[0], *by_chunk, transfer)]
+    reader_base = read_base[_readers(reverse)]
+    by_chunk += (
+        torch.exp(write_base[_writers(reverse)] - reader_base).to(dtype),
+        torch.exp(reader_base.roll(-1 if reverse else 1, 0) - reader_base).to(dtype),
+    )
     tiles = zip(*(x.split(tile, 1) for x in by_chunk))
-    return [ChunkGates(*parts) for parts in zip(factorized, *zip(*tiles), transfer.split(tile))]
+    return [ChunkGates(products, *parts) for products, parts in zip(factorized, tiles)]
 
 
 def _writers(reverse: bool) -> slice:
@@ -198,10 +188,10 @@ def _unpad(x: Tensor, length: int) -> Tensor:
 
 
 def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = False) -> Tensor:
-    """Carry what chunks add to the state to the chunks that read it.
+    """Carry what chunks add to the state to the chunks that read it, one after the other.
 
     Args:
-        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write.
+        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write. Changed in place.
         gates (ChunkGates): Of n chunks.
         reverse (bool): Whether chunks are read from last to first.
         backward (bool): Apply the transposed map, to gradients of the result. Default: False.
@@ -209,24 +199,15 @@ def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = F
     Returns:
         Tensor: Shape ((n - 1) * G, ...), of the chunks that read.
     """
-    transfer, links = gates.transfer, len(gates.write) - 1
-    flat = added.view(links, -1, added[0].numel())  # (n - 1, G, K)
-    if links == 1:
-        return (flat * transfer[..., :1].transpose(0, 1)).view(added.shape)
-    passed = torch.empty_like(flat)
-    if links < DENSE_TRANSFER:
-        transfer = transfer.transpose(1, 2) if backward else transfer
-        torch.bmm(transfer, flat.transpose(0, 1), out=passed.transpose(0, 1))
-        return passed.view(added.shape)
-    written, left = transfer.transpose(0, 1).split(1, dim=-1)  # (n - 1, G, 1)
+    steps = added.view(len(gates.written), -1, added[0].numel())  # (n - 1, G, K)
     if not backward:
-        flat = flat * written
-    order = range(links)[::-1] if reverse != backward else range(links)
-    passed[order[0]] = flat[order[0]]
-    flat, left, steps = flat.unbind(), left.unbind(), passed.unbind()
+        steps = steps * gates.written
+    order = range(len(steps))[::-1] if reverse != backward else range(len(steps))
     for last, this in zip(order, order[1:]):
-        torch.addcmul(flat[this], steps[last], left[last if backward else this], out=steps[this])
-    return (passed.mul_(written) if backward else passed).view(added.shape)
+        steps[this].addcmul_(steps[last], gates.kept[last if backward else this])
+    if backward:
+        steps = steps.mul_(gates.written)
+    return steps.view(added.shape)
 
 
 def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Tensor, Tensor]:

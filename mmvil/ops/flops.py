@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .chunkwise import DENSE_TRANSFER, chunk_length
+from .chunkwise import chunk_length
 
 
 def mlstm_flops(
@@ -28,28 +28,24 @@ def mlstm_flops(
         chunk_size (int): As given to the operator; from N on this is the parallel form.
         backward (bool): Count the backward pass instead of the forward pass. Default: False.
         visible_only (bool): Count only unmasked pairs of tokens and no padding. The PyTorch forms
-            compute whole squares, of tokens and of chunks. Default: False.
+            compute whole squares. Default: False.
 
     Returns:
         int: Twice the number of multiply-adds.
     """
     batch, heads, tokens, head_width = shape
     length = chunk_length(tokens, chunk_size) if tokens else 1
+    chunks, rest = ceil(tokens / length), tokens % length
     if visible_only:
-        chunks, rest = divmod(tokens, length)
-        pairs = chunks * length * (length + 1) // 2 + rest * (rest + 1) // 2
+        pairs = (tokens // length) * (length * (length + 1) // 2) + rest * (rest + 1) // 2
     else:
-        chunks = ceil(tokens / length)
-        pairs, tokens = chunks * length**2, chunks * length
+        pairs = chunks * length**2
     # Forward, q with k and scores with v; as many products with the state. In the backward pass,
-    # the scores again and the gradients of two products; likewise the state.
-    multiply_adds = (5 if backward else 2) * pairs * head_width
-    if length < shape[2]:
-        # The state is a matrix, with a vector beside it: the normalizer.
-        multiply_adds += ((5 if backward else 2) * head_width + 1) * tokens * head_width
-        if chunks <= DENSE_TRANSFER and not visible_only:  # from chunk to chunk, by products
-            multiply_adds += (2 if backward else 1) * chunks**2 * head_width * (head_width + 1)
-    return 2 * batch * heads * multiply_adds
+    # the scores again and the gradients of two products; likewise the state, beside which is a
+    # vector, the normalizer. The last chunk writes no state that is read, and the first reads none.
+    products = 5 if backward else 2
+    with_state = (chunks - 1) * length * (products * head_width + backward)
+    return 2 * batch * heads * head_width * (products * pairs + with_state)
 
 
 def flop_formulas(visible_only: bool = False) -> dict[Any, Callable[..., int]]:

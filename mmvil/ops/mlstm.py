@@ -4,6 +4,7 @@
 The checks, the dtype of the arithmetic and the form that runs are decided here and nowhere else.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,13 +41,16 @@ class Form(NamedTuple):
     """Whether the Triton kernels compute instead of PyTorch."""
 
 
-def default_chunk_size(length: int, head_width: int) -> int:
+def default_chunk_size(length: int, head_width: int, device: str = 'cpu') -> int:
     """Number of tokens in a chunk that is fastest.
 
-    Up to 256 tokens one chunk is best: the parallel form. Beyond, the work inside chunks,
-    proportional to their length, is balanced against that on the (DH, DH) states between them.
+    Short sequences are best as one chunk, the parallel form. Beyond, the work inside chunks,
+    proportional to their length, is balanced against that on the (DH, DH) states between them. A
+    CPU, which waits for no launches, halves sequences first.
     """
-    return length if length <= max(256, head_width) else max(64, head_width // 2)
+    if length > max(256, head_width):
+        return max(64, head_width // 2)
+    return math.ceil(length / 2) if device == 'cpu' and length > 2 * head_width else length
 
 
 def mlstm(
@@ -113,7 +117,7 @@ def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
     _, _, tokens, head_width = static_shape(q)
     if isinstance(tokens, torch.SymInt):
         return chunk_size or max(64, head_width // 2)
-    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width))
+    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width, 'any'))
 
 
 def choose_form(
@@ -148,8 +152,10 @@ def choose_form(
         backend == 'auto' and device.type == 'cuda' and triton_usable(device, dtype, head_width)
     )
     if chunk_size is None:
-        default = default_triton_chunk_size if triton else default_chunk_size
-        chunk_size = default(length, head_width)
+        if triton:
+            chunk_size = default_triton_chunk_size(length, head_width)
+        else:
+            chunk_size = default_chunk_size(length, head_width, device.type)
     return Form(chunk_size, triton)
 
 

@@ -33,14 +33,14 @@ def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tens
     """
     if torch.is_grad_enabled() or is_compiling():
         return _ViLLayer.apply(settings, x, *weights)
-    return _forward(x, weights, settings, keep=False)[0]
+    return _forward(x, weights, settings)[0]
 
 
 class _ViLLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, *weights):
         y, kept = _forward(x, LayerWeights(*weights), settings)
-        ctx.settings, ctx.kept = settings, 1 + len(kept)
+        ctx.settings = settings
         ctx.save_for_backward(x, *kept, *weights)
         return y
 
@@ -48,15 +48,15 @@ class _ViLLayer(torch.autograd.Function):
     def backward(ctx, y_grad):
         if torch.is_grad_enabled() and not is_compiling():
             refuse_second_derivatives()
-        saved = ctx.saved_tensors  # once: checkpointing computes it at every access
-        kept, weights = saved[: ctx.kept], saved[ctx.kept :]
-        with without_autocast(y_grad):
+        x, x_m, z, h, igate, fgate, normalizer, *weights = ctx.saved_tensors
+        kept = (x, x_m, z, h, igate, fgate, normalizer)
+        with without_autocast(x):
             gradients = _form(ctx.settings).gradients
             x_grad, grads = gradients(y_grad, kept, LayerWeights(*weights), ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,
-            x_grad.to(kept[0].dtype) if x_needed else None,
+            x_grad.to(x.dtype) if x_needed else None,
             *(
                 grad.to(weight.dtype) if need and grad is not None else None
                 for grad, weight, need in zip(grads, weights, needed)
@@ -65,12 +65,10 @@ class _ViLLayer(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, w: LayerWeights, settings: LayerSettings, keep: bool = True
+    x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with without_autocast(x):  # dtypes are explicit here
-        if settings.form.triton:
-            return _form(settings).forward(x, w, settings)
-        return vil_layer_eager.forward(x, w, settings, keep)
+        return _form(settings).forward(x, w, settings)
 
 
 def _form(settings: LayerSettings):

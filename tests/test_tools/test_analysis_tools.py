@@ -64,7 +64,7 @@ def test_mlstm_flops_are_those_of_the_products_in_the_code(tokens, chunk_size):
 def test_mlstm_flops_of_visible_pairs():
     # 10 tokens, one chunk: 55 pairs; chunks of 4, 4 and 2: 10 + 10 + 3 pairs.
     assert mlstm_flops((2, 1, 10, 4), 10, visible_only=True) == 2 * 2 * 2 * 55 * 4
-    state = (2 * 4 + 1) * 9 * 4
+    state = 2 * 4 * 6 * 4  # two chunks of 3 write one, two read it
     assert mlstm_flops((1, 1, 9, 4), 4, visible_only=True) == 2 * (2 * 18 * 4 + state)
 
 
@@ -73,7 +73,7 @@ def test_mlstm_flops_grow_linearly_by_chunks_and_quadratically_in_one():
         once, twice = (mlstm_flops((1, 4, tokens, 96), chunk_size) for tokens in (4096, 8192))
         return twice / once
 
-    assert ratio(64) == 2
+    assert ratio(64) == pytest.approx(2, rel=0.02)  # the first chunk reads no state
     assert ratio(10**6) == 4
 
 
@@ -134,7 +134,7 @@ def test_flops_of_a_segmentor_by_part_grow_linearly(get_flops):
     )
     assert list(small) == ['backbone', 'decode_head', 'auxiliary_head', 'total']
     assert small['auxiliary_head'] == 0 < small['backbone'] < small['decode_head']
-    assert large['backbone'] == pytest.approx(4 * small['backbone'], rel=1e-3)
+    assert large['backbone'] == pytest.approx(4 * small['backbone'], rel=1e-2)
 
 
 def call(tool, monkeypatch, *arguments):
