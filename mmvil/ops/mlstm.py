@@ -224,7 +224,8 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton
 
         return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
     features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
-    h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
+    with without_autocast(q):
+        h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
     return h.to(q.dtype), normalizer
 
 
@@ -239,7 +240,10 @@ def _mlstm_backward(
 
         return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
-    grads = chunkwise_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
+    with without_autocast(q):
+        grads = chunkwise_backward(
+            h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
+        )
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 

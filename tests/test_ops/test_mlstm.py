@@ -111,6 +111,20 @@ def test_reference_backend_sums_half_precision_in_float32(autocast):
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize('backend, chunk_size', FORMS)
+def test_mlstm_sums_in_float32_under_autocast(backend, chunk_size):
+    inputs = make_inputs(64, 8, dtype=torch.float32)
+
+    def form(*args, **gates):
+        return mlstm(*args, **gates, backend=backend, chunk_size=chunk_size)
+
+    expected = output_and_gradients(form, inputs)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = output_and_gradients(form, inputs)
+    for name, value in expected.items():
+        assert actual[name].equal(value), name
+
+
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('igate', [-1e3, 0.0, 1e3, None], ids=['shut', 'zero', 'open', 'mixed'])
