@@ -389,7 +389,7 @@ def test_init_cfg_refuses_what_does_not_fit(tmp_path, change, message):
 @pytest.mark.parametrize('in_channels', [1, 4])
 def test_init_cfg_adapts_weights_of_rgb_images_and_logs_it(tmp_path, in_channels, monkeypatch):
     said = []
-    monkeypatch.setattr(MMLogger, 'info', lambda _, message: said.append(message))
+    monkeypatch.setattr(MMLogger, 'log', lambda _, level, message: said.append(message))
     source = build()
     backbone = build(in_channels=in_channels, init_cfg=save(tmp_path, source.state_dict()))
     backbone.init_weights()
