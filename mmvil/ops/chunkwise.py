@@ -8,8 +8,8 @@ product,
 
 .. math:: e^{g_j - M_t} = e^{g_j - c} \cdot e^{c - M_t},
 
-of a factor of the values and a factor of the sums, so no matrix of weights is made. Where M rises
-too far inside a chunk for the range of float32 (MAX_RISE), the weights are made after all.
+of a factor of the keys and a factor of the sums, so no matrix of weights is made. Where M rises too
+far inside a chunk for the range of float32 (:data:`MAX_RISE`), the weights are made after all.
 
 The chunks read before leave behind a memory and a normalizer,
 
@@ -21,8 +21,7 @@ is the parallel form. Nothing is flipped for the reverse direction: states go fr
 the first, and inside chunks the other triangle is used.
 
 Sequences, one for each sample and head, are processed in tiles that stay in a CPU's cache, and read
-and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH *
-DH).
+and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH * DH).
 
 Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (n, G, L, DH), and (n * G, L,
 DH) in matrix products. As chunks come first, those that write states, all but the last one read,
@@ -191,7 +190,7 @@ def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = F
     """Carry what chunks add to the state to the chunks that read it, one after the other.
 
     Args:
-        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write. Changed in place.
+        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write. May be overwritten.
         gates (ChunkGates): Of n chunks.
         reverse (bool): Whether chunks are read from last to first.
         backward (bool): Apply the transposed map, to gradients of the result. Default: False.
