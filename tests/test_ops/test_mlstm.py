@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mmvil.ops import mlstm, mlstm_reference
+from mmvil.ops.chunkwise import MAX_RISE, chunk_gates
+from mmvil.ops.gates import gate_statistics
 
 FORMS = [('parallel', None), ('chunkwise', 16), ('chunkwise', 100), ('auto', None)]
 
@@ -95,6 +97,27 @@ def test_mlstm_keeps_float32_digits_where_much_is_forgotten(backend, chunk_size,
 
     def form(*args, **gates):
         return mlstm(*args, **gates, reverse=reverse, backend=backend, chunk_size=chunk_size)
+
+    expected = output_and_gradients(form, [x.detach().double().requires_grad_() for x in inputs])
+    assert_close(output_and_gradients(form, inputs), expected, 1e-5)
+
+
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('rise', [0.5, MAX_RISE - 1, MAX_RISE + 1, 200])
+def test_chunks_keep_float32_digits_up_to_the_range_of_products_and_beyond(rise, reverse):
+    """Within one chunk of 32 tokens the running maximum of one sequence rises so far."""
+    inputs = make_inputs(96, 8, dtype=torch.float32)
+    with torch.no_grad():
+        for x in inputs[:2]:
+            x.abs_()  # no sum cancels
+        inputs[3].zero_()
+        inputs[4][1, 1] = -torch.tensor(rise / 31).expm1().log()  # log(forget gate) = -rise / 31
+    gates = [x.detach().flatten(0, 1) for x in inputs[3:]]
+    tiles = chunk_gates(gate_statistics(*gates, reverse), 32, reverse, torch.float32, 2)
+    assert [tile.factorized for tile in tiles] == [True, rise < MAX_RISE]
+
+    def form(*args, **gates):
+        return mlstm(*args, **gates, reverse=reverse, backend='chunkwise', chunk_size=32)
 
     expected = output_and_gradients(form, [x.detach().double().requires_grad_() for x in inputs])
     assert_close(output_and_gradients(form, inputs), expected, 1e-5)
