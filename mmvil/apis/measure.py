@@ -43,7 +43,7 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
         progress(f'{size} x {size}: building and counting {name}')
         with _drop_if_out_of_memory(models, name):
             models[name] = build(size).to(image.device)
-            if not name.endswith(' compiled'):  # its eager twin has the same numbers
+            if not name.endswith((' compiled', ' CUDA graphs')):  # its eager twin has the same
                 counts[name] = _count(models[name], image[:1].clone(), modes, amp)
     for mode in modes:
         if any(name.endswith(' compiled') for name in models):

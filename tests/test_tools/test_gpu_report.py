@@ -1,74 +1,293 @@
-"""The report about a GPU: what it concludes from measurements, and that the command works."""
+"""The report about a GPU: stages that fail in every way, and what each of them computes."""
 
+import importlib
+import inspect
+import itertools
+import json
+import re
+import subprocess
 import sys
-from pathlib import Path
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.test_tools.tool_process import call_tool
+from mmvil.cli.errors import UserError
+from tests.conftest import ROOT
 
-TOOL = Path(__file__).parents[2] / 'tools/analysis_tools/gpu_report.py'
+FAKE = """
+import json, os, sys, time
+def part(function, limit=20, **arguments):
+    return dict(function=function, arguments=arguments, environment=dict(PLACE='here'), limit=limit)
+stages = [
+    dict(name='kernels', title='One', workers=2, parts=[part('crash', x=1), part('right', x=2)]),
+    dict(name='tests', title='Two', workers=1, parts=[part(os.environ['SECOND'], 1)]),
+    dict(name='models', title='Three', workers=1, parts=[part('right', x=3)]),
+]
+if '--list' in sys.argv:
+    print(json.dumps(dict(environment=['a fake GPU'], stages=stages)))
+    sys.exit()
+function, _, arguments = sys.argv[sys.argv.index('--quick') + 1:]
+print('a line of a library')
+print(json.dumps(dict(at='some_kernel')))
+print(json.dumps(dict(x=json.loads(arguments).get('x'), place=os.environ['PLACE'])), flush=True)
+if function == 'crash':
+    os.abort()
+if function == 'hang':
+    time.sleep(60)
+sys.exit(dict(right=0, wrong=3)[function])
+"""
 
 
-@pytest.fixture(scope='module')
-def gpu_report():
+def load(name, folder):
     pytest.importorskip('mmengine')
-    sys.path.insert(0, str(TOOL.parent))
+    sys.path.insert(0, str(ROOT / folder))
     try:
-        import gpu_report
-
-        return gpu_report
+        return importlib.import_module(name)
     finally:
-        sys.path.remove(str(TOOL.parent))
+        sys.path.remove(str(ROOT / folder))
 
 
-def record(model, size, seconds, peak, ratio):
-    return dict(
-        model=model,
-        size=size,
-        batch=4,
-        mode='training',
-        seconds_per_image=seconds,
-        time_ratio=ratio,
-        peak_bytes=peak,
-        saved_bytes_per_image=7e6,
-    )
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """Run the command with fake stages, the second of which behaves as told."""
+    module = load('gpu_report', 'tools/analysis_tools')
+    fake = tmp_path / 'fake.py'
+    fake.write_text(FAKE)
+    monkeypatch.setattr(module, 'STAGES', fake)
+    out = tmp_path / 'report'
+
+    def run(second, *options):
+        monkeypatch.setenv('SECOND', second)
+        command = ['gpu_report.py', '--device', 'cpu', '--quick', '--out', str(out), *options]
+        monkeypatch.setattr(sys, 'argv', command)
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        results = {file.stem: json.loads(file.read_text()) for file in out.glob('*.json')}
+        return end.value.code, results, (out / 'report.md').read_text()
+
+    return run
 
 
-def test_targets_are_met_or_missed_by_the_measurements(gpu_report):
-    lines = gpu_report.targets(
-        [
-            record('DeiT-tiny', 224, [1.0, 1.0], 100, 1.0),
-            record('ViL-tiny', 224, [1.2, 1.2], 90, 1.2),
-            record('ViL-tiny parallel', 224, [3.0, 6.0], 500, 4.0),
-            record('DeiT-tiny', 512, [1.0, 1.0], 100, 1.0),
-            record('ViL-tiny', 512, [2.0, 2.0], 101, 2.0),
-        ],
-        'tiny',
-    )
-    assert [line.split('|')[2:6] for line in lines] == [
-        [' 224² ', ' training throughput / DeiT ', ' 0.83 (≥ 0.8) ', ' met '],
-        [' 224² ', ' peak memory / DeiT ', ' 0.90 (≤ 1.0) ', ' met '],
-        [' 224² ', ' training throughput / PyTorch parallel ', ' 3.75 (≥ 3.0) ', ' met '],
-        [' 512² ', ' training throughput / DeiT ', ' 0.50 (≥ 1.0) ', ' **missed** '],
-        [' 512² ', ' peak memory / DeiT ', ' 1.01 (≤ 1.0) ', ' **missed** '],
-        [' 512² ', ' training throughput / PyTorch parallel ', ' - ', ' not measured '],
+def test_crash_is_named_and_leaves_the_tables_of_others(report):
+    status, results, text = report('right')
+    assert status == 1
+    assert [results[x]['status'] for x in ('kernels', 'tests', 'models')] == [
+        *('failed', 'passed', 'passed')
     ]
+    assert 'failed: SIGABRT, at some_kernel; see kernels.log' in text
+    assert re.search(r'\| One \| failed \| \d+ \|', text) and '| 3 | here |' in text
+    # The other part of the stage that crashed.
+    assert dict(x=2, place='here') in results['kernels']['rows']
+    assert text.index('## One') < text.index('## Two') < text.index('## Three')
+
+
+def test_hanging_part_ends_at_its_limit(report):
+    status, results, text = report('hang', '--stages', 'tests', 'models')
+    assert status == 1 and results['tests']['seconds'] < 10
+    assert 'failed: no end after 1 s, at some_kernel' in text
+    assert results['tests']['rows'][0] == dict(x=None, place='here')  # written as it came
+    assert results['models']['status'] == 'passed' and 'kernels' not in results
+
+
+def test_wrong_number_stops_the_report(report):
+    status, results, text = report('wrong')
+    assert status == 3 and 'models' not in results
+    assert '| Two | wrong |' in text and '| Three | not run |' in text
+
+
+def test_resumed_report_keeps_what_passed(report):
+    report('wrong')
+    _, results, _ = report('right', '--stages', 'models')
+    assert results['tests']['status'] == 'wrong'  # stays in the report
+    results['models']['rows'] = 'untouched'
+    status, resumed, text = report('right', '--resume', '--stages', 'tests', 'models')
+    assert status == 0 and resumed['tests']['status'] == 'passed'
+    assert '| One | failed |' in text
+
+
+def test_unknown_stage_is_refused(report):
+    with pytest.raises(UserError, match='--stages all is none of kernels, tests, models'):
+        report('right', '--stages', 'all')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_report_without_a_gpu_says_so_in_one_line(tmp_path):
-    said = call_tool(TOOL, '--out', tmp_path / 'report', status=2)
-    assert said.startswith('error: torch sees no GPU') and len(said.splitlines()) == 1
-    assert not (tmp_path / 'report').exists()
+def test_report_without_a_gpu_says_so(report):
+    with pytest.raises(UserError, match='torch sees no GPU'):
+        report('right', '--device', 'cuda')
 
 
-@pytest.mark.slow  # 2 minutes
-def test_quick_report_on_a_cpu_has_all_parts(tmp_path):
-    pytest.importorskip('mmseg')
+# -- The stages themselves -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    return load('gpu_stages', 'tools/.dev_scripts')
+
+
+@pytest.fixture
+def context(stages):
+    return stages.Context('cpu', quick=True)
+
+
+def rows_of(capsys):
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == '{']
+    return [row for row in rows if 'at' not in row]
+
+
+@pytest.mark.parametrize('quick', [True, False])
+def test_parts_fit_their_functions(stages, quick):
+    listed = stages.stages(stages.Context('cpu', quick))
+    assert [stage['title'][0] for stage in listed] == list('1234567')
+    for part in (part for stage in listed for part in stage['parts']):
+        inspect.signature(getattr(stages, part['function'])).bind(None, **part['arguments'])
+    assert json.loads(json.dumps(listed)) == listed
+
+
+@pytest.mark.triton
+def test_kernels_are_tested_and_timed_in_the_interpreter(stages, context, tmp_path):
+    """Parts run as the report runs them."""
+    pytest.importorskip('triton')
+    report = load('gpu_report', 'tools/analysis_tools')
+    command = [sys.executable, str(report.STAGES), '--device', 'cpu', '--quick']
+    listed = {stage['name']: stage['parts'] for stage in stages.stages(context)}
+    rows = []
+    for part in listed['kernels'][0], listed['profile'][0]:
+        with (tmp_path / 'log').open('w') as log:
+            verdict = report.run_part(part, command, rows.append, log)
+        assert verdict == 'passed', (tmp_path / 'log').read_text()
+    tested, _, *timed = rows
+    assert tested['verdict'] == 'right' and tested['kernels'] == len(timed) >= 14
+    assert min(row['us'] for row in timed) > 0
+    # One chunk of 4 tokens in 8 heads: 10 pairs each, two products of width 16.
+    products = next(row for row in timed if row['kernel'] == 'query_side_kernel')
+    assert products['TFLOP/s'] * products['us'] * 1e6 == pytest.approx(8 * 10 * 2 * 2 * 16)
+
+
+@pytest.mark.parametrize('ptxas, wrong', [('default', True), ('13.4', False)])
+def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
+    stages, context, capsys, monkeypatch, ptxas, wrong
+):
+    pytest.importorskip('triton')
+    problem = 'got wrong numbers: h'
+    monkeypatch.setattr('mmvil.ops.triton.self_test.check', lambda *_: problem)
+    expected = pytest.raises(stages.WrongNumberError, match=problem) if wrong else nullcontext()
+    with expected:
+        stages.kernels(context, 96, ptxas=ptxas)
+    assert rows_of(capsys)[0]['verdict'] == problem
+
+
+@pytest.mark.parametrize('status', [0, 1, 4])
+def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, status):
+    result = subprocess.CompletedProcess('pytest', status, '== 1 failed ==')
+    monkeypatch.setattr(subprocess, 'run', lambda command, **_: result)
+    errors = {1: stages.WrongNumberError, 4: subprocess.CalledProcessError}
+    with pytest.raises(errors[status]) if status else nullcontext():
+        stages.tests(context)
+
+
+def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch):
+    stages.repeat(context, 'tiny', 32)
+    stages.large_layer(context, 32)
+    stages.large_cell(context, 16, 4)
+    same, *errors = rows_of(capsys)
+    assert same['verdict'] is True and len(errors) == 6
+    assert all(row['verdict'] < 5e-2 and 'sample' in row['check'] for row in errors)
+    # From now on each call computes something else.
+    noise = itertools.count(1)
+    compute = stages.gradients
+    monkeypatch.setattr(
+        stages, 'gradients', lambda *args: [x * next(noise) for x in compute(*args)]
+    )
+    for check in (
+        lambda: stages.repeat(context, 'tiny', 32),
+        lambda: stages.large_layer(context, 32),
+    ):
+        with pytest.raises(stages.WrongNumberError):
+            check()
+
+
+def test_cell_and_busy_share_are_timed(stages, context, capsys):
+    stages.cell(context, 'tiny', 32)
+    stages.busy(context, 'tiny', 32)
+    mmvil, flash, share, *longest = rows_of(capsys)
+    assert (mmvil['kernel'], flash['kernel']) == ('mmvil', 'flash attention')
+    assert min(mmvil['training_ms'], flash['forward_ms']) > 0
+    assert share['kernel'] == 'all'
+    assert 100 > share['% of time'] >= sum(row['% of time'] for row in longest) > 0
+
+
+def test_models_run_beside_flash_attention(stages, context, capsys):
     pytest.importorskip('timm')
-    call_tool(TOOL, '--device', 'cpu', '--quick', '--out', tmp_path)
-    report = (tmp_path / 'report.md').read_text()
-    for part in ('No GPU', '## Targets', '## Tests\n\nPassed', 'ViL-tiny parallel', '| auto | 2 |'):
-        assert part in report
+    stages.models(context, 'tiny', 32)
+    rows = rows_of(capsys)
+    assert [row['mode'] for row in rows] == ['forward', 'forward', 'training', 'training']
+    assert [row['model'] for row in rows[2:]] == ['DeiT-tiny flash attention', 'ViL-tiny']
+    assert rows[0]['x DeiT'] == 1
+
+
+def test_models_are_judged_by_the_targets(stages):
+    def record(model, size, seconds, peak):
+        sizes = dict(model=model, size=size, batch=4, mode='training', peak_bytes=peak)
+        return dict(sizes, seconds_per_image=[seconds, seconds])
+
+    deit = 'DeiT-base flash attention'
+    rows = stages.model_rows(
+        [
+            record(deit, 1024, 3.0, 10),
+            record('ViL-base', 1024, 2.0, 11),
+            record(f'{deit} compiled', 1024, 1.0, 10),
+            record('ViL-base compiled', 1024, 2.0, 9),
+        ],
+        'base',
+    )
+    targets = [(row['x DeiT'], row['target']) for row in rows]
+    assert targets == [(1, ''), (1.5, '>= 1.5: met, memory: missed'), (1, ''), (0.5, '')]
+
+
+def test_tiles_that_do_not_fit_are_left_out(stages, context, capsys, monkeypatch):
+    triton = pytest.importorskip('triton')
+    tune_tiles = load('tune_tiles', 'tools/.dev_scripts')
+    calls = itertools.count()
+
+    def milliseconds(tiles, width, dtype, size):
+        if next(calls) == 1:
+            raise triton.runtime.errors.OutOfResources(2, 1, 'shared memory')
+        return 1.0, 2.0
+
+    monkeypatch.setattr(tune_tiles, 'milliseconds', milliseconds)
+    stages.tiles(context, 96)
+    rows = rows_of(capsys)
+    assert len(rows) == next(calls) - 1 > 3
+    assert rows[0]['rows'] == 64 and rows[0]['backward_ms'] == 2
+
+
+def test_training_curves_are_compared(stages, context, capsys, monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setenv('MMVIL_TRITON', '1')
+    losses, speed = stages.train(context, **context.plan['upernet'], backend='auto')
+    assert len(losses) == 2 and speed > 0
+    capsys.readouterr()
+    for factor, wrong in ((1.01, False), (1.2, True)):
+        curves = [(losses, 1.0), ([factor * x for x in losses], 2.0)]
+        monkeypatch.setattr(stages, 'train', mock.Mock(side_effect=curves))
+        with pytest.raises(stages.WrongNumberError) if wrong else nullcontext():
+            stages.upernet(context)
+        assert rows_of(capsys)[-1]['verdict'] == pytest.approx(1 - 1 / factor)
+
+
+def test_wrong_number_is_an_exit_status(stages, monkeypatch):
+    def wrong(context):
+        raise stages.WrongNumberError('error 1')
+
+    monkeypatch.setattr(stages, 'tests', wrong)
+    monkeypatch.setattr(sys, 'argv', ['gpu_stages.py', 'tests', '--device', 'cpu', '--quick'])
+    assert stages.main() == 3
+
+
+def test_list_tells_the_versions(stages, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['gpu_stages.py', '--list', '--device', 'cpu', '--quick'])
+    assert stages.main() == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert f'torch {torch.__version__}' in plan['environment'][-1] and len(plan['stages']) == 7

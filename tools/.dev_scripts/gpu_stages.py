@@ -1,0 +1,589 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Stages of tools/analysis_tools/gpu_report.py, which runs each part in a process of its own.
+
+python tools/.dev_scripts/gpu_stages.py --list
+python tools/.dev_scripts/gpu_stages.py kernels --part '{"width": 96, "dtype": "bfloat16"}'
+
+A part prints its results as JSON, one object in each line, and before each step that may crash or
+hang an object with the key ``at``. At a wrong number it exits with status 3.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mmvil
+
+ROOT = Path(__file__).resolve().parents[2]
+WRONG = 3
+"""Exit status at a wrong number."""
+HEADS = 4
+WIDTHS = dict(tiny=96, small=192, base=384)
+"""Head widths, half the width of the model."""
+
+FULL = dict(
+    archs=tuple(WIDTHS),
+    sizes={224: 128, 512: 16, 1024: 4},  # pixels: batch
+    compiled=[('tiny', 224)],  # where launches count; compilation takes a minute or more
+    large=2**31,
+    rounds=5,
+    sweep=30,  # seconds for each head width
+    upernet=dict(size=512, batch=4, steps=200, window=20),
+)
+QUICK = dict(
+    archs=('tiny',),
+    sizes={32: 2},
+    compiled=[],
+    large=2**12,
+    rounds=1,
+    sweep=1,
+    upernet=dict(size=64, batch=2, steps=4, window=2),
+)
+
+
+class WrongNumberError(Exception):
+    """A kernel computed something else than it should."""
+
+
+class Context:
+    """Device and sizes of this run."""
+
+    def __init__(self, device, quick):
+        self.device, self.quick = torch.device(device), quick
+        self.on_gpu = self.device.type == 'cuda'
+        self.plan = QUICK if quick else FULL
+        # Not 'auto', whose self-test takes a minute for each width, which stage 1 has done.
+        self.backend = 'triton' if self.on_gpu or 'TRITON_INTERPRET' in os.environ else 'auto'
+
+    def width(self, arch):
+        """Width of a head."""
+        return 16 if self.quick else WIDTHS[arch]
+
+    def vil(self, arch, depth=None, **options):
+        if self.quick or depth:
+            arch = dict(embed_dims=2 * self.width(arch), depth=depth or 2)
+        return mmvil.VisionLSTM(arch=arch, backend=self.backend, **options).to(self.device)
+
+    def images(self, size, batch=None):
+        return torch.randn(batch or self.plan['sizes'][size], 3, size, size, device=self.device)
+
+    def milliseconds(self, function, *args, **kwargs):
+        if self.on_gpu:
+            from triton.testing import do_bench
+
+            return do_bench(lambda: function(*args, **kwargs), return_mode='median')
+        start = time.perf_counter()
+        function(*args, **kwargs)
+        return 1e3 * (time.perf_counter() - start)
+
+
+def emit(**row):
+    print(json.dumps(row), flush=True)
+
+
+# -- 1. Every kernel once --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watched(note):
+    """Call ``note(label, kernel, grid, args, kwargs)`` before each launch of a kernel."""
+    from triton.runtime.jit import KernelInterface
+
+    def launch(kernel, grid):
+        def call(*args, **kwargs):
+            flags = [name for name in ('GRAD', 'KEYS') if kwargs.get(name)]
+            note(' '.join([kernel.__name__, *flags]), kernel, grid, args, kwargs)
+            return kernel.run(*args, grid=grid, warmup=False, **kwargs)
+
+        return call
+
+    with mock.patch.object(KernelInterface, '__getitem__', launch):
+        yield
+
+
+def kernels(context, width, dtype='bfloat16', grid=None, ptxas='default', device=None):
+    """Run the self-test, and name each kernel before its first launch."""
+    from mmvil.ops.triton import self_test
+
+    seen = set()
+
+    def note(label, *_):
+        if label not in seen:
+            seen.add(label)
+            emit(at=f'{label}, width {width}, {dtype}')
+
+    cases = [self_test.Case(1, tuple(grid), True, 2)] if grid else self_test.CASES
+    device = torch.device(device or context.device)
+    with watched(note):
+        problem = self_test.check(device, getattr(torch, dtype), width, cases)
+    verdict = problem or 'right'
+    emit(width=width, dtype=dtype, ptxas=ptxas, kernels=len(seen), verdict=verdict)
+    if problem and ptxas == 'default':  # others are tried to know which to recommend
+        raise WrongNumberError(problem)
+
+
+def other_assemblers():
+    """Paths by version of each ptxas on this machine that Triton does not choose itself."""
+    from triton import knobs
+    from triton.backends import nvidia
+
+    found = {}
+    for folder in (*nvidia.__path__, '/usr/local', Path(torch.__file__).parents[1] / 'nvidia'):
+        for path in Path(folder).glob('**/bin/ptxas*'):
+            said = subprocess.run([path, '--version'], capture_output=True, text=True).stdout
+            if number := re.search(r'\bV([\d.]+)', said):
+                found[number.group(1)] = str(path)
+    tools = knobs.nvidia
+    old = torch.cuda.get_device_capability() < (9, 0)
+    chosen = (tools.ptxas if old else tools.ptxas_blackwell).path
+    return {number: path for number, path in found.items() if path != chosen}
+
+
+# -- 2. Correctness --------------------------------------------------------------------------------
+
+
+def tests(context):
+    """Run the tests that need a GPU."""
+    targets = ['tests'] if context.on_gpu else ['tests/test_ops/test_triton_mlstm.py']
+    workers = ['-n', '6'] if context.on_gpu else []
+    command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', *workers, *targets]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(result.stdout, file=sys.stderr)
+    last = (result.stdout.strip() or 'no output').splitlines()[-1].strip('= ')
+    emit(check='pytest -m gpu', verdict=last)
+    if result.returncode == 1:
+        raise WrongNumberError(last)
+    result.check_returncode()
+
+
+def sanitizer(context, tool, width):
+    """Look for accesses outside of tensors with NVIDIA's memory checker."""
+    part = json.dumps(dict(width=width, grid=[20, 20]))
+    command = [tool, '--error-exitcode', str(WRONG), sys.executable, __file__, 'kernels']
+    command += ['--part', part, '--device', str(context.device)]
+    status = subprocess.run(command, stdout=sys.stderr).returncode
+    emit(check=f'{Path(tool).name}, width {width}', verdict=f'status {status}, see the log')
+    if status == WRONG:
+        raise WrongNumberError(f'{Path(tool).name} found an error')
+
+
+def gradients(model, image):
+    """Feature map of a model, and gradients of the image and of all parameters."""
+    image = image.detach().requires_grad_()
+    with torch.autocast(image.device.type, dtype=torch.bfloat16):
+        output = model(image)[0]
+    leaves = [image, *(p for p in model.parameters() if p.requires_grad)]
+    loss = output.float().square().flatten(1).mean(1).sum()  # samples do not know of each other
+    return [output.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def repeat(context, arch, size):
+    """Two runs must agree to the last bit, at the sizes of real images."""
+    torch.backends.cudnn.deterministic = True
+    model, image = context.vil(arch, img_size=size).train(), context.images(size)
+    same = all(map(torch.equal, gradients(model, image), gradients(model, image)))
+    emit(check=f'ViL-{arch} at {size}, batch {len(image)}: same bits', verdict=same)
+    if not same:
+        raise WrongNumberError(f'ViL-{arch} at {size} gives other bits the second time')
+
+
+def large_layer(context, size):
+    """Offsets beyond 32 bits: in tensors with more than 2^31 elements, the last sample must be as
+    it is alone.
+    """
+    model = context.vil('base', depth=2, img_size=size).train()
+    elements = 4 * model.embed_dims * (size // 16) ** 2  # of a sample after the up-projection
+    image, batch = context.images(size, 1), context.plan['large'] // elements + 1
+    together = gradients(model, image.expand(batch, -1, -1, -1))
+    check_last('layer', together[:2], gradients(model, image))
+
+
+def large_cell(context, width, tokens):
+    """The same of the cell alone."""
+    features = torch.randn(3, 1, tokens, HEADS, width, device=context.device).bfloat16()
+    gates = torch.randn(2, 1, HEADS, tokens, device=context.device) + 3
+    batch = context.plan['large'] // (tokens * HEADS * width) + 1
+
+    def run(features, gates):
+        q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in features)
+        h = mmvil.ops.mlstm(q, k, v, igate=gates[0], fgate=gates[1], backend=context.backend)
+        return [h.detach(), *torch.autograd.grad(h, (q, k, v), h.detach())]
+
+    together = run(features.repeat(1, batch, 1, 1, 1), gates.repeat(1, batch, 1, 1))
+    check_last('cell', together, run(features, gates))
+
+
+def check_last(name, together, alone):
+    for number, (many, one) in enumerate(zip(together, alone)):
+        error = ((many[-1].float() - one[0].float()).norm() / one.float().norm()).item()
+        emit(check=f'{name}, result {number}: error in sample {len(many)}', verdict=error)
+        if not error < 5e-2:
+            raise WrongNumberError(f'{name}: relative error {error:.1e} in sample {len(many)}')
+
+
+# -- 3. Kernels against the limits of the card -----------------------------------------------------
+
+
+def limits(context):
+    """Measure GB/s of a copy and TFLOP/s of a matrix product."""
+    side = 8192 if context.on_gpu else 64
+    x = torch.randn(side, side, device=context.device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / context.milliseconds(lambda: y.copy_(x)) / 1e6
+    return copy, 2 * side**3 / context.milliseconds(lambda: torch.mm(x, x, out=y)) / 1e9
+
+
+def cell_flops(label, kwargs, tokens):
+    """Operations of the causal products of one kernel; None for those without."""
+    width, chunk, length = (kwargs.get(name, 0) for name in ('DH', 'chunk', 'length'))
+    state = 2 * tokens * width**2
+    if label.startswith(('query_side', 'key_side')):
+        return 2 * tokens * (min(chunk, length) + 1) * width + state * (chunk < length)
+    return state if label.startswith('chunk_sums') else None
+
+
+def layer_kernels(context, arch, size):
+    """Time each kernel of a layer alone. Its bytes are those of its tensors, each once."""
+    found = {}
+
+    def note(label, kernel, grid, args, kwargs):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        nbytes = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
+        if label not in found or nbytes > found[label][0]:  # reversed views have one token
+            found[label] = nbytes, kernel[grid], args, kwargs
+
+    model, image = context.vil(arch, depth=2, img_size=size).train(), context.images(size)
+    with watched(note):
+        gradients(model, image)
+    copy, product = limits(context)
+    emit(card='limits', **{'GB/s': copy, 'TFLOP/s': product})
+    for label, (nbytes, launch, args, kwargs) in found.items():
+        emit(at=f'{label}, ViL-{arch} at {size}')
+        ms = context.milliseconds(launch, *args, **kwargs)
+        flops = cell_flops(label, kwargs, len(image) * HEADS * (size // 16) ** 2)
+        row = dict(model=f'ViL-{arch}', size=size, kernel=label, us=1e3 * ms)
+        row.update({'GB/s': nbytes / ms / 1e6, '% of copy': nbytes / ms / 1e4 / copy})
+        row['TFLOP/s'] = flops / ms / 1e9 if flops else ''
+        emit(**row, **{'% of product': flops / ms / 1e7 / product if flops else ''})
+
+
+def busy(context, arch, size, steps=3):
+    """Share of the time in which the GPU computes in a training step, and its longest kernels."""
+    from torch.profiler import ProfilerActivity
+
+    from mmvil.apis.measure import synchronize
+
+    model, image = context.vil(arch, img_size=size).train(), context.images(size)
+    gradients(model, image)
+    kind, key = ('CUDA', 'device') if context.on_gpu else ('CPU', 'cpu')
+    with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            gradients(model, image)
+        synchronize(context.device)
+        wall = 1e6 * (time.perf_counter() - start)
+    times = {x.key: getattr(x, f'self_{key}_time_total') for x in profiler.key_averages()}
+    for name in ('all', *sorted(times, key=times.get, reverse=True)[:12]):
+        share = 100 * times.get(name, sum(times.values())) / wall
+        emit(step=f'ViL-{arch} at {size}', kernel=name[:60], **{'% of time': share})
+
+
+# -- 4. Models -------------------------------------------------------------------------------------
+
+
+class FlashAttention(nn.Module):
+    """A model in which no other kernel computes attention; raises where there is none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return self.model(*inputs)
+
+
+def models(context, arch, size):
+    """Throughput and peak memory of ViL beside DeiT with flash attention."""
+    import timm
+
+    from mmvil.apis.measure import compare
+
+    image = context.images(size)
+
+    def deit(size):
+        model = timm.create_model(f'deit_{arch}_patch16_224', img_size=size, num_classes=0)
+        return FlashAttention(model)
+
+    def vil(size):
+        return context.vil(arch, img_size=size, out_type='bilateral_concat')
+
+    def graphed(build, mode):
+        def build_and_capture(size):
+            model = build(size).to(context.device).train(mode == 'training')
+            with torch.autocast('cuda', dtype=torch.bfloat16, cache_enabled=False):
+                return torch.cuda.make_graphed_callables(model, (image,))
+
+        return build_and_capture
+
+    plain = {f'DeiT-{arch} flash attention': deit, f'ViL-{arch}': vil}
+    for mode in ('forward', 'training'):
+        builders = dict(plain)
+        if context.on_gpu:
+            builders.update({f'{n} CUDA graphs': graphed(f, mode) for n, f in plain.items()})
+        if (arch, size) in context.plan['compiled']:
+            for name, build in plain.items():
+                builders[f'{name} compiled'] = lambda size, build=build: torch.compile(build(size))
+        records = compare(
+            builders, image, [mode], torch.bfloat16, context.plan['rounds'], lambda x: emit(at=x)
+        )
+        for row in model_rows(records, arch):
+            emit(**row)
+
+
+def model_rows(records, arch):
+    """Rows of a table, each ViL beside the DeiT that runs in the same way, with the targets."""
+    deits = {r['model'].partition('attention')[2]: r for r in records if 'DeiT' in r['model']}
+    for record in records:
+        deit = deits.get(record['model'].removeprefix(f'ViL-{arch}'), record)
+        pairs = zip(deit['seconds_per_image'], record['seconds_per_image'])
+        ratio = statistics.median(other / own for other, own in pairs)
+        peak, size = record['peak_bytes'], record['size']
+        row = {name: record[name] for name in ('model', 'size', 'batch', 'mode')}
+        row['images/s'] = 1 / statistics.median(record['seconds_per_image'])
+        row['x DeiT'] = ratio
+        graphs = 'graphs' in record['model']  # have their memory from before
+        row['peak MB'] = None if peak is None or graphs else peak / 1e6
+        bound = {224: 0.6, 512: 1.0, 1024: 1.5 if arch == 'base' else 2.0}.get(size)
+        judged = bound and record['mode'] == 'training' and record['model'] == f'ViL-{arch}'
+        row['target'] = f'>= {bound}: {"met" if ratio >= bound else "missed"}' if judged else ''
+        if judged and peak and deit is not record:
+            row['target'] += f', memory: {"met" if peak <= deit["peak_bytes"] else "missed"}'
+        yield row
+
+
+# -- 5, 6. The cell --------------------------------------------------------------------------------
+
+
+def cell(context, arch, size):
+    """Time the mLSTM beside the attention of a DeiT of the same width, and NX-AI's kernels."""
+    width, tokens = context.width(arch), (size // 16) ** 2
+
+    def features(heads, width):
+        shape = (3, context.plan['sizes'][size], tokens, heads, width)
+        x = torch.randn(shape, device=context.device, dtype=torch.bfloat16).transpose(2, 3)
+        return [part.detach().requires_grad_() for part in x]
+
+    wide, narrow = features(HEADS, width), features(max(1, width // 32), 64)
+    igate, fgate = torch.randn(2, *wide[0].shape[:3], device=context.device) + 3
+    mlstm = functools.partial(mmvil.ops.mlstm, igate=igate, fgate=fgate, backend=context.backend)
+    functions = {'mmvil': (mlstm, wide)}
+    functions['flash attention'] = FlashAttention(F.scaled_dot_product_attention), narrow
+    if importlib.util.find_spec('mlstm_kernels'):
+        from mlstm_kernels.torch import get_mlstm_kernel
+
+        nx_ai = get_mlstm_kernel('chunkwise--triton_xl_chunk')
+        functions['mlstm_kernels'] = functools.partial(nx_ai, i=igate, f=fgate), wide
+
+    def train(function, inputs):
+        h = function(*inputs)
+        torch.autograd.grad(h, inputs, h.detach())
+
+    for name, (function, inputs) in functions.items():
+        emit(at=f'{name}, width {width}, {tokens} tokens')
+        with torch.no_grad():
+            forward = context.milliseconds(function, *inputs)
+        row = dict(width=width, tokens=tokens, kernel=name, forward_ms=forward)
+        emit(**row, training_ms=context.milliseconds(train, function, inputs))
+
+
+def tiles(context, width):
+    """Time tiles of the mLSTM until the time is up, the choice to beat first."""
+    import triton
+    import tune_tiles
+
+    from mmvil.ops.triton import shared_memory
+    from mmvil.ops.triton.mlstm_launch import tiling
+
+    end = time.monotonic() + context.plan['sweep']
+    for choice in tune_tiles.candidates(
+        tiling(width, torch.bfloat16, shared_memory(context.device))
+    ):
+        emit(at=str(choice))
+        try:
+            forward, backward = tune_tiles.milliseconds(choice, width, torch.bfloat16, 512)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        sizes = {name: getattr(choice, name) for name in ('rows', 'columns', 'stages', 'parts')}
+        emit(width=width, **sizes, forward_ms=forward, backward_ms=backward)
+        if time.monotonic() > end:
+            break
+
+
+# -- 7. UperNet ------------------------------------------------------------------------------------
+
+
+def upernet(context):
+    """Train UperNet ViL-B on generated images, with the kernels and in plain PyTorch."""
+    plan = context.plan['upernet']
+    curves = {}
+    for form in ('kernels', 'PyTorch'):
+        os.environ['MMVIL_TRITON'] = str(int(form == 'kernels'))
+        emit(at=f'training with {form}')
+        backend = context.backend if form == 'kernels' else 'auto'
+        curves[form], speed = train(context, **plan, backend=backend)
+        for number, loss in enumerate(curves[form], start=1):
+            emit(form=form, step=number * plan['window'], loss=loss)
+        emit(form=form, **{'samples/s': speed})
+    gaps = [abs(a / b - 1) for a, b in zip(*curves.values())]
+    emit(check='largest difference of the losses', verdict=max(gaps))
+    if not max(gaps) < 0.1:
+        raise WrongNumberError(f'losses differ by {100 * max(gaps):.0f} %')
+
+
+def train(context, size, batch, steps, window, backend):
+    """Mean losses of each window of steps, and samples per second in the second half."""
+    from mmengine.optim import build_optim_wrapper
+
+    from mmvil.apis.measure import synchronize
+    from mmvil.apis.training_memory import build_training_model, random_batch
+    from mmvil.cli.config import load_config
+
+    cfg = load_config(str(ROOT / 'configs/upernet_vil_b_ade20k.py'), {})
+    cfg.model.backbone.update(init_cfg=None, backend=backend)
+    if context.quick:
+        cfg.model.backbone.arch = dict(embed_dims=16, depth=24)
+        cfg.model.decode_head.update(in_channels=[16] * 4, channels=16)
+        cfg.model.auxiliary_head.update(in_channels=16, channels=16)
+    if not context.on_gpu:  # which float16 needs
+        cfg.optim_wrapper.type = 'OptimWrapper'
+    torch.manual_seed(0)
+    model = build_training_model(cfg).to(context.device)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    colors = torch.randn(cfg.model.decode_head.num_classes, 3, device=context.device)
+    losses = []
+    for step in range(steps):
+        if step == steps // 2:
+            synchronize(context.device)
+            start = time.perf_counter()
+        noise, samples = random_batch(cfg, batch, context.device, (size, size))
+        blocks = torch.randint(len(colors), (batch, 1, 8, 8), device=context.device)
+        labels = F.interpolate(blocks.float(), (size, size)).long()
+        for sample, label in zip(samples, labels):
+            sample.gt_sem_seg.data = label
+        inputs = colors[labels[:, 0]].permute(0, 3, 1, 2) + 0.1 * noise
+        with optimizer.optim_context(model):
+            loss, _ = model.parse_losses(model.loss(inputs, samples))
+        optimizer.update_params(loss)
+        losses.append(loss.detach().float())
+    synchronize(context.device)
+    speed = batch * (steps - steps // 2) / (time.perf_counter() - start)
+    return torch.stack(losses).view(-1, window).mean(1).tolist(), speed
+
+
+# -- The list of stages ----------------------------------------------------------------------------
+
+
+def stages(context):
+    """All stages in order: names, titles, and parts with their arguments and limits in seconds."""
+    plan = context.plan
+    interpreted = {} if context.on_gpu else dict(TRITON_INTERPRET='1')
+    blocking = dict(CUDA_LAUNCH_BLOCKING='1', **interpreted)
+    widths = [dict(width=context.width(arch)) for arch in plan['archs']]
+    each = [dict(arch=arch, size=size) for arch in plan['archs'] for size in plan['sizes']]
+    size = max(plan['sizes'])
+
+    def part(function, limit, environment=(), **arguments):
+        name = function.__name__
+        return dict(function=name, arguments=arguments, environment=dict(environment), limit=limit)
+
+    grid = dict(grid=[2, 3]) if context.quick else {}
+    once = [
+        part(kernels, 240, blocking, **x, **grid, dtype=dtype)
+        for x in widths
+        for dtype in ('bfloat16', 'float16')
+    ]
+    for number, path in other_assemblers().items() if context.on_gpu else ():
+        paths = dict.fromkeys(('TRITON_PTXAS_PATH', 'TRITON_PTXAS_BLACKWELL_PATH'), path)
+        once += [part(kernels, 240, {**blocking, **paths}, **x, ptxas=number) for x in widths]
+    checks = [part(tests, 300)]
+    places = os.pathsep.join([os.environ['PATH'], '/usr/local/cuda/bin'])
+    if context.on_gpu and (tool := shutil.which('compute-sanitizer', path=places)):
+        checks.append(part(sanitizer, 120, tool=tool, **widths[0]))
+    checks += [part(repeat, 60, **x) for x in each]
+    checks.append(part(large_layer, 120, size=size))
+    checks.append(part(large_cell, 120, **widths[0], tokens=(size // 16) ** 2))
+    if torch.cuda.device_count() > 1:
+        checks.append(part(kernels, 240, **widths[0], device='cuda:1'))
+    timed = [part(layer_kernels, 90, interpreted, **x) for x in each]
+    timed += [part(busy, 90, **x) for x in each if x['size'] == min(plan['sizes'])]
+    rows = [
+        ('kernels', '1. Every kernel once', once, 16),
+        ('tests', '2. Tests', checks, 1),
+        ('profile', '3. Time of kernels', timed, 1),
+        ('models', '4. ViL and DeiT, bfloat16', [part(models, 240, **x) for x in each], 1),
+        ('cell', '5. The cell alone, bfloat16', [part(cell, 60, **x) for x in each], 1),
+        ('tiles', '6. Tiles of the cell, bfloat16', [part(tiles, 120, **x) for x in widths], 1),
+        ('upernet', '7. UperNet ViL-B, float16', [part(upernet, 300)], 1),
+    ]
+    return [dict(zip(('name', 'title', 'parts', 'workers'), row)) for row in rows]
+
+
+def environment(context):
+    """Hardware and versions, a line for each."""
+    gpu = torch.cuda.get_device_properties(context.device) if context.on_gpu else None
+    hardware = '**No GPU**. These numbers say nothing.'
+    if gpu:
+        hardware = f'**{gpu.name}**, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB'
+    git = ['git', 'describe', '--always', '--dirty']
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    installed = [name for name in ('triton', 'timm', 'mmengine') if importlib.util.find_spec(name)]
+    software = [f'torch {torch.__version__}', f'CUDA {torch.version.cuda}']
+    software += [f'{name} {importlib.import_module(name).__version__}' for name in installed]
+    mmvil_line = f'mmvil {mmvil.__version__}, commit {commit or "unknown"}'
+    return [hardware, mmvil_line, ', '.join(software)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('function', nargs='?', help='of a part')
+    add('--part', type=json.loads, default={}, metavar='JSON', help='its arguments')
+    add('--list', action='store_true', help='print environment and stages as JSON')
+    add('--device', default='cuda')
+    add('--quick', action='store_true')
+    args = parser.parse_args()
+    context = Context(args.device, args.quick)
+    if args.list:
+        emit(environment=environment(context), stages=stages(context))
+        return 0
+    faulthandler.enable()
+    torch.manual_seed(0)
+    try:
+        globals()[args.function](context, **args.part)
+    except WrongNumberError as error:
+        print(f'WrongNumberError: {error}', file=sys.stderr)
+        return WRONG
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
