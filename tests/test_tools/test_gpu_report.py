@@ -146,19 +146,18 @@ def test_parts_fit_their_functions(stages, quick):
 
 
 @pytest.mark.triton
-def test_kernels_are_tested_and_timed_in_the_interpreter(stages, context, tmp_path):
-    """Parts run as the report runs them."""
+def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
+    """A part runs as in the report."""
     pytest.importorskip('triton')
     report = load('gpu_report', 'tools/analysis_tools')
     command = [sys.executable, str(report.STAGES), '--device', 'cpu', '--quick']
-    listed = {stage['name']: stage['parts'] for stage in stages.stages(context)}
-    rows = []
-    for part in listed['kernels'][0], listed['profile'][0]:
-        with (tmp_path / 'log').open('w') as log:
-            verdict = report.run_part(part, command, rows.append, log)
-        assert verdict == 'passed', (tmp_path / 'log').read_text()
-    tested, _, *timed = rows
-    assert tested['verdict'] == 'right' and tested['kernels'] == len(timed) >= 14
+    parts = {stage['name']: stage['parts'] for stage in stages.stages(context)}
+    rows, log = [], tmp_path / 'log'
+    with log.open('w') as file:
+        verdict = report.run_part(parts['profile'][0], command, rows.append, file)
+    assert verdict == 'passed', log.read_text()
+    limits, *timed = rows
+    assert limits['card'] == 'limits' and len(timed) >= 14
     assert min(row['us'] for row in timed) > 0
     # One chunk of 4 tokens in 8 heads: 10 pairs each, two products of width 16.
     products = next(row for row in timed if row['kernel'] == 'query_side_kernel')
@@ -170,12 +169,24 @@ def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
     stages, context, capsys, monkeypatch, ptxas, wrong
 ):
     pytest.importorskip('triton')
-    problem = 'got wrong numbers: h'
-    monkeypatch.setattr('mmvil.ops.triton.self_test.check', lambda *_: problem)
-    expected = pytest.raises(stages.WrongNumberError, match=problem) if wrong else nullcontext()
-    with expected:
+    from triton.runtime.jit import KernelInterface
+
+    class Kernel(KernelInterface):
+        __name__ = 'some_kernel'
+        run = mock.Mock()
+
+    def check(*_):
+        Kernel()[(1,)](GRAD=False, KEYS=True)
+        return 'got wrong numbers: h'
+
+    monkeypatch.setattr('mmvil.ops.triton.self_test.check', check)
+    expected = pytest.raises(stages.WrongNumberError, match='wrong numbers: h')
+    with expected if wrong else nullcontext():
         stages.kernels(context, 96, ptxas=ptxas)
-    assert rows_of(capsys)[0]['verdict'] == problem
+    Kernel.run.assert_called_once_with(grid=(1,), warmup=False, GRAD=False, KEYS=True)
+    at, row = map(json.loads, capsys.readouterr().out.splitlines())
+    assert at == dict(at='some_kernel KEYS, width 96, bfloat16')
+    assert (row['kernels'], row['verdict']) == (1, 'got wrong numbers: h')
 
 
 @pytest.mark.parametrize('status', [0, 1, 4])
