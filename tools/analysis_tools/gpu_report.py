@@ -141,8 +141,8 @@ def report(plan, out):
     results = {stage['title']: read(out, stage) for stage in plan['stages']}
     lines = ['# mmvil on a GPU', '', *(f'- {line}' for line in plan['environment'])]
     lines += table(
-        dict(stage=title, verdict=result.get('status', 'not run'), seconds=result.get('seconds'))
-        for title, result in results.items()
+        dict(stage=title, verdict=x.get('status', 'not run'), seconds=x.get('seconds', ''))
+        for title, x in results.items()
     )
     for title, result in results.items():
         if result:
