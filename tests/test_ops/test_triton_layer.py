@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -23,10 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvil.layers import ViLBlock
-from mmvil.ops.mlstm import Form
 from mmvil.ops.projections import token_conv
-from mmvil.ops.triton import default_chunk_size, interpreted, unavailable
-from mmvil.ops.vil_layer_common import LayerSettings, LayerWeights
+from mmvil.ops.triton import interpreted, unavailable
 from tests.conftest import ROOT, relative_error
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not interpreted() else 'cpu')
@@ -34,7 +30,6 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
-import triton  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
@@ -479,77 +474,16 @@ def test_kernels_pass_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def launches(head_width, dtype, version, batch=2, grid=(14, 14)):
-    """All launches of a layer's forward and backward pass, the cell's excepted."""
-    from tests.test_ops.triton_offline import record_launches
-
-    settings, weights, x = layer(head_width, dtype, version, batch, grid)
-    channels, heads = len(weights.skip), settings.heads
-    before = BeforeCellWeights(*(getattr(weights, name) for name in BeforeCellWeights._fields))
-    x_m, z = x.new_empty(*x.shape[:2], 2 * channels, dtype=dtype).chunk(2, -1)
-    a, gates = torch.empty_like(x_m), x.new_empty(batch, heads, x.shape[1])
-    h = a.unflatten(2, (heads, -1)).transpose(1, 2)
-    after = (h, a, z, weights.out_norm_weight, weights.out_norm_bias, weights.skip, 1e-6)
-    norm = (weights.norm_weight, weights.norm_bias, 1e-6)
-
-    def run():
-        layer_norm(x, *norm, dtype)
-        before_cell(x_m, before, grid, heads, version == 1)
-        after_cell(*after)
-        after_cell_backward(a, *after)
-        before_cell_backward(h, h, h, gates, gates, a, a, x_m, before, grid, version == 1, x_m)
-        layer_norm_backward(x.to(dtype), x, *norm)
-
-    return record_launches(run)
-
-
-def layer(head_width, dtype, version, batch, grid, heads=4):
-    """Settings, weights and input of a layer under autocast, without memory."""
-    inner, width = heads * head_width, heads * head_width // 2
-
-    def empty(*shape):
-        return torch.empty(*shape, device='meta')
-
-    def bias(size):
-        return empty(size) if version == 2 else None
-
-    projections = {f'{name}_weight': empty(inner // 4, 4, 4) for name in 'qkv'}
-    projections.update({f'{name}_bias': bias(inner) for name in 'qkv'})
-    weights = LayerWeights(
-        norm_weight=empty(width),
-        norm_bias=bias(width),
-        up_weight=empty(2 * inner, width),
-        up_bias=bias(2 * inner),
-        conv_weight=empty(inner, 1, 3, 3) if version == 2 else empty(inner, 1, 4),
-        conv_bias=empty(inner),
-        **projections,
-        igate_weight=empty(heads, 3 * inner),
-        igate_bias=empty(heads),
-        fgate_weight=empty(heads, 3 * inner),
-        fgate_bias=empty(heads),
-        out_norm_weight=empty(inner),
-        out_norm_bias=bias(inner),
-        skip=empty(inner),
-        down_weight=empty(width, inner),
-        down_bias=bias(width),
-    )
-    tokens = grid[0] * grid[1]
-    form = Form(default_chunk_size(tokens, head_width), triton=True)
-    settings = LayerSettings(grid, heads, version == 1, form, 1e-6, 1e-6, dtype)
-    return settings, weights, empty(batch, tokens, width)
-
-
 def check_compiled(arch, head_width, dtype, version, allowed_spills=0):
-    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch
+    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch, layer_launches
 
-    for launch in launches(head_width, dtype, version):
-        if arch == 'gfx942':  # the option is for NVIDIA only
-            launch.kwargs.pop('maxnreg', None)
-        needs = compile_launch(launch, arch)
-        print(f'{arch:7} {head_width:4} {str(dtype)[6:]:8} v{version} {launch.name:28} {needs}')
-        assert needs['spills'] <= allowed_spills, launch.name
+    for label, launch in layer_launches(arch, head_width, 224, dtype, version).items():
+        facts = compile_launch(launch, arch)
+        print(f'{arch:7} {head_width:4} {str(dtype)[6:]:8} v{version} {label:28} {facts}')
+        assert facts['spills'] <= allowed_spills, label
         # Two blocks share a multiprocessor at least.
-        assert 2 * needs['shared_bytes'] <= SHARED_LIMIT[arch], launch.name
+        assert 2 * facts['shared_bytes'] <= SHARED_LIMIT[arch], label
+        assert not facts.get('serialized'), label
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
@@ -560,7 +494,9 @@ def test_kernels_compile_without_spills():
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
 def test_one_compilation_serves_all_sizes():
     sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
-    for launch in launches(96, torch.bfloat16, 2):
+    from tests.test_ops.triton_offline import layer_launches
+
+    for launch in layer_launches('sm_90', 96, 224).values():
         specialized = {p.name for p in launch.kernel.params if not p.do_not_specialize}
         assert not sizes & specialized, launch.name
 
@@ -578,8 +514,6 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
     check_compiled(arch, head_width, dtype, version, 64 if dtype == torch.float32 else 8)
 
 
-SIZES = {224: (128, (14, 14)), 512: (16, (32, 32)), 1024: (4, (64, 64))}
-"""Batch and token grid by the side of images."""
 ITERATION = {
     'before_cell': dict(instructions=1160, barriers=33, registers=128),
     'projections_backward': dict(instructions=400, barriers=14, registers=217),
@@ -591,17 +525,19 @@ ITERATION = {
 
 
 def check_loops(arch, head_width, size, names=tuple(ITERATION)):
-    from tests.test_ops.triton_offline import compile_launch
+    from tests.test_ops.triton_offline import compile_launch, layer_launches
 
-    for launch in launches(head_width, torch.bfloat16, 2, *SIZES[size]):
+    for label, launch in layer_launches(arch, head_width, size).items():
         name = launch.name.removesuffix('_kernel')
         if name not in names:
             continue
-        needs = {**compile_launch(launch, arch), **iteration(launch, arch)}
-        print(f'| {arch} | {head_width} | {size} | {name} |', *needs.values(), sep=' | ')
-        assert needs['spills'] == 0, name
+        facts = compile_launch(launch, arch)
+        print(f'| {arch} | {head_width} | {size} | {label} | {facts}')
+        assert facts['spills'] == 0 and not facts['serialized'], label
+        (loop,) = facts['loops']
+        needs = {**loop._asdict(), **facts}
         for key, most in ITERATION[name].items():
-            assert needs[key] <= most, (name, key, needs)
+            assert needs[key] <= most, (label, key, needs)
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
@@ -611,42 +547,11 @@ def test_loops_of_the_backward_pass_are_short():
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', [224, 512, 1024])
 @pytest.mark.parametrize('head_width', [96, 192, 384])
 @pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
 def test_loops_of_the_backward_pass_are_short_at_all_sizes(arch, head_width, size):
     check_loops(arch, head_width, size)
-
-
-def iteration(launch, arch):
-    """Instructions and barriers of a kernel's longest loop."""
-    from tests.test_ops import triton_offline
-
-    kept, compile_source = [], triton.compile
-
-    def compile_and_keep(*args, **kwargs):
-        kept.append(compile_source(*args, **kwargs))
-        return kept[0]
-
-    with mock.patch.object(triton, 'compile', compile_and_keep):
-        triton_offline.compile_launch(launch, arch)
-    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'nvdisasm'
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(kept[0].asm['cubin'])
-        file.flush()
-        command = [tool, '-c', file.name]
-        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    labels, instructions, loops = {}, [], [[]]
-    for label, text in re.findall(r'^(\.L_x_\d+):|^\s+/\*[0-9a-f]+\*/\s+(.*?) *;', code, re.M):
-        if label:
-            labels[label] = len(instructions)
-            continue
-        instructions.append(text)
-        jump = re.search(r'BRA.*`\((\.L_x_\d+)\)', text)
-        if jump and jump.group(1) in labels:
-            loops.append(instructions[labels[jump.group(1)] :])
-    loop = max(loops, key=len)
-    return dict(instructions=len(loop), barriers=sum('BAR.' in text for text in loop))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -707,8 +612,9 @@ def traffic(head_width, size):
     of one (B, N, E).
     """
     from mmvil.ops.triton import fused_layer
+    from tests.test_ops.triton_offline import layer_inputs
 
-    settings, weights, x = layer(head_width, torch.bfloat16, 2, *SIZES[size])
+    x, weights, settings = layer_inputs(head_width, size)
 
     def count(function, *args):
         mode = Traffic()
@@ -726,7 +632,7 @@ def traffic(head_width, size):
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
 @pytest.mark.parametrize('head_width', [96, 192, 384])
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', [224, 512, 1024])
 def test_layer_moves_few_bytes(head_width, size):
     *counts, unit = traffic(head_width, size)
     for count, most, most_beside_cell in zip(counts, (20, 56), (15.2, 39.4)):

@@ -25,9 +25,14 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from mmvil.ops.mlstm import Form
+from mmvil.ops.triton import default_chunk_size
+from mmvil.ops.vil_layer_common import LayerSettings, LayerWeights
 
 SHARED_LIMIT = {
     'sm_80': 163 * 1024,
@@ -55,8 +60,9 @@ class Launch(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Name, and which of the two gradients or directions it computes."""
-        return ' '.join([self.name, *(x for x in ('GRAD', 'KEYS') if self.kwargs.get(x))])
+        """Name, and which of its two results it computes."""
+        flags = [x for x in ('GRAD', 'KEYS', 'OPERAND') if self.kwargs.get(x)]
+        return ' '.join([self.name, *flags])
 
 
 def record_launches(function: Callable[[], Any]) -> list[Launch]:
@@ -190,8 +196,8 @@ def _disassemble(tool: str, option: str, cubin: bytes) -> str:
 
 # -- The table of all kernels ----------------------------------------------------------------------
 
-SIZES = {224: (128, 196), 512: (16, 1024), 1024: (4, 4096)}
-"""Batch and tokens by the side of images."""
+SIZES = {224: (128, 14), 512: (16, 32), 1024: (4, 64)}
+"""Batch and side of the token grid by the side of images."""
 HEADS = 4
 
 
@@ -208,7 +214,8 @@ def cell_launches(
     """
     from mmvil.ops.triton import mlstm_launch
 
-    batch, tokens = SIZES[size]
+    batch, side = SIZES[size]
+    tokens = side**2
     x = torch.empty(batch, tokens, HEADS, width, dtype=dtype, device='meta').transpose(1, 2)
     gate = torch.empty(batch, HEADS, tokens, device='meta')
 
@@ -220,7 +227,77 @@ def cell_launches(
         return {launch.label: launch for launch in record_launches(run)}
 
 
-WORKLOADS = {'cell': cell_launches}
+def layer_launches(
+    arch: str, width: int, size: int, dtype: torch.dtype = torch.bfloat16, version: int = 2
+) -> dict[str, Launch]:
+    """Launches of a layer, forward and backward, by label, those of the mLSTM excepted.
+
+    Args:
+        arch, width, size, dtype: As for :func:`cell_launches`.
+        version (int): Of ViL; 1 has a causal convolution and no biases.
+    """
+    from mmvil.ops.triton.conv_qkv_gates import BeforeCellWeights, before_cell
+    from mmvil.ops.triton.conv_qkv_gates_backward import before_cell_backward
+    from mmvil.ops.triton.layer_norm import layer_norm, layer_norm_backward
+    from mmvil.ops.triton.norm_skip_gate import after_cell, after_cell_backward
+
+    x, w, settings = layer_inputs(width, size, dtype, version)
+    grid, reverse = settings.grid, settings.reverse
+    weights = BeforeCellWeights(*(getattr(w, name) for name in BeforeCellWeights._fields))
+    x_m, z = x.new_empty(*x.shape[:2], 2 * HEADS * width, dtype=dtype).chunk(2, -1)
+    a, gate = torch.empty_like(x_m), x.new_empty(len(x), HEADS, x.shape[1])
+    h = a.unflatten(2, (HEADS, width)).transpose(1, 2)
+    after = (h, a, z, w.out_norm_weight, w.out_norm_bias, w.skip, 1e-6)
+    norm = (w.norm_weight, w.norm_bias, 1e-6)
+
+    def run():
+        layer_norm(x, *norm, dtype)
+        before_cell(x_m, weights, grid, HEADS, reverse)
+        after_cell(*after)
+        after_cell_backward(a, *after)
+        before_cell_backward(h, h, h, gate, gate, a, a, x_m, weights, grid, reverse, x_m)
+        layer_norm_backward(x.to(dtype), x, *norm)
+
+    with mock.patch.object(torch.version, 'hip', '6' if arch.startswith('gfx') else None):
+        return {launch.label: launch for launch in record_launches(run)}
+
+
+def layer_inputs(
+    head_width: int, size: int, dtype: torch.dtype = torch.bfloat16, version: int = 2
+) -> tuple[Tensor, LayerWeights, LayerSettings]:
+    """Input, weights and settings of a layer under autocast, without memory."""
+    batch, side = SIZES[size]
+    inner, width = HEADS * head_width, HEADS * head_width // 2
+
+    def empty(*shape):
+        return torch.empty(*shape, device='meta')
+
+    def bias(channels):
+        return empty(channels) if version == 2 else None
+
+    weights = LayerWeights(
+        norm_weight=empty(width),
+        norm_bias=bias(width),
+        up_weight=empty(2 * inner, width),
+        up_bias=bias(2 * inner),
+        conv_weight=empty(inner, 1, 3, 3) if version == 2 else empty(inner, 1, 4),
+        conv_bias=empty(inner),
+        **{f'{name}_weight': empty(inner // 4, 4, 4) for name in 'qkv'},
+        **{f'{name}_bias': bias(inner) for name in 'qkv'},
+        **{f'{name}gate_weight': empty(HEADS, 3 * inner) for name in 'if'},
+        **{f'{name}gate_bias': empty(HEADS) for name in 'if'},
+        out_norm_weight=empty(inner),
+        out_norm_bias=bias(inner),
+        skip=empty(inner),
+        down_weight=empty(width, inner),
+        down_bias=bias(width),
+    )
+    form = Form(default_chunk_size(side**2, head_width), triton=True)
+    settings = LayerSettings((side, side), HEADS, version == 1, form, 1e-6, 1e-6, dtype)
+    return empty(batch, side**2, width), weights, settings
+
+
+WORKLOADS = {'cell': cell_launches, 'layer': layer_launches}
 """Functions of (arch, width, size, dtype) that give launches by label."""
 
 
@@ -244,9 +321,9 @@ def main(args: Sequence[str] | None = None) -> None:
         for label, launch in launches.items():
             if args.kernel in label:
                 facts = compile_launch(launch, arch)
-                loops = ', '.join(f'{x.instructions}/{x.barriers}' for x in facts['loops'])
+                loops = ', '.join(f'{x.instructions}/{x.barriers}' for x in facts.get('loops', ()))
                 warps = launch.kwargs.get('num_warps', 4)
-                cells = [arch, width, size, label, warps, *(facts[x] for x in columns), loops]
+                cells = [arch, width, size, label, warps, *map(facts.get, columns), loops]
                 print('|', ' | '.join(map(str, cells)), '|', flush=True)
 
 

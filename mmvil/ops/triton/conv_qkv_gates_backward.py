@@ -431,6 +431,8 @@ def before_cell_backward(
             num_stages=1,
         )
     tile = min(64, triton.next_power_of_2(channels))
+    # Registers for four blocks on a multiprocessor; Triton for AMD refuses the option.
+    four_blocks = {} if single or torch.version.hip else dict(maxnreg=128)
     convolution_backward_kernel[(programs, triton.cdiv(channels, tile))](
         a_grad=a_grad,
         x=x_rows,
@@ -446,7 +448,7 @@ def before_cell_backward(
         C=tile,
         num_warps=4,
         num_stages=1,
-        maxnreg=None if single else 128,  # four blocks on a multiprocessor
+        **four_blocks,
     )
     return sums.sum(0)
 
