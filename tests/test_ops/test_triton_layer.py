@@ -1,13 +1,10 @@
 """The kernels before and after the cell against PyTorch in float64, and their use of a GPU.
 
-On a GPU the comparisons run there. Without one, `test_kernels_pass_in_the_interpreter` runs them
-in a process in which Triton interprets its kernels.
+On a GPU the comparisons run there. Without one, `test_triton_mlstm.py` runs them in a process in
+which Triton interprets its kernels.
 """
 
-import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
@@ -23,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmvil.layers import ViLBlock
 from mmvil.ops.projections import token_conv
 from mmvil.ops.triton import interpreted, unavailable
-from tests.conftest import ROOT, relative_error
+from tests.conftest import relative_error
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() and not interpreted() else 'cpu')
 PROBLEM = unavailable(DEVICE, torch.float32, 8)
@@ -33,6 +30,7 @@ if PROBLEM and 'Triton is' in PROBLEM:
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
+from mmvil.ops.triton import self_test  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates import BeforeCellWeights, before_cell  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates_backward import (  # noqa: E402
     before_cell_backward,
@@ -44,7 +42,7 @@ from mmvil.ops.triton.reduction import PROGRAMS, split_tokens  # noqa: E402
 
 pytestmark = pytest.mark.triton
 runs_kernels = pytest.mark.skipif(
-    PROBLEM is not None, reason='without a GPU, test_kernels_pass_in_the_interpreter runs this'
+    PROBLEM is not None, reason='without a GPU, test_triton_mlstm.py runs this in the interpreter'
 )
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 if DEVICE.type == 'cuda':
@@ -266,7 +264,7 @@ LAYOUTS = {
 
 @runs_kernels
 @settings(  # the interpreter takes seconds for an example
-    max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
 )
 @given(st.data())
 @pytest.mark.parametrize('operator', ['before_cell', 'after_cell', 'mlstm'])
@@ -337,7 +335,9 @@ def test_before_cell_refuses_to_write_to_a_copy(x_grad):
 
 
 @runs_kernels
-@pytest.mark.parametrize('version, reverse', [(2, False), (2, True), (1, True)])
+@pytest.mark.parametrize(
+    'version, reverse', [(2, False), (1, True), pytest.param(2, True, marks=pytest.mark.slow)]
+)
 def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
     torch.manual_seed(0)
     block = ViLBlock(32, num_heads=4, version=version, reverse=reverse, backend='triton')
@@ -361,6 +361,12 @@ def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
     expected = run(block, torch.float64)
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 2e-5, name
+
+
+@runs_kernels
+def test_kernels_pass_their_self_test():
+    case = self_test.Case(1, (5, 7), reverse=True, version=2, heads=1)
+    assert self_test.check(DEVICE, torch.bfloat16, 8, [case]) is None
 
 
 @runs_kernels
@@ -461,44 +467,46 @@ def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
 # Without a GPU
 
 
-@pytest.mark.skipif(not PROBLEM, reason='the tests above run on their own')
-def test_kernels_pass_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
-        env={**os.environ, 'TRITON_INTERPRET': '1'},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+ITERATION = {
+    'before_cell': dict(instructions=1160, barriers=33, registers=128),
+    'projections_backward': dict(instructions=400, barriers=14, registers=217),
+    'convolution_backward': dict(instructions=340, barriers=0, registers=128),
+    'after_cell_backward': dict(instructions=560, barriers=8, registers=168),
+    'layer_norm_backward': dict(instructions=300, barriers=10, registers=128),
+}
+"""The most that the loop of a kernel may take in bfloat16, version 2."""
 
 
-def check_compiled(arch, head_width, dtype, version, allowed_spills=0):
+def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, most=None):
     from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch, layer_launches
 
-    for label, launch in layer_launches(arch, head_width, 224, dtype, version).items():
+    for label, launch in layer_launches(arch, head_width, size, dtype, version).items():
         facts = compile_launch(launch, arch)
-        print(f'{arch:7} {head_width:4} {str(dtype)[6:]:8} v{version} {label:28} {facts}')
+        print(f'{arch} {head_width} {size} {str(dtype)[6:]} v{version} {label}: {facts}')
         assert facts['spills'] <= allowed_spills, label
         # Two blocks share a multiprocessor at least.
         assert 2 * facts['shared_bytes'] <= SHARED_LIMIT[arch], label
         assert not facts.get('serialized'), label
+        for key, value in (most or {}).get(launch.name.removesuffix('_kernel'), {}).items():
+            (loop,) = facts['loops']
+            assert {**loop._asdict(), **facts}[key] <= value, (label, key)
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-def test_kernels_compile_without_spills():
-    check_compiled('sm_90', 384, torch.bfloat16, version=2)
-
-
-@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-def test_one_compilation_serves_all_sizes():
-    sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
-    from tests.test_ops.triton_offline import layer_launches
-
-    for launch in layer_launches('sm_90', 96, 224).values():
-        specialized = {p.name for p in launch.kernel.params if not p.do_not_specialize}
-        assert not sizes & specialized, launch.name
+@pytest.mark.parametrize(
+    'arch, head_width, size',
+    [
+        ('sm_90', 384, 224),
+        *(
+            pytest.param(arch, head_width, size, marks=pytest.mark.slow)
+            for arch in ('sm_80', 'sm_90', 'sm_100')
+            for head_width in (96, 192, 384)
+            for size in (224, 512, 1024)
+        ),
+    ],
+)
+def test_kernels_compile_to_short_loops_without_spills(arch, head_width, size):
+    check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=ITERATION)
 
 
 @pytest.mark.slow  # 8 minutes
@@ -511,47 +519,17 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
     if arch == 'gfx942' and dtype == torch.float32:
         pytest.skip('Triton for AMD has no tf32x3')
     # float32, multiplied in three parts, wants a few registers more than there are.
-    check_compiled(arch, head_width, dtype, version, 64 if dtype == torch.float32 else 8)
-
-
-ITERATION = {
-    'before_cell': dict(instructions=1160, barriers=33, registers=128),
-    'projections_backward': dict(instructions=400, barriers=14, registers=217),
-    'convolution_backward': dict(instructions=340, barriers=0, registers=128),
-    'after_cell_backward': dict(instructions=560, barriers=8, registers=168),
-    'layer_norm_backward': dict(instructions=300, barriers=10, registers=128),
-}
-"""The most that the loop of a kernel may take."""
-
-
-def check_loops(arch, head_width, size, names=tuple(ITERATION)):
-    from tests.test_ops.triton_offline import compile_launch, layer_launches
-
-    for label, launch in layer_launches(arch, head_width, size).items():
-        name = launch.name.removesuffix('_kernel')
-        if name not in names:
-            continue
-        facts = compile_launch(launch, arch)
-        print(f'| {arch} | {head_width} | {size} | {label} | {facts}')
-        assert facts['spills'] == 0 and not facts['serialized'], label
-        (loop,) = facts['loops']
-        needs = {**loop._asdict(), **facts}
-        for key, most in ITERATION[name].items():
-            assert needs[key] <= most, (label, key, needs)
+    check_compiled(arch, head_width, 224, dtype, version, 64 if dtype == torch.float32 else 8)
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-def test_loops_of_the_backward_pass_are_short():
-    check_loops('sm_90', 192, 224, ['projections_backward', 'convolution_backward'])
+def test_one_compilation_serves_all_sizes():
+    sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
+    from tests.test_ops.triton_offline import layer_launches
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
-@pytest.mark.parametrize('size', [224, 512, 1024])
-@pytest.mark.parametrize('head_width', [96, 192, 384])
-@pytest.mark.parametrize('arch', ['sm_80', 'sm_90', 'sm_100'])
-def test_loops_of_the_backward_pass_are_short_at_all_sizes(arch, head_width, size):
-    check_loops(arch, head_width, size)
+    for launch in layer_launches('sm_90', 96, 224).values():
+        specialized = {p.name for p in launch.kernel.params if not p.do_not_specialize}
+        assert not sizes & specialized, launch.name
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 """The Triton kernels of the mLSTM: on a GPU, or without one in Triton's interpreter and offline.
 
 With a GPU all of it runs: ``pytest tests/test_ops/test_triton_mlstm.py``. Without one, the cases
-that launch kernels run in a second process, in which Triton interprets them.
+that launch kernels, those of ``test_triton_layer.py`` included, run in a second process, in which
+Triton interprets them.
 """
 
 import os
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +29,13 @@ launches = pytest.mark.skipif(
     bool(triton_problem()) or (DEVICE == 'cpu' and not interpreted()),
     reason=triton_problem() or 'needs a GPU or TRITON_INTERPRET=1',
 )
-slow = pytest.mark.slow  # in the interpreter
+
+
+def slow(*values):
+    """Cases that the interpreter takes long for, and that others represent."""
+    return [
+        pytest.param(*(x if type(x) is tuple else (x,)), marks=pytest.mark.slow) for x in values
+    ]
 
 
 def needs_gpu(test):
@@ -71,18 +80,22 @@ def check(inputs, reverse=False, chunk_size=None, tolerance=None):
 @launches
 @pytest.mark.parametrize(
     'length, reverse',
-    [(1, False), (15, True), (63, False), (64, True), (65, False), (196, False), (197, True)],
+    [(1, False), (15, True), (64, True), (65, False)]
+    + slow((63, False), (196, False), (197, True)),
 )
 def test_kernels_at_any_length(length, reverse):
     check(random_inputs(length, 24, heads=1), reverse, chunk_size=64)
 
 
 @launches
-@pytest.mark.parametrize(
-    'width', [8, 40, 96, *(pytest.param(width, marks=slow) for width in (112, 192, 256)), 384]
-)
+@pytest.mark.parametrize('width', [8, 40, *slow(96, 112, 192, 256, 384)])
 def test_kernels_at_any_head_width(width):
     check(random_inputs(70, width, heads=1), reverse=True, chunk_size=64)
+
+
+@launches
+def test_kernels_that_share_the_columns_of_a_head():
+    check(random_inputs(20, 256, heads=1), chunk_size=16)
 
 
 @launches
@@ -92,9 +105,9 @@ def test_kernels_in_half_precision(dtype, reverse):
 
 
 @launches
-@pytest.mark.parametrize('chunk_size', [1, 128, pytest.param(1000, marks=slow)])
+@pytest.mark.parametrize('chunk_size', [1, *slow(128, 1000)])
 def test_kernels_agree_for_any_chunk_size(chunk_size):
-    check(random_inputs(200, 16, heads=1), chunk_size=chunk_size)
+    check(random_inputs(150, 16, heads=1), chunk_size=chunk_size)
 
 
 @launches
@@ -104,8 +117,12 @@ def test_kernels_scan_the_gates_of_long_sequences_in_blocks(monkeypatch):
 
 
 @launches
-@pytest.mark.parametrize('igate', [-50.0, 0.0, 300.0, None], ids=['shut', 'zero', 'open', 'mixed'])
-@pytest.mark.parametrize('fgate', [-300.0, 300.0, None], ids=['forget', 'keep', 'mixed'])
+@pytest.mark.parametrize(
+    'igate, fgate',  # None is a mix
+    [(-50.0, -300.0), (300.0, 300.0), (300.0, -300.0), (None, None)]
+    + slow((-50.0, 300.0), (-50.0, None), (300.0, None), (None, -300.0), (None, 300.0))
+    + slow((0.0, -300.0), (0.0, 300.0), (0.0, None)),
+)
 def test_kernels_at_extreme_gates(igate, fgate):
     inputs = random_inputs(70, 16, heads=1)
     for x in inputs[:2]:  # no normalizer near 0: without a floor, it multiplies rounding errors
@@ -127,7 +144,7 @@ def test_kernels_hold_states_beyond_the_range_of_float16():
 
 
 @launches
-@pytest.mark.parametrize('fgate', [-300.0, 300.0, None], ids=['forget', 'keep', 'mixed'])
+@pytest.mark.parametrize('fgate', [None, *slow(-300.0, 300.0)])
 def test_kernels_hold_weights_beyond_the_range_of_float16(fgate):
     """Open input gates leave a denominator no floor, and 1 / denominator goes into the weights."""
     inputs = random_inputs(70, 16, torch.float16, heads=1)
@@ -152,7 +169,7 @@ def test_kernels_hold_scores_beyond_the_range_of_float16():
 
 
 @launches
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('reverse', [True, *slow(False)])
 def test_kernels_take_any_strides(reverse):
     q, k, v, igate, fgate = random_inputs(70, 16)
     q = q.transpose(2, 3).contiguous().transpose(2, 3)  # channels lie apart
@@ -181,8 +198,9 @@ def test_kernels_take_an_empty_batch():
 
 
 @launches
-@pytest.mark.parametrize('lean', [False, True], ids=['autograd', 'lean'])
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize(
+    'reverse, lean', [(True, False), *slow((False, False), (False, True), (True, True))]
+)
 def test_block_with_kernels_equals_block_without(reverse, lean):
     torch.manual_seed(0)
     block = ViLBlock(16, num_heads=2, reverse=reverse, backend='triton', lean=lean).to(DEVICE)
@@ -237,11 +255,12 @@ def test_kernels_repeat_to_the_bit_in_deterministic_mode():
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
-@pytest.mark.parametrize('which', ['not slow', pytest.param('slow', marks=slow)])
+@pytest.mark.parametrize('which', ['not slow', *slow('slow')])
 def test_kernels_pass_in_the_interpreter(which):
-    """All cases above, in a process in which Triton interprets kernels."""
+    """All cases above and those of the layer, in one process in which Triton interprets kernels."""
+    files = [__file__, str(Path(__file__).with_name('test_triton_layer.py'))]
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, __file__],
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, *files],
         cwd=ROOT,
         env={**os.environ, 'TRITON_INTERPRET': '1'},
         capture_output=True,
@@ -277,7 +296,7 @@ def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
 
 
 SIDES = ('query_side_kernel', 'query_side_kernel GRAD', 'key_side_kernel', 'key_side_kernel KEYS')
-QUICK = [('sm_80', 192, SIDES[3:]), ('sm_90', 96, SIDES[::3]), ('sm_100', 384, SIDES[3:])]
+QUICK = [('sm_80', 192, SIDES[3:]), ('sm_90', 96, SIDES[:1]), ('sm_100', 384, SIDES[3:])]
 PER_SCORE = {96: 16, 192: 30, 384: 37}
 """Most instructions for a score in a loop, by head width."""
 
@@ -287,12 +306,7 @@ PER_SCORE = {96: 16, 192: 30, 384: 37}
 @pytest.mark.parametrize(
     'arch, width, size, labels',
     [(arch, width, 1024, labels) for arch, width, labels in QUICK]
-    + [
-        pytest.param(arch, width, size, None, marks=slow)
-        for arch in ('sm_80', 'sm_90', 'sm_100')
-        for width in (96, 192, 384)
-        for size in (224, 512, 1024)
-    ],
+    + slow(*product(('sm_80', 'sm_90', 'sm_100'), (96, 192, 384), (224, 512, 1024), [None])),
 )
 def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
     from tests.test_ops.triton_offline import SHARED_LIMIT, cell_launches, compile_launch
@@ -317,13 +331,10 @@ def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
 @pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
 @pytest.mark.parametrize(
     'arch, width, dtype',
-    [
-        pytest.param(arch, width, dtype, marks=slow)
-        for arch in ('sm_80', 'sm_86', 'sm_90', 'sm_100')
-        for width in (8, 64, 96, 128, 192, 256, 384)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ]
-    + [pytest.param('gfx942', 192, torch.bfloat16, marks=slow)],
+    slow(
+        *product(('sm_80', 'sm_86', 'sm_90', 'sm_100'), (8, 64, 96, 128, 192, 256, 384), TOLERANCE),
+        ('gfx942', 192, torch.bfloat16),
+    ),
 )
 def test_kernels_compile_within_the_limits_of(arch, width, dtype):
     """Shared memory and registers suffice. All of it takes 20 minutes."""

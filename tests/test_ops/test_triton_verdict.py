@@ -9,16 +9,15 @@ import json
 import logging
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 from mmvil.ops.mlstm import choose_form
 from mmvil.ops.triton import interpreted, triton_problem
-from tests.conftest import ROOT
 
 if sys.platform == 'win32':
     pytest.skip('Triton is for Unix', allow_module_level=True)
@@ -95,23 +94,6 @@ def test_self_test_finds_results_that_do_not_repeat(faulty_kernels):
     assert check_small().startswith('got other bits the second time: output of the cell')
 
 
-@needs_triton
-def test_self_test_passes_the_kernels_in_the_interpreter():
-    code = (
-        'import torch\n'
-        'from mmvil.ops.triton.self_test import Case, check\n'
-        'case = Case(1, (10, 15), reverse=True, version=2, heads=1)\n'  # two chunks
-        'problem = check(torch.device("cpu"), torch.bfloat16, 8, [case])\n'
-        'assert problem is None, problem\n'
-    )
-    subprocess.run(
-        [sys.executable, '-c', code],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, 'TRITON_INTERPRET': '1'},
-    )
-
-
 # -- Cached verdicts -------------------------------------------------------------------------------
 
 
@@ -178,15 +160,15 @@ def test_verdict_on_a_compiler_fault_lasts(machine, program, problem):
 
 
 def test_verdict_on_a_hanging_kernel(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(verdict, 'TIMEOUT', 3)
+    monkeypatch.setattr(verdict, 'TIMEOUT', 1.5)
     late = tmp_path / 'late'
-    compiler = f'import time; time.sleep(6); open({str(late)!r}, "w")'
+    compiler = f'import time; time.sleep(3); open({str(late)!r}, "w")'
     start = time.monotonic()
     message = machine.play(
         f'import subprocess, sys; subprocess.run([sys.executable, "-S", "-c", {compiler!r}])'
     )
-    assert 'gave no result within 3 seconds' in message and machine.verdicts
-    time.sleep(max(0, 7 - (time.monotonic() - start)))
+    assert 'gave no result within 1.5 seconds' in message and machine.verdicts
+    time.sleep(max(0, 4 - (time.monotonic() - start)))
     assert not late.exists(), 'what the test had started was left behind'
 
 
@@ -291,12 +273,27 @@ def test_waiting_for_another_process_ends(machine, monkeypatch):
     assert not machine.verdicts and machine.runs == 1
 
 
-def test_self_test_runs_as_a_program(machine, monkeypatch):
+WITHOUT_GPU = "raised ValueError: backend='triton' cannot run"
+
+
+def command_on_cpu():
+    return [x.replace('cuda:0', 'cpu') for x in verdict._command(SUBJECT, 0)]
+
+
+@pytest.mark.skipif(interpreted(), reason='interpreted kernels run without a GPU')
+def test_self_test_takes_the_arguments_of_its_command(monkeypatch, capsys):
     """Without a GPU it must fail, but in the way that faults are reported."""
-    command = verdict._command
-    on_cpu = [x.replace('cuda:0', 'cpu') for x in command(SUBJECT, 0)]
-    monkeypatch.setattr(verdict, '_command', lambda *_: on_cpu)
-    assert "raised ValueError: backend='triton' cannot run" in machine.ask()
+    _, _, module, *arguments = command_on_cpu()
+    monkeypatch.setattr(self_test, 'faulthandler', mock.Mock())
+    assert module == self_test.__name__ and self_test.main(arguments) == FAILED
+    assert capsys.readouterr().out.splitlines()[-1].startswith(WITHOUT_GPU)
+
+
+@pytest.mark.slow  # imports torch and mmengine once more
+def test_self_test_runs_as_a_program(machine, monkeypatch):
+    command = command_on_cpu()
+    monkeypatch.setattr(verdict, '_command', lambda *_: command)
+    assert WITHOUT_GPU in machine.ask()
 
 
 @needs_triton
