@@ -54,8 +54,7 @@ class BeforeCellWeights(NamedTuple):
     fgate_bias: Tensor
 
 
-# ------------------------------------------------------------------------------------------------
-# Kernels
+# -- Kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -68,16 +67,9 @@ def rows(pointer, first, stride, channel, T: tl.constexpr):
 
 @triton.jit
 def neighbour(
-    row,
-    column,
-    height,
-    width,
-    tap,
-    SIGN: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-):
+    row, column, height, width, tap,
+    SIGN: tl.constexpr, KERNEL_WIDTH: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
     """Offset in tokens to the neighbour under a tap of the convolution kernel, and its presence.
 
     (ROW, COLUMN) is the tap on the token itself; SIGN -1 rotates the kernel by 180 degrees.
@@ -123,43 +115,13 @@ def high_and_low(x, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=['tokens', 'length', 'height', 'width'])
 def before_cell_kernel(
-    x,
-    x_stride,
-    conv_weight,
-    conv_bias,
-    q_weight,
-    q_bias,
-    k_weight,
-    k_bias,
-    v_weight,
-    v_bias,
-    igate_weight,
-    igate_bias,
-    fgate_weight,
-    fgate_bias,
-    a_out,
-    q_out,
-    k_out,
-    v_out,
-    gates_out,
-    tokens,
-    length,
-    height,
-    width,
-    E: tl.constexpr,
-    NH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SIGN: tl.constexpr,
-    SIZE: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    WITH_GATES: tl.constexpr,
-    GATES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    x, x_stride, conv_weight, conv_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias,
+    igate_weight, igate_bias, fgate_weight, fgate_bias, a_out, q_out, k_out, v_out, gates_out,
+    tokens, length, height, width,
+    E: tl.constexpr, NH: tl.constexpr, WIDTH: tl.constexpr, SIGN: tl.constexpr, SIZE: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, WITH_GATES: tl.constexpr,
+    GATES: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Compute a, q, k, v (B * N, E) and the head's part of all gates, gates_out[head] of shape
     (2, B, NH, N), for one tile of tokens and one head.
     """
@@ -228,8 +190,7 @@ def before_cell_kernel(
         tl.store(gates_out + index, total, mask=in_batch[:, None] & (gate < 2 * NH)[None, :])
 
 
-# ------------------------------------------------------------------------------------------------
-# Launches
+# -- Launches --------------------------------------------------------------------------------------
 
 
 @on_its_device

@@ -35,21 +35,15 @@ from .conv_qkv_gates import (
 from .reduction import partial_sums, split_tokens
 from .tiles import dot, dot_precision, load_row
 
-# ------------------------------------------------------------------------------------------------
-# Kernels
+# -- Kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _gates_grad(
-    igate_grad,
-    fgate_grad,
-    first,
-    tokens,
-    length,
-    NH: tl.constexpr,
-    GATES: tl.constexpr,
-    T: tl.constexpr,
-):
+    igate_grad, fgate_grad, first,
+    tokens, length,
+    NH: tl.constexpr, GATES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """Load float32 gradients (B, NH, N) of both gates as (T, GATES)."""
     token, gate = first + tl.arange(0, T), tl.arange(0, GATES)
     image = token // length
@@ -61,36 +55,13 @@ def _gates_grad(
 
 @triton.jit(do_not_specialize=['tokens', 'length', 'tokens_per_program'])
 def projections_backward_kernel(
-    source,
-    source_stride,
-    y_grad,
-    y2_grad,
-    c_grad,
-    igate_grad,
-    fgate_grad,
-    weight,
-    bias,
-    weight2,
-    bias2,
-    igate_weight,
-    fgate_weight,
-    source_grad,
-    source_grad_stride,
-    sums,
-    sums_stride,
-    tokens,
-    length,
-    tokens_per_program,
-    OPERAND: tl.constexpr,
-    E: tl.constexpr,
-    NH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATES: tl.constexpr,
-    GATE_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    T: tl.constexpr,
+    source, source_stride, y_grad, y2_grad, c_grad, igate_grad, fgate_grad, weight, bias, weight2,
+    bias2, igate_weight, fgate_weight, source_grad, source_grad_stride, sums, sums_stride,
+    tokens, length, tokens_per_program,
+    OPERAND: tl.constexpr, E: tl.constexpr, NH: tl.constexpr, WIDTH: tl.constexpr,
+    GATES: tl.constexpr, GATE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr,
-):
+):  # fmt: skip
     """Compute the gradients of a projection's source, and partial sums of those of its weights, for
     some tiles of tokens and one tile of a head's channels.
 
@@ -163,42 +134,20 @@ def projections_backward_kernel(
     sums += tl.cast(program, tl.int64) * sums_stride
     gate_bias_grad = tl.sum(gate_bias_grad, axis=0)
     _store_gradients(
-        sums,
-        OPERAND,
-        weight=weight,
-        bias=bias,
-        weight_grad=weight_grad,
-        bias_grad=bias_grad,
-        igate_weight=igate_weight,
-        fgate_weight=fgate_weight,
-        gates_by_source_grad=gates_by_source_grad,
-        gate_bias_grad=gate_bias_grad,
-        channel=channel,
-        present=present,
-        E=E,
-        NH=NH,
-        WIDTH=WIDTH,
-        PRECISION=PRECISION,
-    )
+        sums, OPERAND,
+        weight=weight, bias=bias, weight_grad=weight_grad, bias_grad=bias_grad,
+        igate_weight=igate_weight, fgate_weight=fgate_weight,
+        gates_by_source_grad=gates_by_source_grad, gate_bias_grad=gate_bias_grad,
+        channel=channel, present=present, E=E, NH=NH, WIDTH=WIDTH, PRECISION=PRECISION,
+    )  # fmt: skip
     if OPERAND == 0:
         _store_gradients(
-            sums,
-            1,
-            weight=weight2,
-            bias=bias2,
-            weight_grad=weight2_grad,
-            bias_grad=bias2_grad,
-            igate_weight=igate_weight,
-            fgate_weight=fgate_weight,
-            gates_by_source_grad=gates_by_source_grad,
-            gate_bias_grad=gate_bias_grad,
-            channel=channel,
-            present=present,
-            E=E,
-            NH=NH,
-            WIDTH=WIDTH,
-            PRECISION=PRECISION,
-        )
+            sums, 1,
+            weight=weight2, bias=bias2, weight_grad=weight2_grad, bias_grad=bias2_grad,
+            igate_weight=igate_weight, fgate_weight=fgate_weight,
+            gates_by_source_grad=gates_by_source_grad, gate_bias_grad=gate_bias_grad,
+            channel=channel, present=present, E=E, NH=NH, WIDTH=WIDTH, PRECISION=PRECISION,
+        )  # fmt: skip
     elif tl.program_id(1) == 0:
         gate = tl.arange(0, GATES)
         total = tl.sum(tl.reshape(gate_bias_grad, (GATES, 2)), axis=1)
@@ -209,21 +158,10 @@ def projections_backward_kernel(
 def _store_gradients(
     sums,
     operand: tl.constexpr,
-    weight,
-    bias,
-    weight_grad,
-    bias_grad,
-    igate_weight,
-    fgate_weight,
-    gates_by_source_grad,
-    gate_bias_grad,
-    channel,
-    present,
-    E: tl.constexpr,
-    NH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    weight, bias, weight_grad, bias_grad, igate_weight, fgate_weight, gates_by_source_grad,
+    gate_bias_grad, channel, present,
+    E: tl.constexpr, NH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add the part of the gates, and store a program's sums for one of q, k and v.
 
     Over all tokens, let G be the sum of gate gradients times sources, and s that of gate gradients.
@@ -259,28 +197,11 @@ def _store_gradients(
 
 @triton.jit(do_not_specialize=['tokens', 'length', 'height', 'width', 'tokens_per_program'])
 def convolution_backward_kernel(
-    a_grad,
-    x,
-    x_stride,
-    conv_weight,
-    x_grad,
-    x_grad_stride,
-    sums,
-    sums_stride,
-    tokens,
-    length,
-    height,
-    width,
-    tokens_per_program,
-    E: tl.constexpr,
-    SIGN: tl.constexpr,
-    SIZE: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    ROW: tl.constexpr,
-    COLUMN: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    a_grad, x, x_stride, conv_weight, x_grad, x_grad_stride, sums, sums_stride,
+    tokens, length, height, width, tokens_per_program,
+    E: tl.constexpr, SIGN: tl.constexpr, SIZE: tl.constexpr, KERNEL_WIDTH: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Add the convolution's part to the gradient of x in place, for some tiles of tokens and one of
     channels, and store partial sums of that gradient (E, ), and of those of bias (E, ) and weight
     (E, taps).
@@ -328,8 +249,7 @@ def convolution_backward_kernel(
         tl.store(to, tl.sum(weight_grads[tap], axis=0), mask=present)
 
 
-# ------------------------------------------------------------------------------------------------
-# Launches
+# -- Launches --------------------------------------------------------------------------------------
 
 
 @on_its_device
@@ -400,12 +320,9 @@ def before_cell_backward(
         source=x_rows,
         source_grad=x_grad_rows,
         y_grad=v_grad,
-        y2_grad=None,
-        c_grad=None,
         weight=w.v_weight,
         bias=w.v_bias,
-        weight2=None,
-        bias2=None,
+        **dict.fromkeys(('y2_grad', 'c_grad', 'weight2', 'bias2')),
     )
     for tensors in (queries_and_keys, values):
         projections_backward_kernel[(programs, channel_tiles)](

@@ -122,9 +122,8 @@ def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Registration with torch. The backward functions are operators too, not formulas of autograd:
-# :func:`gradients` calls them itself.
+# -- Registration with torch -----------------------------------------------------------------------
+# The backward functions are operators too, not formulas of autograd: `gradients` calls them itself.
 
 _library = torch.library.Library('mmvil', 'FRAGMENT')
 _library.define(

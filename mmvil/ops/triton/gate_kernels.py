@@ -36,19 +36,10 @@ def _last(x, index, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def gate_statistics_kernel(
-    igate,
-    fgate,
-    igate_strides,
-    fgate_strides,
-    source,
-    running_max,
-    base,
-    floor,
-    heads,
-    length,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    igate, fgate, igate_strides, fgate_strides, source, running_max, base, floor,
+    heads, length,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Compute g, M and exp(-m), the smallest denominator, of every token (float32), and the base of
     every tile (float64).
     """
@@ -89,23 +80,11 @@ def gate_statistics_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def gate_gradients_kernel(
-    fgate,
-    fgate_strides,
-    source,
-    running_max,
-    source_grad,
-    row_grad,
-    stabilizer_grad,
-    igate_grad,
-    fgate_grad,
-    igate_grad_strides,
-    fgate_grad_strides,
-    heads,
-    length,
-    padded,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    fgate, fgate_strides, source, running_max, source_grad, row_grad, stabilizer_grad, igate_grad,
+    fgate_grad, igate_grad_strides, fgate_grad_strides,
+    heads, length, padded,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     r"""Compute the gradients of the gates from those of the weights' logarithms.
 
     m_t is a copy of one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j.

@@ -36,17 +36,10 @@ def normalize_backward(y_grad, y, rstd, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=['tokens'])
 def layer_norm_kernel(
-    x,
-    x_stride,
-    weight,
-    bias,
-    y,
-    tokens,
-    eps,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    x, x_stride, weight, bias, y,
+    tokens, eps,
+    D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Compute y (tokens, D) for one tile of tokens."""
     token, channel = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, C)
     present = channel < D
@@ -60,22 +53,10 @@ def layer_norm_kernel(
 
 @triton.jit(do_not_specialize=['tokens', 'tokens_per_program'])
 def layer_norm_backward_kernel(
-    x,
-    x_stride,
-    y_grad,
-    weight,
-    bias,
-    y,
-    x_grad,
-    sums,
-    sums_stride,
-    tokens,
-    tokens_per_program,
-    eps,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    x, x_stride, y_grad, weight, bias, y, x_grad, sums, sums_stride,
+    tokens, tokens_per_program, eps,
+    D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Compute y again, the gradient of x, and partial sums of those of weight and bias (2, D), for
     some tiles of tokens.
     """

@@ -34,24 +34,11 @@ EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
-    h_grad,
-    h,
-    normalizer,
-    h_grad_strides,
-    h_strides,
-    normalizer_strides,
-    floor,
-    inverse,
-    normalizer_grad,
-    row_grad,
-    stabilizer_grad,
-    heads,
-    length,
-    padded,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    h_grad, h, normalizer, h_grad_strides, h_strides, normalizer_strides, floor, inverse,
+    normalizer_grad, row_grad, stabilizer_grad,
+    heads, length, padded,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Compute 1 / denominator of every token, and the gradients that need no matrix product."""
     tiles = padded // ROWS
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
@@ -80,28 +67,12 @@ def denominators_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def chunk_sums_kernel(
-    a,
-    b,
-    a_strides,
-    b_strides,
-    source,
-    running_max,
-    base,
-    inverse,
-    normalizer_grad,
-    states,
+    a, b, a_strides, b_strides, source, running_max, base, inverse, normalizer_grad, states,
     state_vectors,
-    heads,
-    length,
-    chunk,
-    scale,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Compute one (WIDTH, WIDTH) tile of a chunk's part of the state at its end, or (GRAD) of the
     gradient of the state at its beginning, relative to M at that bound.
 
@@ -154,17 +125,9 @@ def chunk_sums_kernel(
 
 @triton.jit(do_not_specialize=['length'])
 def sum_states_kernel(
-    states,
-    state_vectors,
-    running_max,
-    base,
-    length,
-    chunk,
-    DH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    GRAD: tl.constexpr,
-):
+    states, state_vectors, running_max, base, length, chunk,
+    DH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
     """Turn the chunks' parts into states: sums from the first chunk on or (GRAD) the last back."""
     blocks: tl.constexpr = (DH * DH + BLOCK - 1) // BLOCK
     program, block = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
@@ -180,15 +143,9 @@ def sum_states_kernel(
 
 @triton.jit
 def _sum_states(
-    parts,
-    program,
-    block,
-    gates,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    GRAD: tl.constexpr,
-):
+    parts, program, block, gates,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
     running_max, base, bounds, chunk = gates
     element = block * BLOCK + tl.arange(0, BLOCK)
     parts += tl.cast(program, tl.int64) * bounds * SIZE
@@ -208,22 +165,10 @@ def _sum_states(
 
 @triton.jit
 def _add_state(
-    totals,
-    a,
-    a_strides,
-    start,
-    length,
-    state,
-    left,
-    present,
-    TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    totals, a, a_strides, start, length, state, left, present,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DH: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add the product of rows of a and a state (DH, DH), or its transpose, if present."""
     strides = (0, 0, 1, DH) if TRANSPOSED else (0, 0, DH, 1)
     for middle in range(0, tl.where(present, DH, 0), STEP):
@@ -245,39 +190,13 @@ def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def query_side_kernel(
-    a,
-    b,
-    c,
-    out,
-    a_strides,
-    b_strides,
-    c_strides,
-    out_strides,
-    source,
-    running_max,
-    base,
-    floor,
-    normalizer,
-    normalizer_strides,
-    inverse,
-    normalizer_grad,
-    states,
-    state_vectors,
-    heads,
-    length,
-    chunk,
-    scale,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STATES: tl.constexpr,
-    GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    a, b, c, out, a_strides, b_strides, c_strides, out_strides, source, running_max, base, floor,
+    normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
+    heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Sum over the keys of a tile of queries t: h, or (GRAD) dq, in one of PARTS of its columns.
 
     With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq.
@@ -367,39 +286,13 @@ def query_side_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def key_side_kernel(
-    a,
-    b,
-    c,
-    out,
-    k,
-    a_strides,
-    b_strides,
-    c_strides,
-    out_strides,
-    k_strides,
-    source,
-    running_max,
-    base,
-    inverse,
-    normalizer_grad,
-    source_grad,
-    states,
-    state_vectors,
-    heads,
-    length,
-    chunk,
-    scale,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STATES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    a, b, c, out, k, a_strides, b_strides, c_strides, out_strides, k_strides, source, running_max,
+    base, inverse, normalizer_grad, source_grad, states, state_vectors,
+    heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Sum over the queries of a tile of keys j: dv, or (KEYS) dk and the gradient of g, in one of
     PARTS of its columns.
 

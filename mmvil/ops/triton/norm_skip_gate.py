@@ -23,8 +23,7 @@ from .layer_norm import normalize, normalize_backward
 from .reduction import partial_sums, split_tokens
 from .tiles import load_row
 
-# ------------------------------------------------------------------------------------------------
-# Kernels
+# -- Kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -34,25 +33,10 @@ def _tile(pointer, offset, inside):
 
 @triton.jit(do_not_specialize=['tokens', 'length'])
 def after_cell_kernel(
-    h,
-    batch_stride,
-    head_stride,
-    position_stride,
-    a,
-    z,
-    z_stride,
-    weight,
-    bias,
-    skip,
-    y,
-    tokens,
-    length,
-    eps,
-    E: tl.constexpr,
-    NH: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    h, batch_stride, head_stride, position_stride, a, z, z_stride, weight, bias, skip, y,
+    tokens, length, eps,
+    E: tl.constexpr, NH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Compute y for one tile of tokens and one head."""
     DH: tl.constexpr = E // NH
     head = tl.program_id(1)
@@ -78,33 +62,11 @@ def after_cell_kernel(
 
 @triton.jit(do_not_specialize=['tokens', 'length', 'tokens_per_program'])
 def after_cell_backward_kernel(
-    y_grad,
-    h,
-    batch_stride,
-    head_stride,
-    position_stride,
-    a,
-    z,
-    z_stride,
-    weight,
-    bias,
-    skip,
-    y,
-    h_grad,
-    c_grad,
-    z_grad,
-    z_grad_stride,
-    sums,
-    sums_stride,
-    tokens,
-    length,
-    tokens_per_program,
-    eps,
-    E: tl.constexpr,
-    NH: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
+    y_grad, h, batch_stride, head_stride, position_stride, a, z, z_stride, weight, bias, skip, y,
+    h_grad, c_grad, z_grad, z_grad_stride, sums, sums_stride,
+    tokens, length, tokens_per_program, eps,
+    E: tl.constexpr, NH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E)."""
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
@@ -161,8 +123,7 @@ def after_cell_backward_kernel(
     tl.store(sums + 3 * E, tl.sum(z_grad_sum, axis=0), mask=present)
 
 
-# ------------------------------------------------------------------------------------------------
-# Launches
+# -- Launches --------------------------------------------------------------------------------------
 
 
 @on_its_device

@@ -51,16 +51,9 @@ def zero_tiles(ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def load_tiles(
-    first,
-    strides,
-    start,
-    length,
-    left,
-    ROWS: tl.constexpr,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    first, strides, start, length, left,
+    ROWS: tl.constexpr, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Load rows start, start + 1, ... of a (length, DH) matrix that begins at ``first``, from
     column ``left`` on.
     """
@@ -73,15 +66,9 @@ def load_tiles(
 
 @triton.jit
 def load_tile(
-    first,
-    strides,
-    start,
-    length,
-    left,
-    ROWS: tl.constexpr,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    first, strides, start, length, left,
+    ROWS: tl.constexpr, DH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Load the (ROWS, WIDTH) tile of a (length, DH) matrix with upper left corner (start, left)."""
     row, column = tl.arange(0, ROWS), left + tl.arange(0, WIDTH)
     # Only the step to the first row may exceed 32 bits.
@@ -102,17 +89,9 @@ def _inside(row, rows, column, DH: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_tiles(
-    first,
-    strides,
-    start,
-    length,
-    left,
-    tiles,
-    ROWS: tl.constexpr,
-    DH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    first, strides, start, length, left, tiles,
+    ROWS: tl.constexpr, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Store what :func:`load_tiles` loads, in the dtype of the matrix."""
     row = tl.arange(0, ROWS)
     first += tl.cast(start, tl.int64) * strides[2]

@@ -102,8 +102,7 @@ def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Subject of a test
+# -- Subject of a test -----------------------------------------------------------------------------
 
 
 def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Subject:
@@ -145,8 +144,7 @@ def _digest_of_kernels() -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
-# Files
+# -- Files -----------------------------------------------------------------------------------------
 
 
 def _read(file: Path, subject: Subject) -> Verdict | None:
@@ -209,8 +207,7 @@ def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
         _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
 
 
-# ------------------------------------------------------------------------------------------------
-# The test in a process of its own
+# -- The test in a process of its own --------------------------------------------------------------
 
 
 def _test(subject: Subject, index: int) -> Verdict:
