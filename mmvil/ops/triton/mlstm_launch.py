@@ -123,15 +123,15 @@ class _Cell:
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
         self.gates = dict(source=self.scalars(), running_max=self.scalars(), base=bases)
         self.floor = self.scalars()
-        block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
-        self.block = dict(BLOCK=block, num_warps=max(4, block // 256))
+        self.block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
         gate_statistics_kernel[(self.programs,)](
             **self.in_reading_order(igate=igate, fgate=fgate),
             **self.gates,
             floor=self.floor,
             **self.sizes,
-            **self.block,
+            BLOCK=self.block,
             ROWS=rows,
+            num_warps=max(4, self.block // 256),
         )
 
     def scalars(self, *, parts: int = 1) -> Tensor:
@@ -244,8 +244,9 @@ class _Cell:
             stabilizer_grad=by_token['stabilizer_grad'],
             **self.sizes,
             padded=self.padded,
-            **self.block,
+            BLOCK=self.block,
             PARTS=self.tiling.parts,
+            num_warps=max(4, self.block // 128),  # with half as many, registers spill on sm_100
         )
 
 
