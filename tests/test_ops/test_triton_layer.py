@@ -523,6 +523,15 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
     check_compiled(arch, head_width, 224, dtype, version, 64 if dtype == torch.float32 else 8)
 
 
+@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.parametrize('arch, limited', [('sm_90', 1), ('gfx942', 0)])
+def test_registers_are_limited_on_nvidia_gpus_alone(arch, limited):
+    from tests.test_ops.triton_offline import layer_launches
+
+    launches = layer_launches(arch, 96, 224).values()
+    assert sum('maxnreg' in launch.kwargs for launch in launches) == limited
+
+
 @pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
 def test_one_compilation_serves_all_sizes():
     sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
