@@ -47,7 +47,7 @@ from .parallel import (
 )
 from .reference import EPS
 
-SEQUENCE_TILE_BYTES = 2**21
+SEQUENCE_TILE_BYTES = 2**22
 """Queries of a tile of sequences on a CPU; with all that is made of them they stay in a common L3
 cache."""
 
