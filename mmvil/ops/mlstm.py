@@ -41,7 +41,7 @@ class Form(NamedTuple):
     """Whether the Triton kernels compute instead of PyTorch."""
 
 
-def default_chunk_size(length: int, head_width: int, device: str = 'cpu') -> int:
+def default_chunk_size(length: int, head_width: int, on_cpu: bool = False) -> int:
     """Number of tokens in a chunk that is fastest.
 
     Short sequences are best as one chunk, the parallel form. Beyond, the work inside chunks,
@@ -50,7 +50,7 @@ def default_chunk_size(length: int, head_width: int, device: str = 'cpu') -> int
     """
     if length > max(256, head_width):
         return max(64, head_width // 2)
-    return math.ceil(length / 2) if device == 'cpu' and length > 2 * head_width else length
+    return math.ceil(length / 2) if on_cpu and length > 2 * head_width else length
 
 
 def mlstm(
@@ -117,7 +117,7 @@ def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
     _, _, tokens, head_width = static_shape(q)
     if isinstance(tokens, torch.SymInt):
         return chunk_size or max(64, head_width // 2)
-    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width, 'any'))
+    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width))
 
 
 def choose_form(
@@ -155,7 +155,7 @@ def choose_form(
         if triton:
             chunk_size = default_triton_chunk_size(length, head_width)
         else:
-            chunk_size = default_chunk_size(length, head_width, device.type)
+            chunk_size = default_chunk_size(length, head_width, device.type == 'cpu')
     return Form(chunk_size, triton)
 
 
@@ -331,10 +331,8 @@ def _fold_into_batch(function, size: int, in_dims, args):
 
 
 def _mlstm_autograd(*args):
-    if torch.is_grad_enabled():
-        return _MLSTM.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # applying costs more than a short sequence
-        return torch.ops.mmvil.mlstm(*args)
+    # To apply a function costs more than a short sequence.
+    return (_MLSTM.apply if torch.is_grad_enabled() else _MLSTM.forward)(*args)
 
 
 _library.impl('mlstm', _mlstm_forward, 'CompositeExplicitAutograd')

@@ -55,40 +55,6 @@ def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.to(dtype)
 
 
-def normalize(x: Tensor, w: LayerWeights, settings: LayerSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of the input in the dtype of its weights, with mean and inverse deviation (B, N,
-    1).
-    """
-    x_norm, mean, rstd = torch.native_layer_norm(
-        x.to(w.norm_weight.dtype), x.shape[-1:], w.norm_weight, w.norm_bias, settings.norm_eps
-    )
-    return x_norm.to(settings.dtype), mean, rstd
-
-
-def layer_norm_backward(
-    y_grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias of a LayerNorm over the last dimension, in the dtype of its
-    weight.
-    """
-    dtype = x.dtype if weight is None else weight.dtype
-    return torch.ops.aten.native_layer_norm_backward(
-        y_grad.to(dtype),
-        x.to(dtype),
-        x.shape[-1:],
-        mean,
-        rstd,
-        weight,
-        bias,
-        [True, weight is not None, bias is not None],
-    )
-
-
 def sum_tokens(x: Tensor) -> Tensor:
     """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens leave float16's range."""
     return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -25,9 +25,7 @@ from .vil_layer_common import (
     LayerSettings,
     LayerWeights,
     cast,
-    layer_norm_backward,
     linear_parameter_grads,
-    normalize,
     sum_tokens,
 )
 
@@ -46,7 +44,7 @@ def forward(
         tuple[Tensor, tuple[Tensor, ...]]: The output (B, N, D), and what the backward pass needs
         besides the input and the weights.
     """
-    x_norm, _, _ = normalize(x, w, settings)
+    x_norm, _, _ = _normalize(x, w, settings)
     # Two products instead of one and a split: both halves come out contiguous at the same cost.
     up_m, up_z = cast(w.up_weight, settings.dtype).chunk(2)
     bias_m, bias_z = (None, None) if w.up_bias is None else cast(w.up_bias, settings.dtype).chunk(2)
@@ -95,7 +93,7 @@ def gradients(
     out_norm_bias_grad = None if w.out_norm_bias is None else sum_tokens(mixed_grad)
     h_norm_grad = mixed_grad.mul_(cast(w.out_norm_weight, settings.dtype))
     h_norm_grad = h_norm_grad.unflatten(2, (settings.heads, -1))
-    h_grad = layer_norm_backward(h_norm_grad, h.transpose(1, 2), mean, rstd)[0].transpose(1, 2)
+    h_grad = _layer_norm_backward(h_norm_grad, h.transpose(1, 2), mean, rstd)[0].transpose(1, 2)
 
     # Cell.
     *qkv_grads, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
@@ -138,12 +136,12 @@ def gradients(
         biases_grad = (None, None, None)
 
     # Up-projection and norm.
-    x_norm, mean, rstd = normalize(x, w, settings)
+    x_norm, mean, rstd = _normalize(x, w, settings)
     up_m, up_z = cast(w.up_weight, settings.dtype).chunk(2)
     up_m_grad, up_m_bias_grad = linear_parameter_grads(x_m_grad, x_norm, w.up_bias)
     up_z_grad, up_z_bias_grad = linear_parameter_grads(z_grad, x_norm, w.up_bias)
     x_norm_grad = torch.addmm(x_m_grad.flatten(0, 1) @ up_m, z_grad.flatten(0, 1), up_z)
-    x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+    x_grad, norm_weight_grad, norm_bias_grad = _layer_norm_backward(
         x_norm_grad.view(x.shape), x, mean, rstd, w.norm_weight, w.norm_bias
     )
 
@@ -205,6 +203,42 @@ def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSett
     return tuple(
         by_head(headwise_linear(x, weight, cast(bias, settings.dtype)), settings.heads)
         for x, weight, bias in zip((c, c, x_m), dense, biases)
+    )
+
+
+def _normalize(
+    x: Tensor, w: LayerWeights, settings: LayerSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of the input in the dtype of its weights, with mean and inverse deviation (B, N,
+    1).
+    """
+    x_norm, mean, rstd = torch.native_layer_norm(
+        x.to(w.norm_weight.dtype), x.shape[-1:], w.norm_weight, w.norm_bias, settings.norm_eps
+    )
+    return x_norm.to(settings.dtype), mean, rstd
+
+
+def _layer_norm_backward(
+    y_grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias of a LayerNorm over the last dimension, in the dtype of its
+    weight.
+    """
+    dtype = x.dtype if weight is None else weight.dtype
+    return torch.ops.aten.native_layer_norm_backward(
+        y_grad.to(dtype),
+        x.to(dtype),
+        x.shape[-1:],
+        mean,
+        rstd,
+        weight,
+        bias,
+        [True, weight is not None, bias is not None],
     )
 
 

@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import by_head
-from ..vil_layer_common import (
-    LayerSettings,
-    LayerWeights,
-    cast,
-    linear_parameter_grads,
-)
+from ..vil_layer_common import LayerSettings, LayerWeights, cast, linear_parameter_grads
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
 from .layer_norm import layer_norm, layer_norm_backward
@@ -97,7 +92,7 @@ def gradients(
     x_norm, x_grad, norm_grads = torch.ops.mmvil.layer_norm_backward(
         x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
     )
-    up_weight_grad = torch.matmul(up_grad.flatten(0, 1).t(), x_norm.flatten(0, 1))
+    up_weight_grad, _ = linear_parameter_grads(up_grad, x_norm, bias=None)
     return x_grad, LayerWeights(
         norm_weight=norm_grads[0],
         norm_bias=None if w.norm_bias is None else norm_grads[1],
