@@ -77,10 +77,15 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
 def add_ratios(records):
     """Add to each record the median over rounds of its time relative to the first record."""
     for record in records:
-        pairs = zip(record['seconds_per_image'], records[0]['seconds_per_image'])
-        record['time_ratio'] = statistics.median(own / other for own, other in pairs)
+        record['time_ratio'] = time_ratio(record, records[0])
         record['ratio_to'] = records[0]['model']
     return records
+
+
+def time_ratio(record, other):
+    """Median over rounds of the time of one record relative to another."""
+    pairs = zip(record['seconds_per_image'], other['seconds_per_image'])
+    return statistics.median(own / base for own, base in pairs)
 
 
 def saved_bytes(model, image, amp=None):

@@ -361,11 +361,12 @@ def models(context, arch, size):
 
 def model_rows(records, arch):
     """Rows of a table, each ViL beside the DeiT that runs in the same way, with the targets."""
+    from mmvil.apis.measure import time_ratio
+
     deits = {r['model'].partition('attention')[2]: r for r in records if 'DeiT' in r['model']}
     for record in records:
         deit = deits.get(record['model'].removeprefix(f'ViL-{arch}'), record)
-        pairs = zip(deit['seconds_per_image'], record['seconds_per_image'])
-        ratio = statistics.median(other / own for other, own in pairs)
+        ratio = 1 / time_ratio(record, deit)
         peak, size = record['peak_bytes'], record['size']
         row = {name: record[name] for name in ('model', 'size', 'batch', 'mode')}
         row['images/s'] = 1 / statistics.median(record['seconds_per_image'])
