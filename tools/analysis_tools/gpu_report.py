@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Lock, Timer
 
 import torch
+from mmengine.fileio import put
 
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import make_parser, parse_args, run
@@ -29,6 +30,8 @@ from mmvil.cli.main import make_parser, parse_args, run
 STAGES = Path(__file__).resolve().parents[1] / '.dev_scripts/gpu_stages.py'
 STATUS = {'passed': 0, 'failed': 1, 'wrong': 3}
 """Exit statuses of parts and of the report, the worst last."""
+ATOMIC = dict(backend='mmvil_atomic')
+"""``backend_args`` of mmengine for files that an interruption leaves whole."""
 
 
 def main():
@@ -70,8 +73,9 @@ def run_stage(stage, command, plan, out):
 
     def write():
         result['seconds'] = round(time.monotonic() - start)
-        replace(out / f'{stage["name"]}.json', json.dumps(result, indent=1) + '\n')
-        replace(out / 'report.md', report(plan, out))
+        text = json.dumps(result, indent=1) + '\n'
+        put(text.encode(), out / f'{stage["name"]}.json', ATOMIC)
+        put(report(plan, out).encode(), out / 'report.md', ATOMIC)
 
     def add(row):
         with lock:
@@ -127,13 +131,6 @@ def run_part(part, command, add, log):
 def read(out, stage):
     file = out / f'{stage["name"]}.json'
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def replace(file, text):
-    """Write a file that an interruption leaves whole."""
-    partial = file.with_suffix('.partial')
-    partial.write_text(text, encoding='utf-8')
-    partial.replace(file)
 
 
 def report(plan, out):
