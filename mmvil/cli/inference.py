@@ -38,11 +38,7 @@ def build_model(cfg, checkpoint, device='cpu'):
     model_cfg = {key: value for key, value in cfg.model.items() if key != 'train_cfg'}
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
-    misfits = (AssertionError, KeyError, TypeError)
-    with warnings.catch_warnings(), as_user_error('cannot build the model', misfits):
-        warnings.simplefilter('ignore')  # the libraries' own deprecations
-        model = revert_sync_batchnorm(MODELS.build(model_cfg))
-
+    model = revert_sync_batchnorm(build_untrained(model_cfg))
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     check_fit(model, loaded, checkpoint)
     model.load_state_dict(weights_of(loaded), strict=False)
@@ -56,6 +52,14 @@ def build_model(cfg, checkpoint, device='cpu'):
     meta = meta or {}
     model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
     return model.to(device).eval()
+
+
+def build_untrained(model_cfg):
+    """Build a model of the default scope."""
+    misfits = (AssertionError, KeyError, TypeError)
+    with warnings.catch_warnings(), as_user_error('cannot build the model', misfits):
+        warnings.simplefilter('ignore')  # the libraries' own deprecations
+        return MODELS.build(model_cfg)
 
 
 @no_grad()

@@ -8,14 +8,14 @@ Nothing is computed: the model runs on shapes alone, so any size takes seconds a
 """
 
 import json
-import warnings
 from pathlib import Path
 
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
+from mmvil.cli.inference import build_untrained
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
 NOTE = """\
@@ -30,12 +30,7 @@ convolutions only.
 def build_model(cfg):
     """Build the model of a config, with shapes but without weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the libraries' own deprecations
-            return MODELS.build(cfg.model).eval().to('meta')
-    except (AssertionError, KeyError, TypeError) as error:
-        raise UserError(f'cannot build the model: {error}') from error
+    return build_untrained(cfg.model).eval().to('meta')
 
 
 def make_flops_parser():
