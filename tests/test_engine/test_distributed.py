@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from mmvil.checkpoints.sharded import WEIGHTS, require_shards, save_shards
@@ -31,6 +30,7 @@ from mmvil.engine import (
     load_safely,
 )
 from mmvil.layers import DropPath
+from tests.street_images import labelled_image, write_image
 from tests.test_tools.tool_process import call_tool, call_tool_in_processes
 
 ROOT = Path(__file__).parents[2]
@@ -317,8 +317,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('distributed')
     rng = np.random.default_rng(0)
     for i in range(8):
-        labels = np.kron(rng.integers(1, 12, (3, 4)), np.ones((16, 16)))
-        image = labels[..., None] * 20 + rng.integers(0, 15, (48, 64, 3))
+        image, labels = labelled_image(rng, lowest=1)
         labels[: 40 * (i % 2)] = 0  # ignored
         write_image(folder / f'data/images/training/{i}.jpg', image)
         write_image(folder / f'data/annotations/training/{i}.png', labels)
@@ -333,11 +332,6 @@ def folder(tmp_path_factory):
     text = SHARDED.format(config=folder / 'classifier_fsdp.py')
     (folder / 'classifier_sharded.py').write_text(text)
     return folder
-
-
-def write_image(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
 
 
 @pytest.fixture(scope='module')

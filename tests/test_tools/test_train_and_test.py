@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from tool_process import call_tool
 
+from tests.street_images import write_image, write_segmentation_data
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / 'tools'
 
@@ -103,23 +105,12 @@ def losses(work_dir):
     return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
-def write_image(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
-
-
 @pytest.fixture(scope='module')
 def segmentor(tmp_path_factory):
     """A trained segmentor: its config, data and work dir."""
     pytest.importorskip('mmseg')
     folder = tmp_path_factory.mktemp('segmentor')
-    rng = np.random.default_rng(0)
-    for split, number in (('training', 4), ('validation', 2)):
-        for i in range(number):
-            labels = np.kron(rng.integers(0, 12, (3, 4)), np.ones((16, 16)))
-            image = labels[..., None] * 20 + rng.integers(0, 15, (48, 64, 3))
-            write_image(folder / f'data/images/{split}/{i}.jpg', image)
-            write_image(folder / f'data/annotations/{split}/{i}.png', labels)
+    write_segmentation_data(folder / 'data', training=4, validation=2)
     config = folder / 'tiny_segmentor.py'
     config.write_text(SEGMENTOR.format(configs=ROOT / 'configs', data=folder / 'data'))
     log = call_tool(TOOLS / 'train.py', config, '--work-dir', folder / 'work')

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from tool_process import call_tool
+
+from tests.street_images import write_image, write_segmentation_data
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools/train.py'
@@ -79,23 +80,12 @@ log_processor = dict(window_size=1)
 """
 
 
-def write_image(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
-
-
 @pytest.fixture(scope='module')
 def segmentor(tmp_path_factory):
     """Config of a segmentor that trains 6 iterations with everything random, and its data."""
     pytest.importorskip('mmseg')
     folder = tmp_path_factory.mktemp('segmentor')
-    rng = np.random.default_rng(0)
-    for split, number in (('training', 5), ('validation', 1)):
-        for i in range(number):
-            labels = np.kron(rng.integers(0, 12, (3, 4)), np.ones((16, 16)))
-            image = labels[..., None] * 20 + rng.integers(0, 15, (48, 64, 3))
-            write_image(folder / f'data/images/{split}/{i}.jpg', image)
-            write_image(folder / f'data/annotations/{split}/{i}.png', labels)
+    write_segmentation_data(folder / 'data', training=5, validation=1)
     return write_config(folder, iterations=6)
 
 
