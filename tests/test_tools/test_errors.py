@@ -116,7 +116,7 @@ def damage(kind, data):
         ('corrupt JPEG', 'cannot load'),
         slow('annotation of the wrong size', 'annotation has 16x32 pixels and the image 32x32'),
         slow('annotation of the wrong mode', '0.png: '),
-        slow('labels beyond num_classes', 'labels run from 11 to 11, but the data set has classes'),
+        slow('labels beyond num_classes', 'labels run from 11 to 11, but the dataset has classes'),
     ],
 )
 def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
