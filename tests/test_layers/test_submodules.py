@@ -250,6 +250,6 @@ def test_spawned_processes_compute_the_same():
     queue = context.Queue()
     process = context.Process(target=_run_in_process, args=(net, image, queue))
     process.start()
-    actual = torch.from_numpy(queue.get(timeout=120))
+    actual = torch.from_numpy(queue.get(timeout=600))
     process.join()
     torch.testing.assert_close(actual, net(image)[0])
