@@ -8,12 +8,13 @@ from .version import __version__, check_versions
 check_versions()
 
 from .apis import get_model, list_models, register_models, swap_backbone  # noqa: E402
-from .backbones import VisionLSTM  # noqa: E402
+from .backbones import MaskedVisionLSTM, VisionLSTM  # noqa: E402
 from .engine import IterationSeedHook, LayerDecayOptimWrapperConstructor  # noqa: E402
 
 __all__ = [
     'IterationSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'MaskedVisionLSTM',
     'VisionLSTM',
     '__version__',
     'get_model',

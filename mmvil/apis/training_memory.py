@@ -147,6 +147,9 @@ def random_batch(cfg, batch, device='cpu', size=None):
         return inputs, [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
     from mmpretrain.structures import DataSample
 
+    if cfg.model.type == 'SimMIM':
+        grid = [side // cfg.model.head.patch_size for side in size]
+        return inputs, [DataSample(mask=torch.ones(grid).to(device)) for _ in range(batch)]
     scores = torch.rand(batch, cfg.model.head.num_classes).softmax(1).to(device)
     return inputs, [DataSample().set_gt_score(score) for score in scores]
 

@@ -273,22 +273,7 @@ class VisionLSTM(BaseModule):
         Raises:
             ValueError: As :meth:`embed` does.
         """
-        image_size = x.shape[2:]
-        x, grid = self.embed(x)
-        outputs = []
-        for index, layer in enumerate(self.layers):
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(layer, x, grid, use_reentrant=False)
-            else:
-                x = layer(x, grid)
-            if index in self.out_indices:
-                outputs.append(self._format(x, grid, last=index == self.out_indices[-1]))
-        if self.pyramid is not None:
-            outputs = [
-                y[:, :, : (image_size[0] - 1) // stride + 1, : (image_size[1] - 1) // stride + 1]
-                for y, stride in zip(self.pyramid(outputs), self.pyramid_strides)
-            ]
-        return tuple(outputs)
+        return self.encode(*self.embed(x), x.shape[2:])
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed images: patches and positions.
@@ -304,7 +289,40 @@ class VisionLSTM(BaseModule):
                 one patch.
         """
         x, grid = self.patch_embed(x)
-        return x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2), grid
+        return self.add_positions(x, grid), grid
+
+    def add_positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Add the position embedding, resized to the token grid, to tokens (B, N, D)."""
+        return x + resize_pos_embed(self.pos_embed, grid).flatten(1, 2)
+
+    def encode(
+        self, x: Tensor, grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """Run the blocks on embedded tokens.
+
+        Args:
+            x (Tensor): Tokens with positions, shape (B, N, D), row-major.
+            grid (tuple[int, int]): Token grid.
+            image_size (tuple[int, int]): Height and width of the images, to which the maps of a
+                ``pyramid`` are cropped.
+
+        Returns:
+            tuple[Tensor]: As of :meth:`forward`.
+        """
+        outputs = []
+        for index, layer in enumerate(self.layers):
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(layer, x, grid, use_reentrant=False)
+            else:
+                x = layer(x, grid)
+            if index in self.out_indices:
+                outputs.append(self._format(x, grid, last=index == self.out_indices[-1]))
+        if self.pyramid is not None:
+            outputs = [
+                y[:, :, : (image_size[0] - 1) // stride + 1, : (image_size[1] - 1) // stride + 1]
+                for y, stride in zip(self.pyramid(outputs), self.pyramid_strides)
+            ]
+        return tuple(outputs)
 
     def _format(self, x: Tensor, grid: tuple[int, int], last: bool) -> Tensor:
         """Convert the tokens (B, N, D) after a block to ``out_type``; norms belong to the last

@@ -71,7 +71,7 @@ def check_backbone(cfg: Config) -> None:
     """Check that VisionLSTM knows the options that the config gives it."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
-        if str(node.get('type')).rpartition('.')[2] != 'VisionLSTM':
+        if not str(node.get('type')).endswith('VisionLSTM'):
             continue
         for key in set(node) - set(known) - {'type', '_scope_'}:
             close = difflib.get_close_matches(key, known, n=1)

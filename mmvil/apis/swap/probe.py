@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten
 
 # Heads that are called with the features and nothing that only their model knows.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
+# The algorithm of masked image modeling that reads maps of all patches from its backbone.
+MASKED_ALGORITHM = 'SimMIM'
 
 
 class BackboneProbe:
@@ -30,6 +32,7 @@ class BackboneProbe:
         widths (list[int]): Channels of each output.
         in_channels (int): Channels of the images.
         frozen (bool): Whether no parameter is trained.
+        masked (bool): Whether it is given a mask beside the images.
         pooled (bool): Whether the features are pooled, by the backbone or by the neck.
         to_pool (bool): Whether its single map is pooled in the end.
         read (set[int]): Indices of the outputs that are read.
@@ -50,7 +53,7 @@ class BackboneProbe:
     ) -> None:
         cfg = model.backbone
         self.size, self.name, self.in_channels = size, type_name(cfg), cfg.get('in_channels', 3)
-        self.frozen = False
+        self.frozen, self.masked = False, type_name(model) == MASKED_ALGORITHM
         if outputs is None:
             self.shapes = self._measure(cfg)
         else:
@@ -95,15 +98,20 @@ class BackboneProbe:
             ) from error
         parameters = inspect.signature(network.forward).parameters.values()
         others = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-        if others:
+        if others and not self.masked:
             raise ValueError(
                 f'{self.name}.forward takes {", ".join(others)} beside the images, as backbones of '
-                'masked image modeling do. VisionLSTM takes images only and cannot replace it.'
+                f'masked image modeling do. VisionLSTM can replace those of {MASKED_ALGORITHM} '
+                'alone, which reads maps of all patches; the others read a class token, or drop or '
+                'mix patches.'
             )
         self.frozen = not any(parameter.requires_grad for parameter in network.parameters())
         image = (2, self.in_channels, *self.size)
         try:
-            trained, tested = (_shapes(network, image, training) for training in (True, False))
+            trained, tested = (
+                _shapes(network, image, training, *[None] * len(others))
+                for training in (True, False)
+            )
         except Exception as error:
             raise ValueError(
                 f'Cannot run {self.name}, the backbone to be replaced, on images of shape {image} '
@@ -205,14 +213,14 @@ def _samples(feature: Tensor) -> list:
     return [BaseDataElement(metainfo=meta) for _ in feature]
 
 
-def _shapes(network: nn.Module, image: tuple, training: bool) -> list:
-    """Shapes of a network's outputs for images of a shape."""
+def _shapes(network: nn.Module, image: tuple, training: bool, *others) -> list:
+    """Shapes of a network's outputs for images of a shape, and its other inputs."""
     network.train(training)
     with torch.no_grad():
         try:
-            features = network(torch.zeros(image, device='meta'))
+            features = network(torch.zeros(image, device='meta'), *others)
         except (NotImplementedError, RuntimeError):  # some operators need values
-            features = network.to_empty(device='cpu')(torch.zeros(image))
+            features = network.to_empty(device='cpu')(torch.zeros(image), *others)
     return _shape_of(features if isinstance(features, (list, tuple)) else [features])
 
 

@@ -5,10 +5,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from torch import Tensor
 
-from ...backbones import VisionLSTM
+from ...backbones import MaskedVisionLSTM, VisionLSTM
+from ...engine.config_nodes import dicts
 from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers, type_name
 
 # Names of the width of a module's input in configs.
@@ -57,6 +58,38 @@ def rewire(
     except RewireError as error:
         raise ValueError(f'VisionLSTM cannot replace {old.name} here: {error}.') from error
     return new, [*notes, _describe(old, new.backbone)]
+
+
+def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
+    """Connect ViL with mmpretrain's SimMIM, in place: with its decoder, head and masks, which count
+    in patches.
+
+    Args:
+        cfg (Config): Config of the training.
+        old (BackboneProbe): Its backbone.
+        backbone (dict): Config of ViL.
+
+    Returns:
+        list[str]: The changes.
+    """
+    cfg.model.backbone = ConfigDict({**backbone, 'type': 'mmvil.MaskedVisionLSTM'})
+    network = _build_vil(backbone, MaskedVisionLSTM)
+    model, patch = cfg.model, network.patch_size
+    settings = [
+        (model.neck, 'in_channels', network.embed_dims),
+        (model.neck, 'encoder_stride', patch),
+        (model.head, 'patch_size', patch),
+        *(
+            (step, 'model_patch_size', patch)
+            for step in dicts(cfg.get('train_dataloader'))
+            if type_name(step) == 'SimMIMMaskGenerator'
+        ),
+    ]
+    notes = [_describe(old, backbone)]
+    for node, key, value in settings:
+        notes.append(f'{type_name(node)}.{key}: {node[key]} -> {value}')
+        node[key] = value
+    return notes
 
 
 def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
@@ -174,12 +207,17 @@ def _describe(old: BackboneProbe, backbone: dict) -> str:
 
 def _run_vil(backbone: dict, size: tuple[int, int]) -> list[Tensor]:
     """ViL's features, on shapes alone."""
+    network = _build_vil(backbone).eval()
+    with torch.device('meta'), torch.no_grad():
+        features = network(torch.zeros(2, network.in_channels, *size))
+    return [feature.detach().requires_grad_() for feature in features]
+
+
+def _build_vil(backbone: dict, cls: type[VisionLSTM] = VisionLSTM) -> VisionLSTM:
+    """ViL of a config, with shapes but without weights."""
     options = {key: value for key, value in backbone.items() if key not in ('type', 'init_cfg')}
     with torch.device('meta'):
-        network = VisionLSTM(**options).eval()
-        with torch.no_grad():
-            features = network(torch.zeros(2, network.in_channels, *size))
-    return [feature.detach().requires_grad_() for feature in features]
+        return cls(**options)
 
 
 def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> None:

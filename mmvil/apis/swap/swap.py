@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from ...engine.config_nodes import dicts
 from .probe import BackboneProbe, type_name
 from .recipe import drop_old_weights, replace_constructor, use_recipe
-from .rewire import count_blocks, rewire
+from .rewire import count_blocks, rewire, rewire_simmim
 
 
 def swap_backbone(
@@ -31,7 +31,8 @@ def swap_backbone(
     trained. ``in_channels`` of the necks and heads that read them becomes ViL's width. Where a head
     expects more than its config says, ViL's maps are projected to the old widths instead
     (``pyramid.out_channels``). Either way necks and heads are run on the new features, on shapes
-    alone.
+    alone. SimMIM gets :class:`mmvil.MaskedVisionLSTM`; its masks, decoder and head are set to
+    ViL's patches.
 
     Data, crop size, losses, batch size and schedule stay. Weights and a blanket initialization of
     the old network are dropped. An optimizer constructor that knows the old backbone's layers is
@@ -86,7 +87,11 @@ def swap_backbone(
             backbone['frozen_stages'] = count_blocks(arch)
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
-        cfg.model, changes = rewire(model, old, {**backbone, **options}, keep_channels)
+        backbone.update(options)
+        if old.masked:
+            changes = rewire_simmim(cfg, old, backbone)
+        else:
+            cfg.model, changes = rewire(model, old, backbone, keep_channels)
     notes += changes + replace_constructor(cfg)
     if optim:
         notes += use_recipe(cfg)
