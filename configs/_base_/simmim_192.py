@@ -64,7 +64,7 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(
         type='LinearLR',
-        start_factor=1e-6,
+        start_factor=5e-3,
         by_epoch=True,
         begin=0,
         end=10,
@@ -72,7 +72,7 @@ param_scheduler = [
     ),
     dict(
         type='CosineAnnealingLR',
-        eta_min=1e-6,
+        eta_min_ratio=0.05,
         by_epoch=True,
         begin=10,
         end=100,

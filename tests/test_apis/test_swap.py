@@ -18,6 +18,7 @@ from mmvil.apis.swap.rewire import choose_out_indices
 from tests.conftest import ROOT
 
 TINY = dict(embed_dims=32, depth=10)
+SIMMIM = 'mmpretrain/simmim/simmim_swin-base-w6_8xb256-amp-coslr-100e_in1k-192px.py'
 PSPNET = 'mmseg/pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py'
 UPERNET = 'mmseg/upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
 RESNET = 'mmpretrain/resnet/resnet50_8xb32_in1k.py'
@@ -60,6 +61,7 @@ def matrix():
         'mmseg/segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
         RESNET,
         'mmpretrain/simsiam/simsiam_resnet50_8xb32-coslr-100e_in1k.py',
+        SIMMIM,
     ],
     ids=lambda name: Path(name).stem,
 )
@@ -228,6 +230,27 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
     torch.testing.assert_close(bias, torch.linspace(3, 6, len(bias)))
 
 
+@pytest.mark.parametrize('patch', [16, 8])
+def test_swap_fits_simmim_to_the_patches_of_vil(patch):
+    options = {} if patch == 16 else dict(patch_size=patch)
+    old = load(SIMMIM)
+    cfg = swap_backbone(old, 'vil-t', checkpoint='vil.th', **options)
+    assert cfg.model.backbone == dict(
+        type='mmvil.MaskedVisionLSTM',
+        arch='t',
+        img_size=192,
+        init_cfg=dict(type='Pretrained', checkpoint='vil.th'),
+        **options,
+    )
+    assert (cfg.model.neck.in_channels, cfg.model.neck.encoder_stride) == (192, patch)
+    assert cfg.model.head.patch_size == patch and cfg.model.head.loss == old.model.head.loss
+    transforms = cfg.train_dataloader.dataset.pipeline
+    (masks,) = [step for step in transforms if step.type == 'SimMIMMaskGenerator']
+    assert masks.model_patch_size == patch and masks.mask_patch_size == 32
+    assert old.model.neck.encoder_stride == 32
+    assert cfg.optim_wrapper == old.optim_wrapper
+
+
 @pytest.mark.parametrize(
     'name, reason',
     [
@@ -236,6 +259,7 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
         ('mmseg/bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py', 'whole network'),
         ('mmseg/san/san-vit-b16_voc12aug-640x640.py', 'no model.backbone'),
         ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask beside'),
+        ('mmpretrain/beit/beit_beit-base-p16_8xb256-amp-coslr-300e_in1k.py', 'a class token'),
         ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads output'),
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),
     ],

@@ -46,6 +46,8 @@ def build_model(cfg):
 
 def make_batch(cfg):
     """Two images with labels, as the data loader gives them."""
+    if cfg.model.type == 'SimMIM':
+        return make_masked_batch(cfg.model.head.patch_size)
     images = [torch.randint(256, (3, *SIZE), dtype=torch.uint8) for _ in range(2)]
     samples = []
     for _ in images:
@@ -59,6 +61,14 @@ def make_batch(cfg):
 
             samples.append(DataSample().set_gt_label(7))
     return dict(inputs=images, data_samples=samples)
+
+
+def make_masked_batch(patch):
+    """Two images with masks, as the data loader gives them."""
+    from mmpretrain.structures import DataSample
+
+    images = torch.randint(256, (2, 3, 4 * patch, 6 * patch), dtype=torch.uint8)
+    return dict(inputs=images, data_samples=[DataSample(mask=torch.eye(4, 6)) for _ in images])
 
 
 @pytest.fixture(autouse=True)

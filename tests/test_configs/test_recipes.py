@@ -266,3 +266,28 @@ def test_camvid_networks_are_compared_under_equal_conditions():
     for key in ('channels', 'num_classes', 'loss_decode', 'norm_cfg'):
         assert vil.model.decode_head[key] == resnet.model.decode_head[key]
     assert len(vil.val_dataloader.dataset.metainfo.classes) == vil.model.decode_head.num_classes
+
+
+@pytest.mark.parametrize(
+    'size, arch, width', [('t', 'tiny', 192), ('s', 'small', 384), ('b', 'base', 768)]
+)
+def test_simmim_recipe_is_as_published(size, arch, width):
+    cfg = load(f'simmim_vil_{size}_pretrain192')
+    model = cfg.model
+    assert (model.data_preprocessor.mean, model.data_preprocessor.std) == (MEAN, STD)
+    assert (model.backbone.arch, model.backbone.img_size) == (arch, 192)
+    assert (model.neck.in_channels, model.neck.encoder_stride) == (width, 16)
+    assert (model.head.patch_size, model.head.loss.criterion) == (16, 'L1')
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    assert step(pipeline, 'RandomResizedCrop') == dict(scale=192, crop_ratio_range=(0.67, 1.0))
+    assert step(pipeline, 'SimMIMMaskGenerator') == dict(
+        input_size=192, mask_patch_size=32, model_patch_size=16, mask_ratio=0.6
+    )
+    custom_keys = {**NO_DECAY['custom_keys'], 'mask_token': dict(decay_mult=0.0)}
+    assert_adamw(cfg.optim_wrapper, 8e-4, dict(flat_decay_mult=0.0, custom_keys=custom_keys))
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=5.0)
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.begin, warm_up.end, cosine.begin, cosine.end) == (0, 10, 10, 100)
+    assert (warm_up.start_factor, cosine.eta_min_ratio) == (0.005, 0.05)  # of 2e-4
+    assert cfg.train_cfg.max_epochs == 100
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 2048

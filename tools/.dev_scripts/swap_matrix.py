@@ -227,6 +227,8 @@ def make_batch(cfg, side):
         views = multiview[0]['num_views']
         views = sum(views) if isinstance(views, (list, tuple)) else views
         images = [torch.stack(images) for _ in range(views)]
+    elif cfg.model.type == 'SimMIM':
+        images = torch.stack(images)
     return dict(inputs=images, data_samples=samples)
 
 
