@@ -148,8 +148,8 @@ def random_batch(cfg, batch, device='cpu', size=None):
     from mmpretrain.structures import DataSample
 
     if cfg.model.type == 'SimMIM':
-        grid = [side // cfg.model.head.patch_size for side in size]
-        return inputs, [DataSample(mask=torch.ones(grid).to(device)) for _ in range(batch)]
+        mask = torch.ones([side // cfg.model.head.patch_size for side in size]).to(device)
+        return inputs, [DataSample(mask=mask) for _ in range(batch)]
     scores = torch.rand(batch, cfg.model.head.num_classes).softmax(1).to(device)
     return inputs, [DataSample().set_gt_score(score) for score in scores]
 

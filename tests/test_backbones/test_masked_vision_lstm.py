@@ -71,8 +71,9 @@ def test_every_parameter_gets_a_gradient_from_visible_and_from_masked_patches(ne
     ],
 )
 def test_masked_rejects_a_mask_that_does_not_fit(network, size, shape):
-    with pytest.raises(ValueError, match=rf'patch of 16 x 16 .* {size[0]} x {size[1]}.*model_patch'):
-        network(torch.zeros(2, 3, *size), torch.ones(shape))
+    height, width = size
+    with pytest.raises(ValueError, match=f'16 x 16 .* {height} x {width}.*model_patch_size'):
+        network(torch.zeros(2, 3, height, width), torch.ones(shape))
 
 
 def test_masked_rejects_overlapping_patches():

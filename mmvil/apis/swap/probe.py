@@ -101,9 +101,8 @@ class BackboneProbe:
         if others and not self.masked:
             raise ValueError(
                 f'{self.name}.forward takes {", ".join(others)} beside the images, as backbones of '
-                f'masked image modeling do. VisionLSTM can replace those of {MASKED_ALGORITHM} '
-                'alone, which reads maps of all patches; the others read a class token, or drop or '
-                'mix patches.'
+                f'masked image modeling do. VisionLSTM fits {MASKED_ALGORITHM} alone, which reads '
+                'maps of all patches; other algorithms read a class token, or drop or mix patches.'
             )
         self.frozen = not any(parameter.requires_grad for parameter in network.parameters())
         image = (2, self.in_channels, *self.size)
