@@ -1,6 +1,5 @@
-# ViL-T pre-trained on unlabelled images by SimMIM at 192x192: 60% of the 32x32 squares of an image
-# are masked, and a linear layer predicts their pixels. Its recipe of 100 epochs, batch 2048, in
-# bfloat16 as our other recipes.
+# SimMIM pre-training of ViL-T on unlabelled images at 192x192: 60% of each image is masked in
+# squares of 32x32, and a linear layer predicts its pixels. 100 epochs, batch 2048, bfloat16.
 _base_ = './cls_runtime.py'
 
 model = dict(
@@ -20,7 +19,7 @@ model = dict(
     ),
 )
 
-# A folder of images of any kind, and its subfolders.
+# A folder of images with any subfolders.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=192, crop_ratio_range=(0.67, 1.0)),

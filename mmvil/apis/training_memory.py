@@ -133,7 +133,7 @@ def train_step(model, cfg, batch, device='cpu', size=None):
 
 
 def random_batch(cfg, batch, device='cpu', size=None):
-    """Make normalized images (B, C, H, W) of the training size, and data samples with labels."""
+    """Make normalized images (B, C, H, W) of the training size, and their labels or masks."""
     size = size or training_size(cfg)
     channels = cfg.model.backbone.get('in_channels', 3)
     inputs = torch.randn(batch, channels, *size).to(device)

@@ -14,21 +14,18 @@ from .vision_lstm import VisionLSTM
 
 @MODELS.register_module()
 class MaskedVisionLSTM(VisionLSTM):
-    """Vision-LSTM that reads a learned token in place of each masked patch.
+    """Vision-LSTM with a learned token in place of each masked patch: the backbone of mmpretrain's
+    ``SimMIM``.
 
-    The backbone of mmpretrain's ``SimMIM``. No patch is dropped: the tokens keep the grid that the
-    2D convolution of version 2 and the reading order need.
-
-    The parameters are those of :class:`VisionLSTM` and ``mask_token`` (1, 1, D), which is not used
-    after pre-training.
+    Its parameters are those of :class:`VisionLSTM` and ``mask_token`` (1, 1, D), which is used in
+    pre-training only.
 
     Args:
         *args: See :class:`VisionLSTM`.
-        **kwargs: See :class:`VisionLSTM`. Patches must not overlap.
+        **kwargs: See :class:`VisionLSTM`; patches must not overlap.
 
     Raises:
-        ValueError: As :class:`VisionLSTM` does, and if patches overlap, whose neighbors would
-            reveal masked pixels.
+        ValueError: As :class:`VisionLSTM` does, and if patches overlap.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -251,6 +251,11 @@ def test_swap_fits_simmim_to_the_patches_of_vil(patch):
     assert cfg.optim_wrapper == old.optim_wrapper
 
 
+def test_swap_cannot_keep_the_channels_of_simmim():
+    with pytest.raises(ValueError, match='leave keep_channels out'):
+        swap_backbone(load(SIMMIM), TINY, keep_channels=True)
+
+
 @pytest.mark.parametrize(
     'name, reason',
     [

@@ -249,8 +249,7 @@ def cls_sample(model, side):
     sample = DataSample().set_gt_label(1)
     head = model.get('head')
     if model.type == 'SimMIM':
-        grid = (side // head.patch_size,) * 2
-        sample.mask = torch.eye(*grid, dtype=torch.long)
+        sample.mask = torch.eye(side // head.patch_size)
     if type_names(head).startswith(('MultiLabel', 'CSRA')):
         sample.set_gt_score(torch.eye(head.num_classes)[1])
     return sample

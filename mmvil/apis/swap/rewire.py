@@ -61,8 +61,7 @@ def rewire(
 
 
 def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
-    """Connect ViL with mmpretrain's SimMIM, in place: with its decoder, head and masks, which count
-    in patches.
+    """Connect ViL with mmpretrain's SimMIM in place: set decoder, head and masks to ViL's patches.
 
     Args:
         cfg (Config): Config of the training.
@@ -72,19 +71,16 @@ def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
     Returns:
         list[str]: The changes.
     """
-    cfg.model.backbone = ConfigDict({**backbone, 'type': 'mmvil.MaskedVisionLSTM'})
-    network = _build_vil(backbone, MaskedVisionLSTM)
-    model, patch = cfg.model, network.patch_size
+    model, network = cfg.model, _build_vil(backbone, MaskedVisionLSTM)
+    model.backbone = ConfigDict({**backbone, 'type': 'mmvil.MaskedVisionLSTM'})
     settings = [
         (model.neck, 'in_channels', network.embed_dims),
-        (model.neck, 'encoder_stride', patch),
-        (model.head, 'patch_size', patch),
-        *(
-            (step, 'model_patch_size', patch)
-            for step in dicts(cfg.get('train_dataloader'))
-            if type_name(step) == 'SimMIMMaskGenerator'
-        ),
+        (model.neck, 'encoder_stride', network.patch_size),
+        (model.head, 'patch_size', network.patch_size),
     ]
+    for step in dicts(cfg.get('train_dataloader')):
+        if type_name(step) == 'SimMIMMaskGenerator':
+            settings.append((step, 'model_patch_size', network.patch_size))
     notes = [_describe(old, backbone)]
     for node, key, value in settings:
         notes.append(f'{type_name(node)}.{key}: {node[key]} -> {value}')

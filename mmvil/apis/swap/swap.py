@@ -88,6 +88,8 @@ def swap_backbone(
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
         backbone.update(options)
+        if old.masked and keep_channels:
+            raise ValueError('SimMIM has to fit the patches of ViL: leave keep_channels out.')
         if old.masked:
             changes = rewire_simmim(cfg, old, backbone)
         else:
