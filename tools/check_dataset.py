@@ -73,10 +73,11 @@ def distinct_datasets(cfg, splits):
 
 
 def print_problems(problems):
-    """Print the kinds of problems, and the first files of each kind."""
+    """Print the kinds of problems, and the first files of each kind with their values, if any."""
     kinds = defaultdict(list)
     for what, file in problems:
-        kinds[what].append(file)
+        kind, _, values = what.partition(': [')
+        kinds[kind].append(f'{file}: [{values}' if values else file)
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
         for file in files[:5]:

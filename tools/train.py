@@ -4,6 +4,8 @@
 python tools/train.py configs/upernet_vil_t_ade20k.py
 """
 
+from importlib.util import find_spec
+
 from mmengine.device import get_device
 
 from mmvil.cli.config import read_runner_config
@@ -11,6 +13,9 @@ from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import build_runner, check_training, loading_hook
 from mmvil.cli.work_dir import choose_checkpoint, lock_work_dir, save_atomically
+
+# Backends of mmengine's visualizer, by the package that they need.
+LOGGERS = dict(tensorboard='TensorboardVisBackend', wandb='WandbVisBackend')
 
 
 def main():
@@ -43,6 +48,8 @@ def make_train_parser():
     add('--amp', action='store_true', help=f'{amp}; slow on a CPU')
     types = ['float32', 'float16', 'bfloat16']
     add('--precision', choices=types, help="train in this precision instead of the config's")
+    for package in LOGGERS:
+        add(f'--{package}', action='store_true', help=f'log to {package}, too')
     add('--no-validate', action='store_true', help='do not evaluate during training')
     scale = "scale the learning rate by the batch size over all processes / the config's"
     add('--auto-scale-lr', action='store_true', help=scale)
@@ -56,6 +63,8 @@ def read_config(args):
     if args.backbone is None and (args.checkpoint or args.backbone_optim):
         raise UserError('--checkpoint and --backbone-optim need --backbone')
     cfg = read_runner_config(args, checkpoint=args.checkpoint, optim=args.backbone_optim)
+    for package in filter(vars(args).get, LOGGERS):
+        log_to(cfg, package)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.no_persistent_workers:
@@ -82,6 +91,17 @@ def read_config(args):
             )
         cfg.auto_scale_lr.enable = True
     return cfg
+
+
+def log_to(cfg, package):
+    """Let the visualizer of a config log to a package, too."""
+    if find_spec(package) is None:
+        raise UserError(f'--{package} needs the package: pip install {package}')
+    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
+    backends = [dict(type='LocalVisBackend'), dict(type=LOGGERS[package])]
+    known = visualizer.get('vis_backends') or []
+    types = [backend.type for backend in known]
+    visualizer.vis_backends = known + [each for each in backends if each['type'] not in types]
 
 
 if __name__ == '__main__':

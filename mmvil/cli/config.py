@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS
 from ..apis import swap_backbone
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error, one_line
+from .own_data import describe_own_data
 
 
 def configs_of(library: str) -> Path:
@@ -85,11 +86,14 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
 
 
 def set_data_root(cfg: Config, data_root: str | None) -> None:
-    """Let all datasets of a config read from a folder, unless it is None."""
+    """Let all datasets of a config read from a folder, unless it is None, and describe a dataset of
+    the user's own there: see :func:`mmvil.cli.own_data.describe_own_data`.
+    """
     if data_root is not None:
         for loader in loaders(cfg):
             for dataset in innermost_datasets(loader.dataset):
                 dataset.data_root = data_root
+    describe_own_data(cfg)
 
 
 def build_lazily(dataset_cfg: dict, scope: str | None):

@@ -23,6 +23,11 @@ from .preflight import stems_of_images_and_annotations
 
 Problem = tuple[str, str]
 
+BINARY_MASKS = (
+    'annotations have only the labels 0 and 255, and 255 is ignored; where it is a class, declare '
+    'values: [0, 255] in classes.yaml (docs/own_data.md)'
+)
+
 
 def check_dataset(
     dataset_cfg: dict, cfg: Config, jobs: int = 1
@@ -48,6 +53,7 @@ def check_dataset(
         classes=len(classes),
         ignore=getattr(dataset, 'ignore_index', 255),
         load=_special_loader(pipeline),
+        to_labels=_label_mapping(pipeline),
     )
     count = len(samples)
     results = track_progress_rich(check, samples, count, jobs, chunksize=8, description='images')
@@ -61,15 +67,21 @@ def check_dataset(
     problems += _channel_misfits(sound, pipeline, cfg)
     problems += _class_misfits(classes, cfg)
     counts = [counts for _, counts, _ in results if counts is not None]
-    return count, classes, problems, np.stack(counts) if counts and classes else None
+    if not counts or not classes:
+        return count, classes, problems, None
+    counts, ignored = np.split(np.stack(counts), [len(classes)], axis=1)
+    if ignored.any() and not counts[:, 1:].any():
+        problems.append((BINARY_MASKS, dataset.data_prefix['seg_map_path']))
+    return count, classes, problems, counts
 
 
 # -- One sample; a ValueError says what is wrong with a file ---------------------------------------
 
 
-def _check_sample(sample, classes, ignore, load):
-    """Problems of an image and its label or annotation; pixels per class or None; number of
-    channels if ``load`` reads the image rather than Pillow, which is faster and stricter.
+def _check_sample(sample, classes, ignore, load, to_labels):
+    """Problems of an image and its label or annotation; pixels per class, then those of label 255,
+    or None; number of channels if ``load`` reads the image rather than Pillow, which is faster and
+    stricter.
     """
     problems, size, counts, channels = [], None, None, None
     path, annotation, label = map(sample.get, ('img_path', 'seg_map_path', 'gt_label'))
@@ -79,7 +91,8 @@ def _check_sample(sample, classes, ignore, load):
         problems.append((f'image {error}', path))
     if annotation is not None:
         try:
-            counts = _count(_read_annotation(annotation, size), sample, classes, ignore)
+            labels = _read_annotation(annotation, size, to_labels)
+            counts = _count(labels, sample, classes, ignore)
         except ValueError as error:
             problems.append((f'annotation {error}', annotation))
     elif label is not None:
@@ -87,7 +100,7 @@ def _check_sample(sample, classes, ignore, load):
         if classes and not 0 <= label.min() <= label.max() < classes:
             problems.append((f'label beyond the {classes} classes', path))
         else:
-            counts = np.bincount(label, minlength=classes)
+            counts = np.bincount(label, minlength=classes + 1)
     return problems, counts, channels
 
 
@@ -101,6 +114,13 @@ def _special_loader(pipeline):
         for step in steps
     )
     return None if is_usual else build_pipeline(steps)
+
+
+def _label_mapping(pipeline):
+    """The method by which a pipeline maps the pixels of annotations to labels, or None."""
+    steps = [step for step in pipeline if loads(step, 'annotation')]
+    transforms = build_pipeline(steps).transforms
+    return next((step.to_labels for step in transforms if hasattr(step, 'to_labels')), None)
 
 
 def _read_size(sample, load):
@@ -146,21 +166,29 @@ def _opened(path):
             raise ValueError(cut) from error
 
 
-def _read_annotation(path, image_size):
+def _read_annotation(path, image_size, to_labels):
     """Labels of the pixels, (H, W) int64."""
     with _opened(path) as file:
-        if file.mode not in ('L', 'P', '1', 'I', 'I;16'):
-            raise ValueError(f'has colors (mode {file.mode}), not one label per pixel')
+        if to_labels is None and file.mode not in ('L', 'P', '1', 'I', 'I;16'):
+            raise ValueError(
+                f'has colors (mode {file.mode}), not one label per pixel; declare the colors of '
+                'the classes (docs/own_data.md)'
+            )
         labels = np.asarray(file)
         if image_size not in (None, file.size):
             raise ValueError('has another size than its image')
-    if labels.max() > 255:
-        raise ValueError('has labels beyond 255, which the loading cuts off')
+    if to_labels is not None:
+        labels = to_labels(labels)
+    elif labels.max() > 255:
+        raise ValueError(
+            'has labels beyond 255, which the loading cuts off; declare the values of the classes '
+            '(docs/own_data.md)'
+        )
     return labels.astype(np.int64)
 
 
 def _count(labels, sample, classes, ignore):
-    """Pixels per class, after the mapping that the loading applies to labels."""
+    """Pixels per class, after the mapping that the loading applies to labels, then of label 255."""
     shift = 1 if sample.get('reduce_zero_label') else 0
     label_map = sample.get('label_map') or {}
     pixels = np.bincount(labels.ravel(), minlength=256)
@@ -177,7 +205,7 @@ def _count(labels, sample, classes, ignore):
     if unknown:
         less = ' less 1 (reduce_zero_label)' if shift else ''
         raise ValueError(f'has labels that{less} are none of the {classes} classes: {unknown}')
-    return counts[: classes or None]
+    return np.append(counts[:classes], pixels[255])
 
 
 # -- The model -------------------------------------------------------------------------------------

@@ -121,9 +121,10 @@ def check_folders(cfg: Config, *names: str) -> list:
 
 def _check_folder(folder: str | None, loader: str) -> None:
     if folder and '://' not in folder and not os.path.isdir(folder):
+        without = ' To train without validation: --no-validate.' if loader[:3] == 'val' else ''
         raise UserError(
             f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '
-            'link the data there, or name its folder by --data-root.'
+            f'link the data there, or name its folder by --data-root.{without}'
         )
 
 

@@ -61,10 +61,12 @@ def test_check_dataset_finds_each_kind_of_bad_file(camvid):
         f'{images}/2.jpg: image damaged: no image format is recognized',
         f'{maps}/3.png: annotation missing',
         f'{maps}/10.png: annotation has another size than its image',
-        f'{maps}/11.png: annotation has colors (mode RGB), not one label per pixel',
+        f'{maps}/11.png: annotation has colors (mode RGB), not one label per pixel; declare '
+        'the colors of the classes (docs/own_data.md)',
         f'{maps}/12.png: annotation has labels that less 1 (reduce_zero_label) are none of the 11 '
         'classes: [12]',
-        f'{maps}/14.png: annotation has labels beyond 255, which the loading cuts off',
+        f'{maps}/14.png: annotation has labels beyond 255, which the loading cuts off; declare the '
+        'values of the classes (docs/own_data.md)',
         f'{maps}/alone.png: annotation without an image',
     }
     assert '9 problems' in said and str(cut) in said

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import matplotlib
 
-from mmvil.cli.inference import ImageReader
+from mmvil.cli.inference import ImageReader, build_pipeline, loads
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 from mmseg.apis import inference_model, init_model
-from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS
 
 IGNORED = 255
@@ -35,10 +34,12 @@ def draw(model, samples, out):
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     reader = ImageReader(model.cfg)
+    steps = model.cfg.test_dataloader.dataset.pipeline
+    load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
     columns, shown = [], set()
     for sample in samples:
         image = reader.picture(reader.load(sample['img_path'])['img'])
-        truth = LoadAnnotations()(sample)['gt_seg_map']
+        truth = load_truth(sample)['gt_seg_map']
         prediction = inference_model(model, sample['img_path']).pred_sem_seg.data[0].cpu().numpy()
         columns.append([image, overlay(image, truth, palette), overlay(image, prediction, palette)])
         shown |= set(np.unique(truth)) | set(np.unique(prediction))

@@ -1,0 +1,123 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""Annotations whose pixels are not the indices of classes. Configs name this by its dotted path;
+mmvil does not import it, because importing mmseg is slow.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine.fileio import get
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+IGNORED, UNKNOWN = 255, 254
+
+
+@TRANSFORMS.register_module()
+class LoadMappedAnnotations(LoadAnnotations):
+    """Load annotations of any values or colors, and map these to the indices of classes.
+
+    mmsegmentation's ``LoadAnnotations`` takes the pixels for indices of classes and keeps the low 8
+    bits: the foreground of a 0/255 mask becomes the ignored label, an RGB mask three label maps.
+
+    Args:
+        values (Sequence[int | Sequence[int]], optional): The value of each class, or several, in
+            annotations of one channel, of 8 or 16 bits, with or without a palette. Default: None,
+            for the indices of the classes.
+        colors (Sequence[Sequence[int]], optional): The RGB color of each class, in annotations of
+            three channels or four. Default: None.
+        ignore (Sequence[int | Sequence[int]]): Values and RGB colors of pixels without a label.
+            So is the value 255, unless it is that of a class.
+        **kwargs: Further arguments of ``mmseg.LoadAnnotations``.
+
+    Raises:
+        ValueError: If a value or color stands for two classes.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[int | Sequence[int]] | None = None,
+        colors: Sequence[Sequence[int]] | None = None,
+        ignore: Sequence[int | Sequence[int]] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        ignored_values = {value for value in ignore if isinstance(value, int)}
+        ignored_colors = {_pack(np.array(color)) for color in ignore if not isinstance(color, int)}
+        if values is None:
+            values = [[] if value in ignored_values else value for value in range(UNKNOWN)]
+        values = [[value] if isinstance(value, int) else value for value in values]
+        if not any(IGNORED in group for group in values):
+            ignored_values.add(IGNORED)
+        self.values = _table(2**16, values, ignored_values)
+        self.colors = None
+        if colors is not None:
+            codes = [[_pack(np.array(color))] for color in colors]
+            self.colors = _table(2**24, codes, ignored_colors)
+
+    def to_labels(self, mask: np.ndarray) -> np.ndarray:
+        """Map values (H, W) or colors (H, W, C) in RGB or RGBA to labels, (H, W) uint8.
+
+        Raises:
+            ValueError: If a value or color belongs to no class.
+        """
+        is_colored = mask.ndim == 3 and mask.shape[2] >= 3
+        if is_colored and self.colors is None:
+            raise ValueError('has colors, but no colors of classes are declared')
+        gray = mask if mask.ndim == 2 else mask[..., 0]  # a second channel is opacity
+        codes = _pack(mask) if is_colored else gray.astype(np.int32)
+        table = self.colors if is_colored else self.values
+        labels = table[np.clip(codes, -1, len(table) - 1)]  # the last entry is UNKNOWN
+        if (labels == UNKNOWN).any():
+            found = np.unique(codes[labels == UNKNOWN])
+            first = found[:5].tolist()
+            if is_colored:
+                first = [(code >> 16, code >> 8 & 255, code & 255) for code in first]
+            kind = 'colors' if is_colored else 'values'
+            more = ', …' if len(found) > 5 else ''
+            raise ValueError(f'has {kind} of no class: [{", ".join(map(str, first))}{more}]')
+        return labels
+
+    def _load_seg_map(self, results: dict) -> None:
+        # mmseg's inference drops LoadAnnotations by name before it calls a pipeline without labels.
+        if 'seg_map_path' not in results:
+            return
+        if self.reduce_zero_label or results.get('reduce_zero_label') or results.get('label_map'):
+            raise ValueError(
+                'LoadMappedAnnotations maps labels itself: instead of reduce_zero_label or other '
+                'classes of the dataset, use its options values and ignore'
+            )
+        path = results['seg_map_path']
+        content = get(path, backend_args=self.backend_args)
+        mask = mmcv.imfrombytes(content, flag='unchanged', backend=self.imdecode_backend)
+        if mask.ndim == 3 and mask.shape[2] >= 3:
+            mask = mask[..., 2::-1]  # BGR(A)
+        try:
+            results['gt_seg_map'] = self.to_labels(mask)
+        except ValueError as error:
+            raise ValueError(f'the annotation {path} {error}') from None
+        results['seg_fields'].append('gt_seg_map')
+
+
+def _pack(colors: np.ndarray) -> np.ndarray:
+    """One number for each RGB color (..., 3)."""
+    red, green, blue = np.moveaxis(colors[..., :3].astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+def _table(size: int, codes: Sequence[Sequence[int]], ignored: set[int]) -> np.ndarray:
+    """Label by code, (size + 1,) uint8, of the codes of each class."""
+    if len(codes) > UNKNOWN:
+        raise ValueError(f'there may be {UNKNOWN} classes, but {len(codes)} are declared')
+    table = np.full(size + 1, UNKNOWN, np.uint8)
+    for label, group in [*enumerate(codes), (IGNORED, ignored)]:
+        for code in group:
+            if not 0 <= code < size:
+                raise ValueError(f'values must be 0 to {size - 1}, but one is {code}')
+            if table[code] not in (UNKNOWN, label):
+                both = f'{table[code]} and {label}'
+                raise ValueError(f'a value or color stands for two labels, {both} (255: ignored)')
+            table[code] = label
+    return table

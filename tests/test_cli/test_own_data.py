@@ -1,0 +1,209 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+"""What the tools write into a config about a user's own data."""
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+
+from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.errors import UserError
+from mmvil.cli.own_data import read_classes
+from mmvil.engine.config_nodes import dicts
+from tests.conftest import ROOT
+
+SEGMENTOR, CLASSIFIER = (
+    str(ROOT / f'configs/{name}.py') for name in ('upernet_vil_t_own', 'vil_t_own')
+)
+LABELS = np.uint8([[0, 1], [2, 255]])
+COLORS = np.uint8([[0, 0, 0], [128, 64, 128], [64, 0, 128]])
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path)
+
+
+def write_data(root, mask, image_suffix='.jpg'):
+    for split in ('train', 'val'):
+        save(root / f'images/{split}/a{image_suffix}', np.zeros((2, 2, 3), np.uint8))
+        save(root / f'masks/{split}/a.png', mask)
+
+
+def described(config, root, file, text):
+    (root / file).write_text(text)
+    cfg = load_config(config, {})
+    set_data_root(cfg, str(root))
+    return cfg
+
+
+def mapped(values):
+    """Labels with other values instead of 0, 1, 2 and the ignored 255."""
+    return np.array([*values[:3], *[0] * 252, values[3]])[LABELS]
+
+
+NAMES = 'classes: [other, road, car]\n'
+
+
+@pytest.mark.parametrize(
+    'mask, file, text',
+    [
+        (LABELS, 'classes.txt', 'other\nroad\n# a comment\n\ncar\n'),
+        (
+            Image.fromarray(LABELS).convert('P'),
+            'classes.txt',
+            'other 0 0 0\nroad 128, 64, 128\ncar\t64 0 128\n',
+        ),
+        (
+            np.vstack([COLORS, np.uint8([[9, 9, 9]])])[np.minimum(LABELS, 3)],
+            'classes.yaml',
+            NAMES + f'colors: {COLORS.tolist()}\nignore: [[9, 9, 9]]\n',
+        ),
+        (
+            mapped([100, 1000, 60000, 65535]).astype(np.uint16),
+            'classes.yaml',
+            NAMES + 'values: [100, 1000, 60000]\nignore: 65535\n',
+        ),
+        (
+            mapped([0, 128, 255, 7]).astype(np.uint8),
+            'classes.yml',
+            NAMES + 'values: [0, 128, 255]\nignore: [7]\n',
+        ),
+    ],
+    ids=['index', 'palette', 'colors', '16-bit', 'gray'],
+)
+def test_masks_of_each_kind_give_the_same_labels(tmp_path, mask, file, text):
+    pytest.importorskip('mmseg')
+    write_data(tmp_path, mask)
+    cfg = described(SEGMENTOR, tmp_path, file, text)
+    init_default_scope('mmseg')
+    dataset_cfg = cfg.val_dataloader.dataset
+    dataset_cfg.pipeline = [
+        step for step in dataset_cfg.pipeline if step['type'] not in ('Resize', 'PackSegInputs')
+    ]
+    dataset = DATASETS.build(dataset_cfg)
+    assert dataset[0]['gt_seg_map'].tolist() == LABELS.tolist()
+    assert dataset.metainfo['classes'] == ['other', 'road', 'car']
+    if 'colors' in text or '64' in text:
+        assert dataset.metainfo['palette'] == COLORS.tolist()
+
+
+def test_describe_own_data_writes_plain_values_that_stay(tmp_path):
+    write_data(tmp_path / 'data', LABELS, image_suffix='.png')
+    text = NAMES + 'values: [0, 1, 2]\nclass_weight: [1, 1, 3]\n'
+    cfg = described(SEGMENTOR, tmp_path / 'data', 'classes.yaml', text)
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 3
+    assert cfg.model.auxiliary_head.loss_decode.class_weight == [1, 1, 3]
+    assert cfg.train_dataloader.dataset.img_suffix == '.png'
+    kinds = [str(node.get('type')).rpartition('.')[2] for node in dicts(cfg)]
+    assert 'LoadAnnotations' not in kinds and kinds.count('LoadMappedAnnotations') > 4
+
+    cfg.dump(tmp_path / 'dumped.py')
+    (tmp_path / 'data/classes.yaml').unlink()
+    again = load_config(str(tmp_path / 'dumped.py'), {})
+    set_data_root(again, None)
+    assert again.to_dict() == cfg.to_dict()
+
+
+def test_describe_own_data_leaves_other_configs_alone(tmp_path):
+    (tmp_path / 'classes.txt').write_text('a\nb\n')
+    cfg = Config(
+        dict(
+            model=dict(num_classes=9),
+            default_scope='mmseg',
+            val_dataloader=dict(dataset=dict(type='BaseSegDataset')),
+        )
+    )
+    set_data_root(cfg, str(tmp_path))
+    assert cfg.model.num_classes == 9 and 'metainfo' not in cfg.val_dataloader.dataset
+
+
+def test_classes_named_in_the_users_config_need_no_file(tmp_path):
+    config = tmp_path / 'mine.py'
+    named = "dict(dataset=dict(metainfo=dict(classes=['a', 'b'])))"
+    config.write_text(
+        f"_base_ = '{SEGMENTOR}'\ntrain_dataloader = {named}\nval_dataloader = {named}\n"
+        'test_dataloader = val_dataloader\n'
+    )
+    cfg = load_config(str(config), {})
+    before = cfg.to_dict()
+    set_data_root(cfg, None)
+    assert cfg.to_dict() == before
+
+
+def test_folders_and_suffixes_have_any_names(tmp_path):
+    save(tmp_path / 'photos/a.JPG', np.zeros((2, 2, 3), np.uint8))
+    save(tmp_path / 'labels/a_mask.png', LABELS)
+    text = NAMES + 'seg_map_suffix: _mask.png\n'
+    text += ''.join(
+        f'{split}_images: photos\n{split}_masks: labels\n' for split in ('train', 'val')
+    )
+    cfg = described(SEGMENTOR, tmp_path, 'classes.yaml', text)
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        assert loader.dataset.data_prefix == dict(img_path='photos', seg_map_path='labels')
+        assert (loader.dataset.img_suffix, loader.dataset.seg_map_suffix) == ('.JPG', '_mask.png')
+    save(tmp_path / 'photos/b.png', np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(UserError, match=r'photos has files of several kinds \(\.JPG, \.png\)'):
+        described(SEGMENTOR, tmp_path, 'classes.yaml', text)
+
+
+@pytest.mark.parametrize(
+    'file, text, message',
+    [
+        ('classes.txt', 'cell\n', 'at least two classes'),
+        ('classes.txt', 'a\nb\na\n', 'at least two classes, each once'),
+        ('classes.txt', 'a 1 2 3\nb\n', '2 classes, but 1 colors'),
+        ('classes.yaml', 'classes: [a, b]\nclass_weight: [1]\n', '2 classes, but 1 class_weight'),
+        ('classes.yaml', 'classes: [a, b]\ncolours: []\n', "unknown key 'colours'. .* colors?"),
+        ('classes.yaml', 'classes: [a, b\n', 'cannot read .*classes.yaml'),
+        ('classes.yaml', 'road\n', 'cannot read .*classes.yaml'),
+    ],
+)
+def test_read_classes_says_what_is_wrong(tmp_path, file, text, message):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_classes(tmp_path / file)
+
+
+def test_own_data_without_classes_is_refused(tmp_path):
+    cfg = load_config(SEGMENTOR, {})
+    with pytest.raises(UserError, match=r'no classes: write their names into .*classes\.txt'):
+        set_data_root(cfg, str(tmp_path))
+
+
+# -- Classification --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    for split in ('train', 'val'):
+        for name in ('daisy', 'rose'):
+            (tmp_path / split / name).mkdir(parents=True)
+    return tmp_path
+
+
+def test_classes_of_a_classifier_are_its_folders(flowers):
+    cfg = load_config(CLASSIFIER, {})
+    set_data_root(cfg, str(flowers))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.metainfo.classes == ['daisy', 'rose']
+    assert cfg.model.head.num_classes == cfg.model.data_preprocessor.num_classes == 2
+
+
+def test_class_weights_of_a_classifier_reach_its_loss(flowers):
+    text = 'classes: [daisy, rose]\nclass_weight: [1, 2]\ntest_images: val\n'
+    assert described(CLASSIFIER, flowers, 'classes.yaml', text).model.head.loss.class_weight == [
+        1,
+        2,
+    ]
+    (flowers / 'classes.yaml').unlink()
+    with pytest.raises(UserError, match=r'alphabetical order \(rose, daisy\)'):
+        described(CLASSIFIER, flowers, 'classes.txt', 'rose\ndaisy\n')
+
+
+def test_splits_with_different_class_folders_are_refused(flowers):
+    (flowers / 'val/rose').rename(flowers / 'val/tulip')
+    cfg = load_config(CLASSIFIER, {})
+    with pytest.raises(UserError, match=r'val must .* \(daisy, rose\), but has: daisy, tulip'):
+        set_data_root(cfg, str(flowers))
