@@ -4,18 +4,21 @@
 python tools/train.py configs/upernet_vil_t_ade20k.py
 """
 
-from importlib.util import find_spec
+from importlib import import_module
 
 from mmengine.device import get_device
 
 from mmvil.cli.config import read_runner_config
-from mmvil.cli.errors import UserError
+from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import build_runner, check_training, loading_hook
 from mmvil.cli.work_dir import choose_checkpoint, lock_work_dir, save_atomically
 
-# Backends of mmengine's visualizer, by the package that they need.
-LOGGERS = dict(tensorboard='TensorboardVisBackend', wandb='WandbVisBackend')
+# For each package, the module that mmengine imports and its backend.
+LOGGERS = dict(
+    tensorboard=('torch.utils.tensorboard', 'TensorboardVisBackend'),
+    wandb=('wandb', 'WandbVisBackend'),
+)
 
 
 def main():
@@ -95,13 +98,14 @@ def read_config(args):
 
 def log_to(cfg, package):
     """Let the visualizer of a config log to a package, too."""
-    if find_spec(package) is None:
-        raise UserError(f'--{package} needs the package: pip install {package}')
-    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
-    backends = [dict(type='LocalVisBackend'), dict(type=LOGGERS[package])]
-    known = visualizer.get('vis_backends') or []
-    types = [backend.type for backend in known]
-    visualizer.vis_backends = known + [each for each in backends if each['type'] not in types]
+    module, backend = LOGGERS[package]
+    with as_user_error(f'--{package} needs pip install {package}', ImportError):
+        import_module(module)
+    if cfg.get('visualizer') is None:
+        cfg.visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    known = cfg.visualizer.get('vis_backends') or []
+    if backend not in [each.type for each in known]:
+        cfg.visualizer.vis_backends = [*known, dict(type=backend)]
 
 
 if __name__ == '__main__':

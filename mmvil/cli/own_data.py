@@ -17,7 +17,8 @@ from .errors import UserError, as_user_error
 FILES = ('classes.yaml', 'classes.yml', 'classes.txt')
 SPLITS = ('train', 'val', 'test')
 PER_CLASS = ('colors', 'values', 'class_weight')
-MAPPING = ('values', 'colors', 'ignore')  # options of LoadMappedAnnotations
+MAPPED = 'mmvil.apis.annotations.LoadMappedAnnotations'
+MAPPING = ('values', 'colors', 'ignore')  # its options
 KEYS = (
     *('classes', *PER_CLASS, 'ignore', 'img_suffix', 'seg_map_suffix'),
     *(f'{split}_{kind}' for split in SPLITS for kind in ('images', 'masks')),
@@ -139,7 +140,7 @@ def _map_annotations(cfg, own):
     mapping = {key: own[key] for key in MAPPING if key in own}
     for node in dicts(cfg) if mapping else ():
         if str(node.get('type')).rpartition('.')[2] == 'LoadAnnotations':
-            node.update(type='mmvil.apis.annotations.LoadMappedAnnotations', **mapping)
+            node.update(type=MAPPED, **mapping)
 
 
 # -- Classification --------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """What the tools write into a config about a user's own data."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from PIL import Image
 
 from mmvil.cli.config import load_config, set_data_root
 from mmvil.cli.errors import UserError
-from mmvil.cli.own_data import read_classes
+from mmvil.cli.own_data import MAPPED, MAPPING, read_classes
 from mmvil.engine.config_nodes import dicts
 from tests.conftest import ROOT
 
@@ -170,6 +173,41 @@ def test_own_data_without_classes_is_refused(tmp_path):
     cfg = load_config(SEGMENTOR, {})
     with pytest.raises(UserError, match=r'no classes: write their names into .*classes\.txt'):
         set_data_root(cfg, str(tmp_path))
+
+
+def documented(language):
+    """The one block of a language in the page on a user's own data."""
+    (block,) = re.findall(
+        rf'^```{language}\n(.*?)^```', (ROOT / 'docs/own_data.md').read_text(), re.DOTALL | re.M
+    )
+    return block
+
+
+def test_documented_config_reads_masks_of_0_and_255(tmp_path, monkeypatch):
+    pytest.importorskip('mmseg')
+    write_data(tmp_path / 'my_data', np.uint8([[0, 255], [255, 0]]), image_suffix='.tif')
+    monkeypatch.chdir(tmp_path)
+    block = documented('python')
+    assert len(block.splitlines()) <= 12
+    Path('mine.py').write_text(block.replace('configs/upernet_vil_t_own.py', SEGMENTOR))
+    cfg = load_config('mine.py', {})
+    before = cfg.to_dict()
+    set_data_root(cfg, None)
+    assert cfg.to_dict() == before
+    for head, weight in ((cfg.model.decode_head, 1.0), (cfg.model.auxiliary_head, 0.4)):
+        assert head.num_classes == len(cfg.metainfo.classes) == 2
+        assert head.loss_decode.loss_weight == weight
+    init_default_scope('mmseg')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        sample = DATASETS.build(loader.dataset)[0]
+        assert set(sample['data_samples'].gt_sem_seg.data.unique().tolist()) == {0, 1}
+
+
+def test_documented_file_of_classes_is_read(tmp_path):
+    (tmp_path / 'classes.yaml').write_text(documented('yaml'))
+    own = read_classes(tmp_path / 'classes.yaml')
+    assert own['ignore'] == [254] and own['train_masks'] == 'labels/2023'
+    assert TRANSFORMS.build(dict(type=MAPPED, **{key: own[key] for key in MAPPING}))
 
 
 # -- Classification --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 import re
 import runpy
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -139,17 +141,19 @@ def test_check_dataset_says_how_masks_do_not_fit(street, values, classes, words)
 # -- Logging ---------------------------------------------------------------------------------------
 
 
-def test_train_logs_to_packages_beside_the_files(monkeypatch):
+@pytest.mark.parametrize('visualizer', [[], ['--cfg-options', 'visualizer=None']])
+def test_train_logs_to_packages_beside_the_files(monkeypatch, visualizer):
     train = runpy.run_path(str(TOOLS / 'train.py'))
     parser, read_config = train['make_train_parser'](), train['read_config']
-    arguments = [str(ROOT / 'configs/vil_t_own.py'), '--tensorboard', '--wandb']
-    finders = read_config.__globals__, 'find_spec'
-    monkeypatch.setitem(*finders, lambda name: name)
+    arguments = [str(ROOT / 'configs/vil_t_own.py'), '--tensorboard', '--wandb', *visualizer]
+    modules = {name: ModuleType(name) for name in ('torch.utils.tensorboard', 'wandb')}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     cfg = read_config(parser.parse_args(arguments))
     backends = [backend.type for backend in cfg.visualizer.vis_backends]
     assert backends == ['LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
     assert all(VISBACKENDS.get(backend) for backend in backends)
 
-    monkeypatch.setitem(*finders, {'tensorboard': 'there'}.get)
-    with pytest.raises(UserError, match='--wandb needs the package: pip install wandb'):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(UserError, match='--wandb needs pip install wandb: ModuleNotFoundError'):
         read_config(parser.parse_args(arguments))
