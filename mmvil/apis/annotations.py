@@ -85,10 +85,7 @@ class LoadMappedAnnotations(LoadAnnotations):
         if 'seg_map_path' not in results:
             return
         if self.reduce_zero_label or results.get('reduce_zero_label') or results.get('label_map'):
-            raise ValueError(
-                'LoadMappedAnnotations maps labels itself: instead of reduce_zero_label or other '
-                'classes of the dataset, use its options values and ignore'
-            )
+            raise ValueError('use values and ignore instead of reduce_zero_label and other classes')
         path = results['seg_map_path']
         content = get(path, backend_args=self.backend_args)
         mask = mmcv.imfrombytes(content, flag='unchanged', backend=self.imdecode_backend)

@@ -180,10 +180,7 @@ def _read_annotation(path, image_size, to_labels):
     if to_labels is not None:
         labels = to_labels(labels)
     elif labels.max() > 255:
-        raise ValueError(
-            'has labels beyond 255, which the loading cuts off; declare the values of the classes '
-            '(docs/own_data.md)'
-        )
+        raise ValueError('has labels beyond 255, which the loading cuts off')
     return labels.astype(np.int64)
 
 

@@ -1,8 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Classes and folders of a user's own dataset: from a file beside the data into the config."""
+"""Classes of a user's own dataset: from a file beside the data into the config."""
 
-import difflib
-import os
 import re
 from pathlib import Path
 
@@ -11,45 +9,38 @@ from mmengine.fileio import load
 from mmengine.utils import scandir
 from PIL import Image
 
-from ..engine.config_nodes import dicts, innermost_datasets
+from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error
 
-FILES = ('classes.yaml', 'classes.yml', 'classes.txt')
-SPLITS = ('train', 'val', 'test')
+FILES = ('classes.yaml', 'classes.txt')
 PER_CLASS = ('colors', 'values', 'class_weight')
 MAPPED = 'mmvil.apis.annotations.LoadMappedAnnotations'
-MAPPING = ('values', 'colors', 'ignore')  # its options
-KEYS = (
-    *('classes', *PER_CLASS, 'ignore', 'img_suffix', 'seg_map_suffix'),
-    *(f'{split}_{kind}' for split in SPLITS for kind in ('images', 'masks')),
-)
+MAPPING = ('colors', 'values', 'ignore')  # its options
 
 
 def describe_own_data(cfg: Config) -> None:
-    """Write classes, folders and suffixes of the data into a config, in place, as plain values.
+    """Write classes and suffixes of the data into a config, in place, as plain values.
 
     This is for configs with ``classes_from_data_root``, and the datasets in them that name no
     classes, so that the config dumped by a training stays as it is. See docs/own_data.md.
     """
     datasets = [
-        (split, dataset)
-        for split in SPLITS
-        if cfg.get('classes_from_data_root') and cfg.get(f'{split}_dataloader')
-        for dataset in innermost_datasets(cfg[f'{split}_dataloader'].dataset)
-        if not (dataset.get('metainfo') or {}).get('classes')
+        dataset
+        for loader in loaders(cfg)
+        for dataset in innermost_datasets(loader.dataset)
+        if cfg.get('classes_from_data_root') and not dataset.get('metainfo', {}).get('classes')
     ]
-    root = datasets[0][1].data_root if datasets else ''
-    if not os.path.isdir(root):  # the checks before a run report it
+    root = Path(datasets[0].data_root) if datasets else None
+    if root is None or not root.is_dir():  # the checks before a run report it
         return
-    file = next((Path(root, name) for name in FILES if Path(root, name).is_file()), None)
+    file = next((root / name for name in FILES if (root / name).is_file()), None)
     own = read_classes(file) if file else {}
     if cfg.default_scope == 'mmpretrain':
-        own['classes'] = _describe_class_folders(datasets, own)
+        own['classes'] = _describe_class_folders(datasets, own.get('classes'))
     elif file is None:
         raise UserError(f'no classes: write their names into {root}/classes.txt, one per line')
     else:
-        _describe_masks(datasets, own)
-        _map_annotations(cfg, own)
+        _describe_masks(cfg, datasets, own)
     if own['classes']:
         _describe_model(cfg, own)
 
@@ -58,21 +49,18 @@ def read_classes(path: Path) -> dict:
     """Read a file of classes.
 
     Args:
-        path (Path): YAML with the ``KEYS`` of this module, or text of one class per line, each with
-            or without a color: ``road 128 64 128``.
+        path (Path): YAML with ``classes`` and the keys of ``PER_CLASS`` and ``MAPPING``, or text of
+            one class per line, with or without a color: ``road 128 64 128``.
 
     Raises:
         UserError: If keys are unknown or lengths differ.
     """
-    if path.suffix == '.txt':
-        own = _read_lines(path)
-    else:
-        with as_user_error(f'cannot read {path}'):
-            own = dict(load(path))
-    for key in set(own) - set(KEYS):
-        close = difflib.get_close_matches(str(key), KEYS, n=1)
-        hint = f'Did you mean {close[0]}?' if close else f'It may have: {", ".join(KEYS)}.'
-        raise UserError(f'{path} has an unknown key {key!r}. {hint}')
+    with as_user_error(f'cannot read {path}'):
+        own = _read_lines(path) if path.suffix == '.txt' else dict(load(path))
+    known = ('classes', *PER_CLASS, 'ignore')
+    if set(own) - set(known):
+        unknown = ', '.join(map(str, set(own) - set(known)))
+        raise UserError(f'{path} has unknown keys: {unknown}. It may have: {", ".join(known)}.')
     own['classes'] = classes = [str(name) for name in own.get('classes') or ()]
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise UserError(
@@ -96,63 +84,39 @@ def _read_lines(path):
     return dict(classes=[name for name, *_ in found], **(dict(colors=colors) if colors else {}))
 
 
-# -- Segmentation ----------------------------------------------------------------------------------
-
-
-def _describe_masks(datasets, own):
-    for split, dataset in datasets:
+def _describe_masks(cfg, datasets, own):
+    for dataset in datasets:
         dataset.metainfo = dict(classes=own['classes'])
         if 'colors' in own:
             dataset.metainfo.palette = own['colors']
-        for kind, prefix, suffix in (
-            ('images', 'img_path', 'img_suffix'),
-            ('masks', 'seg_map_path', 'seg_map_suffix'),
-        ):
-            dataset.data_prefix[prefix] = _folder(own, split, kind, dataset.data_prefix[prefix])
-            found = _suffix_in(os.path.join(dataset.data_root, dataset.data_prefix[prefix]))
-            if own.get(suffix, found):
-                dataset[suffix] = own.get(suffix, found)
-
-
-def _folder(own, split, kind, default):
-    """Folder of a split; without one of its own, testing takes that of validation."""
-    inherited = own.get(f'val_{kind}', default) if split == 'test' else default
-    return own.get(f'{split}_{kind}', inherited)
-
-
-def _suffix_in(folder):
-    """The one suffix of all image files in a folder, or None if there are none."""
-    files = scandir(folder, recursive=True) if os.path.isdir(folder) else ()
-    known = Image.registered_extensions()
-    found = {Path(file).suffix for file in files}
-    found = sorted(suffix for suffix in found if suffix.lower() in known)
-    if len(found) > 1:
-        raise UserError(
-            f'{folder} has files of several kinds ({", ".join(found)}), which the dataset class '
-            'cannot read together: convert them, or name one by img_suffix or seg_map_suffix in '
-            'classes.yaml'
-        )
-    return found[0] if found else None
-
-
-def _map_annotations(cfg, own):
-    """Replace ``LoadAnnotations`` in all pipelines if masks hold other values than indices."""
+        for folder, suffix in (('img_path', 'img_suffix'), ('seg_map_path', 'seg_map_suffix')):
+            path = Path(dataset.data_root, dataset.data_prefix[folder])
+            if suffix not in dataset and path.is_dir():
+                dataset[suffix] = _suffix_in(path)
     mapping = {key: own[key] for key in MAPPING if key in own}
     for node in dicts(cfg) if mapping else ():
         if str(node.get('type')).rpartition('.')[2] == 'LoadAnnotations':
             node.update(type=MAPPED, **mapping)
 
 
-# -- Classification --------------------------------------------------------------------------------
+def _suffix_in(folder):
+    """The suffix that all image files in a folder have."""
+    found = {Path(file).suffix for file in scandir(folder, recursive=True)}
+    found = sorted(suffix for suffix in found if suffix.lower() in Image.registered_extensions())
+    if len(found) != 1:
+        raise UserError(
+            f'{folder} must have images of one kind, but has: {", ".join(found) or "none"}; '
+            'convert them, or set img_suffix and seg_map_suffix in your config'
+        )
+    return found[0]
 
 
-def _describe_class_folders(datasets, own):
+def _describe_class_folders(datasets, classes):
     """Check that all splits have the same folders, one per class; return their names."""
-    classes, source = own.get('classes'), 'the file of classes'
-    for split, dataset in datasets:
-        dataset.data_prefix = _folder(own, split, 'images', dataset.data_prefix)
+    source = 'the file of classes'
+    for dataset in datasets:
         root = Path(dataset.data_root, dataset.data_prefix)
-        if not root.is_dir():  # the checks before a run report it
+        if not root.is_dir():
             continue
         folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
         if classes is None:
@@ -162,21 +126,20 @@ def _describe_class_folders(datasets, own):
                 f'{root} must have at least two folders, one per class, the same as {source} in '
                 f'alphabetical order ({", ".join(classes)}), but has: {", ".join(folders)}'
             )
-    for _, dataset in datasets if classes else ():
+    for dataset in datasets if classes else ():
         dataset.metainfo = dict(classes=classes)
     return classes
 
 
-# -- The model -------------------------------------------------------------------------------------
-
-
 def _describe_model(cfg, own):
-    losses = ('CrossEntropyLoss', 'LabelSmoothLoss')
-    weighted = False
-    for node in dicts([cfg.model, cfg.get('data_preprocessor')]):
+    nodes = list(dicts([cfg.model, cfg.get('data_preprocessor')]))
+    for node in nodes:
         if 'num_classes' in node:
             node.num_classes = len(own['classes'])
-        if 'class_weight' in own and str(node.get('type')).endswith(losses):
-            node.class_weight, weighted = own['class_weight'], True
-    if 'class_weight' in own and not weighted:
-        raise UserError(f'class_weight needs a loss of the model to be one of: {", ".join(losses)}')
+    if 'class_weight' in own:
+        kinds = ('CrossEntropyLoss', 'LabelSmoothLoss')
+        losses = [node for node in nodes if str(node.get('type')).endswith(kinds)]
+        if not losses:
+            raise UserError(f'class_weight needs a {" or ".join(kinds)}, but the model has none')
+        for loss in losses:
+            loss.class_weight = own['class_weight']

@@ -100,5 +100,5 @@ def test_load_mapped_annotations_passes_an_image_without_annotation():
 
 def test_load_mapped_annotations_refuses_a_second_mapping(tmp_path):
     path = save(tmp_path / 'a.png', np.uint8([[0, 1]]))
-    with pytest.raises(ValueError, match='instead of reduce_zero_label'):
+    with pytest.raises(ValueError, match='use values and ignore instead'):
         LoadMappedAnnotations()(dict(seg_map_path=str(path), reduce_zero_label=True))

@@ -70,7 +70,7 @@ NAMES = 'classes: [other, road, car]\n'
         ),
         (
             mapped([0, 128, 255, 7]).astype(np.uint8),
-            'classes.yml',
+            'classes.yaml',
             NAMES + 'values: [0, 128, 255]\nignore: [7]\n',
         ),
     ],
@@ -138,17 +138,29 @@ def test_classes_named_in_the_users_config_need_no_file(tmp_path):
 def test_folders_and_suffixes_have_any_names(tmp_path):
     save(tmp_path / 'photos/a.JPG', np.zeros((2, 2, 3), np.uint8))
     save(tmp_path / 'labels/a_mask.png', LABELS)
-    text = NAMES + 'seg_map_suffix: _mask.png\n'
-    text += ''.join(
-        f'{split}_images: photos\n{split}_masks: labels\n' for split in ('train', 'val')
+    config = tmp_path / 'mine.py'
+    prefix = "data_prefix=dict(img_path='photos', seg_map_path='labels')"
+    own = f"dict(dataset=dict({prefix}, seg_map_suffix='_mask.png'))"
+    config.write_text(
+        f"_base_ = '{SEGMENTOR}'\ntrain_dataloader = {own}\nval_dataloader = {own}\n"
+        'test_dataloader = val_dataloader\n'
     )
-    cfg = described(SEGMENTOR, tmp_path, 'classes.yaml', text)
+    cfg = described(str(config), tmp_path, 'classes.yaml', NAMES)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        assert loader.dataset.data_prefix == dict(img_path='photos', seg_map_path='labels')
         assert (loader.dataset.img_suffix, loader.dataset.seg_map_suffix) == ('.JPG', '_mask.png')
     save(tmp_path / 'photos/b.png', np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(UserError, match=r'photos has files of several kinds \(\.JPG, \.png\)'):
-        described(SEGMENTOR, tmp_path, 'classes.yaml', text)
+    with pytest.raises(UserError, match=r'photos must have images of one kind.*: \.JPG, \.png'):
+        described(str(config), tmp_path, 'classes.yaml', NAMES)
+
+
+def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
+    config = tmp_path / 'mine.py'
+    dice = "dict(loss_decode=dict(_delete_=True, type='DiceLoss'))"
+    config.write_text(
+        f"_base_ = '{SEGMENTOR}'\nmodel = dict(decode_head={dice}, auxiliary_head={dice})\n"
+    )
+    with pytest.raises(UserError, match='class_weight needs a CrossEntropyLoss or'):
+        described(str(config), tmp_path, 'classes.yaml', NAMES + 'class_weight: [1, 1, 2]\n')
 
 
 @pytest.mark.parametrize(
@@ -158,7 +170,7 @@ def test_folders_and_suffixes_have_any_names(tmp_path):
         ('classes.txt', 'a\nb\na\n', 'at least two classes, each once'),
         ('classes.txt', 'a 1 2 3\nb\n', '2 classes, but 1 colors'),
         ('classes.yaml', 'classes: [a, b]\nclass_weight: [1]\n', '2 classes, but 1 class_weight'),
-        ('classes.yaml', 'classes: [a, b]\ncolours: []\n', "unknown key 'colours'. .* colors?"),
+        ('classes.yaml', 'classes: [a, b]\ncolours: []\n', 'unknown keys: colours. .* colors'),
         ('classes.yaml', 'classes: [a, b\n', 'cannot read .*classes.yaml'),
         ('classes.yaml', 'road\n', 'cannot read .*classes.yaml'),
     ],
@@ -176,11 +188,9 @@ def test_own_data_without_classes_is_refused(tmp_path):
 
 
 def documented(language):
-    """The one block of a language in the page on a user's own data."""
-    (block,) = re.findall(
-        rf'^```{language}\n(.*?)^```', (ROOT / 'docs/own_data.md').read_text(), re.DOTALL | re.M
-    )
-    return block
+    """The last block of a language in the page on a user's own data."""
+    page = (ROOT / 'docs/own_data.md').read_text()
+    return re.findall(rf'^```{language}\n(.*?)^```', page, re.DOTALL | re.MULTILINE)[-1]
 
 
 def test_documented_config_reads_masks_of_0_and_255(tmp_path, monkeypatch):
@@ -206,7 +216,7 @@ def test_documented_config_reads_masks_of_0_and_255(tmp_path, monkeypatch):
 def test_documented_file_of_classes_is_read(tmp_path):
     (tmp_path / 'classes.yaml').write_text(documented('yaml'))
     own = read_classes(tmp_path / 'classes.yaml')
-    assert own['ignore'] == [254] and own['train_masks'] == 'labels/2023'
+    assert own['ignore'] == [254] and own['class_weight'] == [1, 1, 5]
     assert TRANSFORMS.build(dict(type=MAPPED, **{key: own[key] for key in MAPPING}))
 
 
@@ -230,7 +240,7 @@ def test_classes_of_a_classifier_are_its_folders(flowers):
 
 
 def test_class_weights_of_a_classifier_reach_its_loss(flowers):
-    text = 'classes: [daisy, rose]\nclass_weight: [1, 2]\ntest_images: val\n'
+    text = 'classes: [daisy, rose]\nclass_weight: [1, 2]\n'
     assert described(CLASSIFIER, flowers, 'classes.yaml', text).model.head.loss.class_weight == [
         1,
         2,
