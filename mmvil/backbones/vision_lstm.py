@@ -61,10 +61,10 @@ class VisionLSTM(BaseModule):
             classifier (v2 was trained with 'bilateral_concat', v1 with 'bilateral_avg'). Default:
             'featmap'.
         pyramid (dict, optional): Rescale the feature maps to different strides. Keys: ``strides``,
-            one per output, such as (4, 8, 16, 32), powers of two times the stride of the patches;
-            ``out_channels`` (None | int | Sequence[int]), widths of a projection; ``norm_cfg``,
-            default ``dict(type='BN')``. Maps are cropped to the image size divided by the stride,
-            rounded up. Default: None.
+            one per output, or several for one output, such as (4, 8, 16, 32), powers of two times
+            the stride of the patches; ``out_channels`` (None | int | Sequence[int]), widths of a
+            projection; ``norm_cfg``, default ``dict(type='BN')``. Maps are cropped to the image
+            size divided by the stride, rounded up. Default: None.
         drop_path_rate (float): Stochastic depth. Default: 0.
         drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the rate in the
             last. Default: 'uniform'.
@@ -235,17 +235,17 @@ class VisionLSTM(BaseModule):
                 "A pyramid is made of feature maps: it needs out_type='featmap', "
                 f'not {self.out_type!r}.'
             )
-        outputs = len(self.out_indices)
-        if len(strides) != outputs:
+        outputs, levels = len(self.out_indices), len(strides)
+        if outputs not in (1, levels):
             raise ValueError(
                 f'pyramid.strides must name one stride for each of the {outputs} out_indices, '
                 f'but is {strides}.'
             )
         if isinstance(out_channels, int):
-            out_channels = (out_channels,) * outputs
-        if out_channels is not None and len(out_channels) != outputs:
+            out_channels = (out_channels,) * levels
+        if out_channels is not None and len(out_channels) != levels:
             raise ValueError(
-                f'pyramid.out_channels must be one number or {outputs} of them, '
+                f'pyramid.out_channels must be one number or {levels} of them, '
                 f'but is {out_channels}.'
             )
         from mmcv.cnn import build_norm_layer  # only pyramids need mmcv
@@ -267,8 +267,8 @@ class VisionLSTM(BaseModule):
             x (Tensor): Images, shape (B, C, H, W).
 
         Returns:
-            tuple[Tensor]: One output per entry of ``out_indices``, shaped by ``out_type`` and
-            ``pyramid``.
+            tuple[Tensor]: One output per entry of ``out_indices``, or per stride of ``pyramid``,
+            shaped by ``out_type`` and ``pyramid``.
 
         Raises:
             ValueError: As :meth:`embed` does.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 class FeaturePyramid(nn.Module):
     """Rescale each map of a plain backbone to a stride of its own (the necks of the ADE20K recipe,
-    as in BEiT).
+    as in BEiT), or the only one to several (the simple feature pyramid of ViTDet).
 
     A map is upsampled by one transposed convolution per doubling, with norm and GELU between two of
     them, and downsampled by max pooling. Odd sizes are rounded up, as in convolutional backbones.
@@ -51,5 +51,6 @@ class FeaturePyramid(nn.Module):
             self.levels.append(nn.Sequential(*layers))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Rescale maps (B, D, h, w), one per level."""
+        """Rescale maps (B, D, h, w), one per level, or one for all levels."""
+        maps = maps if len(maps) > 1 else [*maps] * len(self.levels)
         return [level(x) for level, x in zip(self.levels, maps)]

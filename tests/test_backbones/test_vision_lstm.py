@@ -150,7 +150,7 @@ def test_backbone_builds_from_every_library(library):
         (dict(stride=32), 'between 1 and the patch size 16'),
         (dict(img_size=8), 'at least one patch'),
         (dict(backend='cuda'), 'Unknown mLSTM backend'),
-        (dict(pyramid=dict(strides=(4, 8))), 'one stride for each of the 1 out_indices'),
+        (dict(out_indices=(0, 1), pyramid=dict(strides=(4, 8, 16))), 'each of the 2 out_indices'),
         (dict(pyramid=dict(strides=(16,)), out_type='raw'), "out_type='featmap'"),
         (dict(pyramid=dict(strides=(12,))), 'powers of two'),
         (dict(pyramid=dict(strides=(16,), out_channels=(1, 2))), 'one number or 1 of them'),
@@ -238,6 +238,17 @@ def test_pyramid_gives_the_strides_and_widths_of_a_convolutional_backbone(size, 
         for width, stride in zip(widths, strides)
     ]
     assert [tuple(y.shape) for y in backbone(torch.randn(2, 3, *size))] == expected
+
+
+def test_pyramid_makes_all_strides_of_the_only_output():
+    backbone = build(pyramid=dict(strides=(4, 8, 16, 32, 64), out_channels=8))
+    maps = backbone(torch.randn(2, 3, 70, 130))
+    assert [tuple(y.shape) for y in maps] == [
+        (2, 8, *(math.ceil(side / stride) for side in (70, 130))) for stride in (4, 8, 16, 32, 64)
+    ]
+    for y in maps:  # each comes from the last block
+        grad = torch.autograd.grad(y.sum(), backbone.layers[-1].proj_down.weight, retain_graph=True)
+        assert grad[0].abs().sum() > 0
 
 
 def test_pyramid_strides_count_from_the_stride_of_the_patches():
