@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,41 @@ def test_demo_dataset_labels_cover_all_classes_and_ignore_little(demo, data):
     assert 0 < (labels == demo.IGNORED).mean() < 0.1
 
 
+def test_demo_dataset_has_instances_that_agree_with_the_labels(demo, data):
+    for split, count in (('training', 12), ('validation', 4)):
+        coco = json.loads((data / f'annotations/instances_{split}.json').read_text())
+        assert [image['id'] for image in coco['images']] == list(range(count))
+        names = {category['id']: category['name'] for category in coco['categories']}
+        assert tuple(names.values()) == demo.OBJECTS
+        ids = [instance['id'] for instance in coco['annotations']]
+        assert len(ids) == len(set(ids)) >= 2 * count
+        for image in coco['images']:
+            assert (data / f'images/{split}' / image['file_name']).exists()
+            path = data / f'annotations/{split}' / image['file_name']
+            labels = np.array(Image.open(path.with_suffix('.png')))
+            assert labels.shape == (image['height'], image['width'])
+            covered = np.zeros(labels.shape, int)
+            for instance in coco['annotations']:
+                if instance['image_id'] == image['id']:
+                    mask = decode(**instance['segmentation'])
+                    covered += mask
+                    ys, xs = mask.nonzero()
+                    box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+                    assert instance['bbox'] == box and instance['area'] == len(xs)
+                    label = instance['category_id']
+                    assert demo.CLASSES[label - 1] == names[label]
+                    assert set(labels[mask]) <= {label, demo.IGNORED}
+            assert covered.max() == 1
+            is_object = labels > len(demo.CLASSES) - len(demo.OBJECTS)
+            assert covered[is_object].all()
+
+
+def decode(size, counts):
+    """Mask of COCO's uncompressed run lengths."""
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(size[::-1]).T
+
+
 def test_demo_dataset_is_deterministic(demo, data, tmp_path):
     demo.make_dataset(tmp_path / 'again', train=12, val=4, size=SIZE, seed=0)
     assert contents(tmp_path / 'again') == contents(data)
@@ -71,8 +107,13 @@ def test_demo_dataset_image_does_not_depend_on_their_number(demo, data, tmp_path
     demo.make_dataset(tmp_path, train=3, val=1, size=SIZE, seed=0)
     everything = contents(data)
     few = contents(tmp_path)
-    assert len(few) == 8
-    assert all(everything[name] == content for name, content in few.items())
+    pictures = {name for name in few if name.suffix != '.json'}
+    assert len(pictures) == 8
+    assert all(everything[name] == few[name] for name in pictures)
+    for name in few.keys() - pictures:
+        shorter, longer = json.loads(few[name]), json.loads(everything[name])
+        count = len(shorter['annotations'])
+        assert shorter['annotations'] == longer['annotations'][:count] and count
 
 
 def test_demo_dataset_splits_share_no_texture_and_no_coin(demo):
@@ -92,6 +133,9 @@ def test_demo_dataset_classes_equal_those_of_config(demo):
     metainfo = Config.fromfile(ROOT / 'configs/upernet_vil_t_demo.py').metainfo
     assert tuple(metainfo.classes) == demo.CLASSES
     assert len({tuple(color) for color in metainfo.palette}) == len(demo.CLASSES)
+    objects = Config.fromfile(ROOT / 'configs/mask_rcnn_vil_t_demo.py').metainfo
+    assert tuple(objects.classes) == demo.OBJECTS
+    assert [list(color) for color in objects.palette] == metainfo.palette[-len(demo.OBJECTS) :]
 
 
 def test_demo_dataset_refuses_tiny_images(tmp_path):

@@ -1,10 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Make a small segmentation dataset from bundled photographs, without any download.
+"""Make a small segmentation and detection dataset from bundled photographs, without any download.
 
 Objects cut out of photographs that ship inside scikit-image and scikit-learn are laid at random on
 photographed textures; training never shows the parts of the textures and the coins of the
 validation images. The result has ADE20K's layout, ``images/{training,validation}/*.jpg`` and
 ``annotations/.../*.png`` of the same names, and its labels: 0 is ignored, classes count from 1.
+``annotations/instances_{training,validation}.json`` has the objects in COCO's format.
 """
 
 import argparse
@@ -64,12 +65,37 @@ def make_dataset(out, train, val, size, seed):
         image_dir.mkdir(parents=True, exist_ok=True)
         label_dir.mkdir(parents=True, exist_ok=True)
         textures, objects = load_photographs(split)
+        images, instances = [], []
         for i in range(count):
             rng = np.random.default_rng([seed, split_id, i])
-            image, labels = compose(textures, objects, size, rng)
+            image, labels, visible = compose(textures, objects, size, rng)
             Image.fromarray(image).save(image_dir / f'demo_{i:04d}.jpg', quality=92)
             Image.fromarray(labels).save(label_dir / f'demo_{i:04d}.png')
+            images.append(dict(id=i, file_name=f'demo_{i:04d}.jpg', width=size[0], height=size[1]))
+            for label, mask in visible:
+                instance = dict(id=len(instances) + 1, image_id=i)
+                instances.append(instance | coco_instance(label, mask))
+        categories = [dict(id=CLASSES.index(name) + 1, name=name) for name in OBJECTS]
+        coco = dict(images=images, annotations=instances, categories=categories)
+        (label_dir.parent / f'instances_{split}.json').write_text(json.dumps(coco))
         print(f'{split}: {count} images in {image_dir}')
+
+
+def coco_instance(label, mask):
+    """COCO's annotation of an object. Its mask becomes lengths of runs of 0, 1, 0, ... down the
+    columns.
+    """
+    ys, xs = mask.nonzero()
+    pixels = mask.ravel(order='F')
+    changes = np.flatnonzero(np.diff(pixels, prepend=False))
+    runs = np.diff(changes, prepend=0, append=pixels.size)
+    return dict(
+        category_id=label,
+        bbox=[int(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)],
+        area=len(xs),
+        iscrowd=0,
+        segmentation=dict(size=mask.shape, counts=runs.tolist()),
+    )
 
 
 # -- Photographs -----------------------------------------------------------------------------------
@@ -130,15 +156,22 @@ def _cut_out(photo, shape, outline):
 
 
 def compose(textures, objects, size, rng):
-    """Compose a picture (H, W, 3) and its labels (H, W), uint8, of a size (width, height)."""
+    """Compose a picture (H, W, 3) and its labels (H, W), uint8, of a size (width, height); and
+    label and mask (H, W) of each object of which something is visible.
+    """
     image, labels = _background(textures, size, rng)
+    owners, owned = np.zeros_like(labels), []
     light = rng.choice([-1, 1])  # from the left or from the right
     for name in rng.permutation(OBJECTS)[: rng.integers(2, 5)]:
         for _ in range(rng.integers(2, 6) if name == 'coin' else 1):
             variants = objects[name]
             sprite = _posed(variants[rng.integers(len(variants))], name, size[1], light, rng)
-            _paste(image, labels, sprite, CLASSES.index(name) + 1, light, rng)
-    return _photographed(image, rng), labels
+            owned.append(CLASSES.index(name) + 1)
+            alpha = _paste(image, labels, sprite, owned[-1], light, rng)
+            owners[alpha >= 0.5] = len(owned)
+    masks = [(label, owners == i) for i, label in enumerate(owned, 1)]
+    visible = [(label, mask) for label, mask in masks if mask.any()]
+    return _photographed(image, rng), labels, visible
 
 
 def _background(textures, size, rng):
@@ -181,7 +214,9 @@ def _posed(sprite, name, image_height, light, rng):
 
 
 def _paste(image, labels, sprite, label, light, rng):
-    """Lay an object, and its shadow, where it hides least of the objects before it."""
+    """Lay an object, and its shadow, where it hides least of the objects before it; return its
+    opacity (H, W).
+    """
     height, width = labels.shape
     alpha = sprite[..., 3] / 255
     places = [
@@ -204,6 +239,7 @@ def _paste(image, labels, sprite, label, light, rng):
     image += alpha[..., None] * color
     labels[alpha >= 0.5] = label
     labels[(alpha > 0.2) & (alpha < 0.8)] = IGNORED  # the rim is half object, half background
+    return alpha
 
 
 def _on_canvas(picture, left, top, shape):

@@ -1,0 +1,67 @@
+# Objects of the output of tools/dataset_converters/make_demo_dataset.py, in COCO's format, 256x192.
+dataset_type = 'CocoDataset'
+data_root = 'data/demo'
+metainfo = dict(
+    classes=('astronaut', 'cat', 'coffee', 'flower', 'motorcycle', 'coin'),
+    palette=[
+        (255, 128, 0),
+        (232, 200, 120),
+        (124, 44, 148),
+        (255, 120, 184),
+        (224, 16, 32),
+        (248, 236, 32),
+    ],
+)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(256, 256), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+
+# No worker processes: on two cores they would slow training down.
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/instances_training.json',
+        data_prefix=dict(img='images/training'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/instances_validation.json',
+        data_prefix=dict(img='images/validation'),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+val_evaluator = dict(
+    type='CocoMetric',
+    ann_file='data/demo/annotations/instances_validation.json',
+    metric=['bbox', 'segm'],
+)
+test_evaluator = val_evaluator
