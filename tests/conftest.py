@@ -6,6 +6,8 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from tests import mmcv_ops  # noqa: F401, before anything imports mmcv's operators
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / 'shared' / 'reference'
 

@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
 import mmvil
+from mmvil.engine.config_nodes import dicts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -39,7 +40,11 @@ METAFILES = {
 
 
 def build_model(cfg):
-    pytest.importorskip(cfg.default_scope)
+    types = [str(node.get('type')) for node in dicts(cfg.model)]
+    for library in sorted(
+        {cfg.default_scope, *(name.split('.')[0] for name in types if '.' in name)}
+    ):
+        pytest.importorskip(library)
     init_default_scope(cfg.default_scope)
     return revert_sync_batchnorm(MODELS.build(cfg.model))
 
@@ -48,6 +53,10 @@ def make_batch(cfg):
     """Two images with labels, as the data loader gives them."""
     if cfg.model.type == 'SimMIM':
         return make_masked_batch(cfg.model.head.patch_size)
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        return demo_mm_inputs(image_shapes=(3, *SIZE), num_classes=6, with_mask=True)
     images = [torch.randint(256, (3, *SIZE), dtype=torch.uint8) for _ in range(2)]
     samples = []
     for _ in images:
@@ -100,6 +109,19 @@ def test_config_trains_every_parameter(path):
     assert torch.isfinite(total)
     lacking = [name for name, param in model.named_parameters() if param.grad is None]
     assert not lacking
+
+
+def test_detector_predicts_boxes_and_masks():
+    cfg = Config.fromfile(ROOT / 'configs/mask_rcnn_vil_t_demo.py')
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        results = model.test_step(make_batch(cfg))
+    assert len(results) == 2
+    for found in (result.pred_instances for result in results):
+        assert 0 < len(found) <= 100  # untrained, every class has a seventh of the probability
+        assert found.bboxes.shape == (len(found), 4) and found.masks.shape == (len(found), *SIZE)
+        assert found.masks.dtype == torch.bool
+        assert set(found.labels.tolist()) <= set(range(6))
 
 
 @pytest.mark.parametrize('path', FAMILIES, ids=lambda path: f'{path.parent.stem}-{path.stem}')

@@ -13,7 +13,14 @@ from pathlib import Path
 # and nothing of the test session (its threads, its CUDA context, its registries).
 _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(
-    ['mmengine.runner', 'mmseg.apis', 'mmseg.models', 'mmseg.datasets', 'mmpretrain']
+    [
+        'tests.mmcv_ops',
+        'mmengine.runner',
+        'mmseg.apis',
+        'mmseg.models',
+        'mmseg.datasets',
+        'mmpretrain',
+    ]
 )
 
 
