@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Evaluate a checkpoint of a segmentor or a classifier.
+"""Evaluate a checkpoint of a segmentor, a classifier or a detector.
 
 python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade20k/iter_160000.pth
 """
@@ -37,7 +37,10 @@ def make_test_parser():
     add = parser.add_argument
     add_runner_arguments(parser)
     add('checkpoint', help='checkpoint file')
-    add('--out', help='label maps of a segmentor (folder) or results of a classifier (.pkl, .json)')
+    out = (
+        'label maps of a segmentor (folder), results of a classifier (.pkl, .json) or of a detector'
+    )
+    add('--out', help=f"{out} (prefix of COCO's .json files)")
     item = 'classification: what --out gets (default: pred)'
     add('--out-item', choices=['pred', 'metrics'], default='pred', help=item)
     add('--dump', metavar='PKL', help='write all predictions to a pickle file')
@@ -46,7 +49,10 @@ def make_test_parser():
     add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
     add('--amp', action='store_true', help='the same as --precision float16')
     add('--show', action='store_true', help='show the predictions in a window')
-    add('--show-dir', help='folder for pictures; segmentors write them to vis_data/vis_image in it')
+    add(
+        '--show-dir',
+        help='folder for pictures; segmentors and detectors write to vis_data/vis_image in it',
+    )
     add('--interval', type=int, default=1, help='draw each n-th image only')
     add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser
@@ -70,8 +76,10 @@ def read_config(args):
     evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     if args.out is not None and not is_classifier:
         for evaluator in evaluators:
-            evaluator.output_dir = args.out
-            evaluator.keep_results = True
+            if evaluator.type.endswith('CocoMetric'):
+                evaluator.outfile_prefix = args.out
+            else:
+                evaluator.update(output_dir=args.out, keep_results=True)
     dumps = [args.dump, args.out if is_classifier and args.out_item == 'pred' else None]
     for path in filter(None, dumps):
         if Path(path).suffix not in ('.pkl', '.pickle'):
@@ -82,7 +90,7 @@ def read_config(args):
 
 
 def draw(cfg, args, is_classifier):
-    """Let the hook of mmseg or mmpretrain draw the predictions."""
+    """Let the hook of the library draw the predictions."""
     if 'visualization' not in cfg.default_hooks:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     hook = cfg.default_hooks.visualization

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Train a segmentor or a classifier from a config.
+"""Train a segmentor, a classifier or a detector from a config.
 
 python tools/train.py configs/upernet_vil_t_ade20k.py
 """

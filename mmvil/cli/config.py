@@ -66,6 +66,11 @@ def _require(libraries: Iterable[str], path: str) -> None:
     for library in libraries:
         if importlib.util.find_spec(library) is None:
             raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
+        if library == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
+            raise UserError(
+                f'{path} needs mmdet, and that needs mmcv with compiled operators, but the '
+                'installed mmcv has none. See docs/detection.md.'
+            )
 
 
 def read_runner_config(args: argparse.Namespace, **swap) -> Config:
@@ -86,12 +91,19 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
 
 
 def set_data_root(cfg: Config, data_root: str | None) -> None:
-    """Let all datasets of a config read from a folder, unless it is None, and describe a dataset of
-    the user's own there: see :func:`mmvil.cli.own_data.describe_own_data`.
+    """Let all datasets of a config, and metrics that read their annotations, read from a folder,
+    unless it is None, and describe a dataset of the user's own there: see
+    :func:`mmvil.cli.own_data.describe_own_data`.
     """
     if data_root is not None:
+        metrics = list(dicts([cfg.get('val_evaluator'), cfg.get('test_evaluator')]))
         for loader in loaders(cfg):
             for dataset in innermost_datasets(loader.dataset):
+                file = dataset.get('ann_file') or ''
+                old = os.path.join(dataset.get('data_root') or '', file)
+                for metric in metrics:
+                    if file and metric.get('ann_file') == old:
+                        metric.ann_file = os.path.join(data_root, file)
                 dataset.data_root = data_root
     describe_own_data(cfg)
 

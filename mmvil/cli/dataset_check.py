@@ -16,6 +16,7 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import track_progress_rich
 from PIL import Image, ImageOps
 
+from ..engine.config_nodes import dicts
 from .config import list_files
 from .errors import one_line
 from .inference import build_pipeline, data_preprocessor, loads
@@ -40,8 +41,9 @@ def check_dataset(
         jobs (int): Number of processes. Default: 1.
 
     Returns:
-        tuple: Number of images; names of the classes, maybe none; problems; pixels (or images, of a
-        classifier) of each class in each sound image, (N, classes), or None without classes.
+        tuple: Number of images; names of the classes, maybe none; problems; pixels (images of a
+        classifier, objects of a detector) of each class in each sound image, (N, classes), or None
+        without classes.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     dataset = list_files(dataset_cfg, cfg.get('default_scope'))
@@ -85,6 +87,8 @@ def _check_sample(sample, classes, ignore, load, to_labels):
     """
     problems, size, counts, channels = [], None, None, None
     path, annotation, label = map(sample.get, ('img_path', 'seg_map_path', 'gt_label'))
+    if 'instances' in sample:
+        label = [instance['bbox_label'] for instance in sample['instances']]
     try:
         size, channels = _read_size(sample, load)
     except ValueError as error:
@@ -96,8 +100,8 @@ def _check_sample(sample, classes, ignore, load, to_labels):
         except ValueError as error:
             problems.append((f'annotation {error}', annotation))
     elif label is not None:
-        label = np.atleast_1d(label)
-        if classes and not 0 <= label.min() <= label.max() < classes:
+        label = np.array(label, dtype=int, ndmin=1)
+        if classes and not np.isin(label, range(classes)).all():
             problems.append((f'label beyond the {classes} classes', path))
         else:
             counts = np.bincount(label, minlength=classes + 1)
@@ -240,9 +244,8 @@ def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
 
 def _class_misfits(classes, cfg) -> Iterator[Problem]:
     """Heads that predict another number of classes than the dataset has."""
-    for name in ('decode_head', 'auxiliary_head', 'head'):
-        head = cfg.model.get(name)
-        number = head.get('num_classes') if isinstance(head, dict) else None
+    for head in dicts(cfg.model):
+        number = head.get('num_classes') if str(head.get('type')).endswith('Head') else None
         if classes and number not in (None, len(classes)):
             what = f'num_classes={number} in {head.type}, but the dataset has {len(classes)}'
             yield what, f'the model of {cfg.filename}'

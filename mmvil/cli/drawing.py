@@ -9,6 +9,8 @@ from torch import nn
 
 from .inference import ImageReader, predict
 
+MIN_SCORE = 0.5  # of detections that are drawn
+
 
 def make_artist(
     model: nn.Module, reader: ImageReader, opacity: float = 0.5, legend: bool = True
@@ -16,7 +18,8 @@ def make_artist(
     """Build a function that predicts an image and draws the prediction.
 
     Args:
-        model (nn.Module): Segmentor or classifier from :func:`mmvil.cli.inference.build_model`.
+        model (nn.Module): Segmentor, classifier or detector from
+            :func:`mmvil.cli.inference.build_model`.
         reader (ImageReader): Reads images as its config does.
         opacity (float): Opacity of the classes over the image. Default: 0.5.
         legend (bool): Write the names of classes. Default: True.
@@ -34,6 +37,14 @@ def make_artist(
         is_frame = isinstance(loaded, np.ndarray)
         frame = loaded if is_frame else reader.picture(loaded['img'])[..., ::-1]
         result = predict(model, reader.prepare(loaded))
+        if 'pred_instances' in result:
+            found = result.pred_instances[result.pred_instances.scores >= MIN_SCORE].cpu().numpy()
+            drawn = _draw_instances(frame, found, colors, opacity)
+            present, counts = np.unique(found.labels, return_counts=True)
+            if legend and len(present):
+                drawn = write_legend(drawn, [(classes[label], colors[label]) for label in present])
+            found = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
+            return drawn, ', '.join(found) or 'nothing'
         if not hasattr(model, 'decode_head'):
             score, label = result.pred_score.max(0)
             found = f'{classes[label]} {score:.1%}'
@@ -50,6 +61,16 @@ def make_artist(
         return drawn, ', '.join(found)
 
     return draw
+
+
+def _draw_instances(frame, instances, colors, opacity):
+    """Draw boxes and, where there are some, masks of detections, which are arrays."""
+    drawn = frame.copy()
+    for label, mask in zip(instances.labels, instances.get('masks', ())):
+        drawn[mask] = drawn[mask] * (1 - opacity) + colors[label] * opacity
+    for label, box in zip(instances.labels, instances.bboxes.round().astype(int).tolist()):
+        cv2.rectangle(drawn, box[:2], box[2:], color=colors[label].tolist(), thickness=2)
+    return drawn
 
 
 def write_legend(frame: np.ndarray, entries: list[tuple[str, Sequence[int] | None]]) -> np.ndarray:

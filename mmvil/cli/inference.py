@@ -25,7 +25,7 @@ def build_model(cfg, checkpoint, device='cpu'):
     """Build the model of a config with the weights of a checkpoint, for inference.
 
     Args:
-        cfg (Config): Config of a segmentor or classifier.
+        cfg (Config): Config of a segmentor, classifier or detector.
         checkpoint (str): File or URL.
         device (str): Default: 'cpu'.
 
@@ -35,7 +35,7 @@ def build_model(cfg, checkpoint, device='cpu'):
     """
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model_cfg = {key: value for key, value in cfg.model.items() if key != 'train_cfg'}
+    model_cfg = {key: None if key == 'train_cfg' else x for key, x in cfg.model.items()}
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
     model = revert_sync_batchnorm(build_untrained(model_cfg))

@@ -111,6 +111,9 @@ def check_folders(cfg: Config, *names: str) -> list:
             prefix = getattr(dataset, 'data_prefix', {})
             for folder in prefix.values():
                 _check_folder(folder, name)
+            file = getattr(dataset, 'ann_file', '')
+            if isinstance(file, str) and file and '://' not in file and not os.path.isfile(file):
+                raise UserError(f'annotations not found: {os.path.abspath(file)} ({name})')
             # On an empty dataset mmengine's InfiniteSampler waits for ever.
             suffix = getattr(dataset, 'img_suffix', '')
             folder = prefix.get('img_path') or ''

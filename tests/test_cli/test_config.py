@@ -24,6 +24,16 @@ def test_missing_library_is_named(tmp_path):
         load_config(str(config), {})
 
 
+def test_detector_without_compiled_operators_is_refused(tmp_path, monkeypatch):
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'mmdet'\n")
+    monkeypatch.setattr(
+        'importlib.util.find_spec', lambda name: None if name == 'mmcv._ext' else 'found'
+    )
+    with pytest.raises(UserError, match='needs mmcv with compiled operators.*docs/detection.md'):
+        load_config(str(config), {})
+
+
 def test_config_of_a_missing_library_is_named():
     with pytest.raises(UserError, match='mmnothing::a.py needs mmnothing, which is not installed'):
         load_config('mmnothing::a.py', {})
@@ -50,6 +60,22 @@ def test_read_runner_config_changes_what_the_arguments_say(tmp_path):
     assert cfg.train_dataloader.dataset.dataset.data_root == 'b'
     arguments.update(work_dir='c')
     assert read_runner_config(argparse.Namespace(**arguments)).work_dir == 'c'
+
+
+def test_set_data_root_reaches_metrics_that_read_annotations():
+    dataset = dict(data_root='data/coco', ann_file='annotations/val.json')
+    metrics = [
+        dict(type='CocoMetric', ann_file='data/coco/annotations/val.json'),
+        dict(type='CocoMetric', ann_file='elsewhere/val.json'),
+        dict(type='IoUMetric'),
+    ]
+    cfg = Config(dict(val_dataloader=dict(dataset=dataset), test_dataloader=dict(dataset=dataset)))
+    cfg.val_evaluator, cfg.test_evaluator = metrics, metrics[0]
+    set_data_root(cfg, 'data/coco/mini')
+    moved = 'data/coco/mini/annotations/val.json'
+    files = [metric.get('ann_file') for metric in cfg.val_evaluator]
+    assert files == [moved, 'elsewhere/val.json', None]
+    assert cfg.test_evaluator.ann_file == moved
 
 
 def test_set_data_root_of_none_keeps_the_config():

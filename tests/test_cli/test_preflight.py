@@ -39,6 +39,15 @@ def test_empty_dataset_is_refused(tmp_path):
         preflight.check_data(cfg, 'train_dataloader')
 
 
+def test_missing_annotation_file_is_named(tmp_path):
+    dataset = dict(type='BaseDataset', data_root=str(tmp_path), ann_file='instances.json')
+    cfg = Config(dict(default_scope='mmengine', train_dataloader=dict(dataset=dataset)))
+    with pytest.raises(UserError, match='annotations not found: .*/instances.json'):
+        preflight.check_data(cfg, 'train_dataloader')
+    (tmp_path / 'instances.json').write_text('{}')
+    preflight.check_data(cfg, 'train_dataloader')
+
+
 def test_missing_or_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match='checkpoint not found'):
         preflight.check_checkpoint(str(tmp_path / 'none.pth'))

@@ -89,6 +89,61 @@ def test_ade20k_pipelines_are_as_published():
     assert [flip.prob for flip in flips] == [0, 1]
 
 
+@pytest.mark.parametrize('size, width', [('t', 192), ('s', 384), ('b', 768)])
+def test_mask2former_is_as_published_on_the_backbone_and_data_of_upernet(size, width):
+    cfg, upernet = load(f'mask2former_vil_{size}_ade20k'), load(f'upernet_vil_{size}_ade20k')
+    for key in ('backbone', 'data_preprocessor', 'test_cfg'):
+        assert cfg.model[key] == upernet.model[key]
+    for key in ('train_dataloader', 'val_dataloader', 'train_cfg', 'auto_scale_lr'):
+        assert cfg[key] == upernet[key]
+    head = cfg.model.decode_head
+    assert head.in_channels == [width] * 4 and cfg.model.auxiliary_head is None
+    assert (head.num_queries, head.feat_channels, head.out_channels) == (100, 256, 256)
+    assert head.pixel_decoder.encoder.num_layers == 6 and head.transformer_decoder.num_layers == 9
+    weights = [head[name].loss_weight for name in ('loss_cls', 'loss_mask', 'loss_dice')]
+    assert weights == [cost.weight for cost in head.train_cfg.assigner.match_costs] == [2, 5, 5]
+    assert head.loss_cls.class_weight == [1] * 150 + [0.1]
+
+    optim = cfg.optim_wrapper
+    assert optim.type == 'OptimWrapper' and optim.clip_grad == dict(max_norm=0.01)
+    assert (optim.optimizer.lr, optim.optimizer.weight_decay) == (1e-4, 0.05)
+    without_decay = {'pos_embed', 'query_embed', 'query_feat', 'level_embed'}
+    assert set(optim.paramwise_cfg.custom_keys) == without_decay
+    (poly,) = cfg.param_scheduler
+    assert (poly.type, poly.power, poly.end) == ('PolyLR', 0.9, 160000)
+
+
+@pytest.mark.parametrize(
+    'size, arch, drop_path', [('t', 'tiny', 0), ('s', 'small', 0.05), ('b', 'base', 0.1)]
+)
+def test_mask_rcnn_has_one_pyramid_from_the_last_map(size, arch, drop_path):
+    cfg = load(f'mask_rcnn_vil_{size}_coco')
+    model = cfg.model
+    assert (model.data_preprocessor.mean, model.data_preprocessor.std) == (MEAN, STD)
+    assert (model.backbone.arch, model.backbone.img_size) == (arch, 1024)
+    assert (model.backbone.drop_path_rate, 'out_indices' in model.backbone) == (drop_path, False)
+    strides = model.backbone.pyramid.strides
+    assert list(strides) == model.rpn_head.anchor_generator.strides == [4, 8, 16, 32, 64]
+    for kind in ('bbox', 'mask'):
+        extractor = model.roi_head[f'{kind}_roi_extractor']
+        assert extractor.featmap_strides == [4, 8, 16, 32]
+        assert model.roi_head[f'{kind}_head'].num_classes == 80
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):  # the same token grid in both
+        pipeline = loader.dataset.pipeline
+        assert step(pipeline, 'Resize') == dict(scale=(1024, 1024), keep_ratio=True)
+        assert step(pipeline, 'Pad')['size'] == (1024, 1024)
+
+
+def test_mask_rcnn_schedule_is_1x_with_layer_decay():
+    cfg = load('mask_rcnn_vil_t_coco')
+    optimizer = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1)
+    assert cfg.optim_wrapper.optimizer == optimizer
+    assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate=0.7, **NO_DECAY)
+    _, steps = cfg.param_scheduler
+    assert cfg.train_cfg.max_epochs == steps.end == 12 and steps.milestones == [8, 11]
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
+
+
 @pytest.mark.parametrize(
     'size, arch, width, drop_path',
     [('t', 'tiny', 192, 0), ('s', 'small', 384, 0.05), ('b', 'base', 768, 0.2)],
