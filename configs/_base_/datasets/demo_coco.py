@@ -1,4 +1,5 @@
-# Objects of the output of tools/dataset_converters/make_demo_dataset.py, in COCO's format, 256x192.
+# The objects that tools/dataset_converters/make_demo_dataset.py writes in COCO's format; its images
+# of 256x192 are reduced to 192x144.
 dataset_type = 'CocoDataset'
 data_root = 'data/demo'
 metainfo = dict(
@@ -16,12 +17,13 @@ metainfo = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=(192, 144)),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(256, 256), keep_ratio=True),
+    dict(type='Resize', scale=(192, 144)),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
