@@ -37,10 +37,8 @@ def make_test_parser():
     add = parser.add_argument
     add_runner_arguments(parser)
     add('checkpoint', help='checkpoint file')
-    out = (
-        'label maps of a segmentor (folder), results of a classifier (.pkl, .json) or of a detector'
-    )
-    add('--out', help=f"{out} (prefix of COCO's .json files)")
+    out = 'label maps of a segmentor (folder), results of a classifier (.pkl, .json)'
+    add('--out', help=f'{out} or detector (prefix of .json files)')
     item = 'classification: what --out gets (default: pred)'
     add('--out-item', choices=['pred', 'metrics'], default='pred', help=item)
     add('--dump', metavar='PKL', help='write all predictions to a pickle file')
@@ -49,10 +47,7 @@ def make_test_parser():
     add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
     add('--amp', action='store_true', help='the same as --precision float16')
     add('--show', action='store_true', help='show the predictions in a window')
-    add(
-        '--show-dir',
-        help='folder for pictures; segmentors and detectors write to vis_data/vis_image in it',
-    )
+    add('--show-dir', help='folder for pictures; but for classifiers, in vis_data/vis_image in it')
     add('--interval', type=int, default=1, help='draw each n-th image only')
     add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser

@@ -67,10 +67,8 @@ def _require(libraries: Iterable[str], path: str) -> None:
         if importlib.util.find_spec(library) is None:
             raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
         if library == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
-            raise UserError(
-                f'{path} needs mmdet, and that needs mmcv with compiled operators, but the '
-                'installed mmcv has none. See docs/detection.md.'
-            )
+            needs = f'{path} needs mmdet, which needs mmcv with compiled operators'
+            raise UserError(f'{needs}; the installed one has none. See docs/detection.md.')
 
 
 def read_runner_config(args: argparse.Namespace, **swap) -> Config:

@@ -40,11 +40,15 @@ def test_empty_dataset_is_refused(tmp_path):
 
 
 def test_missing_annotation_file_is_named(tmp_path):
-    dataset = dict(type='BaseDataset', data_root=str(tmp_path), ann_file='instances.json')
-    cfg = Config(dict(default_scope='mmengine', train_dataloader=dict(dataset=dataset)))
-    with pytest.raises(UserError, match='annotations not found: .*/instances.json'):
+    pytest.importorskip('mmseg')
+    for kind in ('images', 'annotations'):
+        (tmp_path / kind / 'training').mkdir(parents=True)
+    (tmp_path / 'images/training/a.jpg').touch()
+    cfg = load_config(str(CAMVID), {})
+    cfg.train_dataloader.dataset.update(data_root=str(tmp_path), ann_file='split.txt')
+    with pytest.raises(UserError, match='annotations not found: .*/split.txt'):
         preflight.check_data(cfg, 'train_dataloader')
-    (tmp_path / 'instances.json').write_text('{}')
+    (tmp_path / 'split.txt').write_text('a')
     preflight.check_data(cfg, 'train_dataloader')
 
 
