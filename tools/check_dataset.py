@@ -8,6 +8,7 @@ the classes; images whose channels do not fit the model. Exit status: 1 if somet
 """
 
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -76,8 +77,8 @@ def print_problems(problems):
     """Print the kinds of problems, and the first files of each kind with their values, if any."""
     kinds = defaultdict(list)
     for what, file in problems:
-        kind, _, values = what.partition(': [')
-        kinds[kind].append(f'{file}: [{values}' if values else file)
+        kind, values = re.fullmatch(r'(.*?)(: \[.*\])?', what).groups()  # values are the end
+        kinds[kind].append(file + (values or ''))
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
         for file in files[:5]:

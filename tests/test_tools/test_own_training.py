@@ -119,7 +119,8 @@ def test_classifier_of_own_folders_is_trained(tmp_path):
         (
             [0, 255, 255],
             NAMES,
-            '1 × annotations have only the labels 0 and 255, and 255 is ignored',
+            '1 × annotations have only the labels 0 and 255, and 255 is ignored; where it is a '
+            'class, declare values: [0, 255] in classes.yaml',
         ),
         (COLORS, NAMES, '× annotation has colors (mode RGB), not one label per pixel; declare'),
         (COLORS + 1, f'{NAMES}colors: {COLORS.tolist()}', '× annotation has colors of no class'),
