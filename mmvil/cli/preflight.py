@@ -114,11 +114,14 @@ def check_folders(cfg: Config, *names: str) -> list:
             file = getattr(dataset, 'ann_file', '')
             if isinstance(file, str) and file and '://' not in file and not os.path.isfile(file):
                 raise UserError(f'annotations not found: {os.path.abspath(file)} ({name})')
-            # On an empty dataset mmengine's InfiniteSampler waits for ever.
-            suffix = getattr(dataset, 'img_suffix', '')
+            # On an empty dataset mmengine's InfiniteSampler waits forever.
+            extensions = () if file else sorted(getattr(dataset, 'extensions', ()))
+            suffixes = tuple(extensions or [getattr(dataset, 'img_suffix', '')])
             folder = prefix.get('img_path') or ''
-            if os.path.isdir(folder) and not any(scandir(folder, suffix, recursive=True)):
-                raise UserError(f'no images: there is no *{suffix} in {os.path.abspath(folder)}')
+            files = scandir(folder, suffixes, recursive=True, case_sensitive=not extensions)
+            if os.path.isdir(folder) and not any(files):
+                none = f'there is no *{", *".join(suffixes)} in {os.path.abspath(folder)}'
+                raise UserError(f'no images: {none}')
     return datasets
 
 

@@ -39,6 +39,18 @@ def test_empty_dataset_is_refused(tmp_path):
         preflight.check_data(cfg, 'train_dataloader')
 
 
+def test_folder_without_readable_images_is_refused(tmp_path):
+    pytest.importorskip('mmpretrain')
+    (tmp_path / 'deep').mkdir()
+    (tmp_path / 'deep/a.webp').touch()
+    cfg = load_config(str(ROOT / 'configs/simmim_vil_t_pretrain192.py'), {})
+    cfg.train_dataloader.dataset.data_root = str(tmp_path)
+    with pytest.raises(UserError, match=r'there is no \*\.bmp, .*\*\.png, .* in'):
+        preflight.check_data(cfg, 'train_dataloader')
+    (tmp_path / 'deep/A.PNG').touch()
+    preflight.check_data(cfg, 'train_dataloader')
+
+
 def test_missing_annotation_file_is_named(tmp_path):
     pytest.importorskip('mmseg')
     for kind in ('images', 'annotations'):
