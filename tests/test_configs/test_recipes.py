@@ -144,6 +144,31 @@ def test_mask_rcnn_schedule_is_1x_with_layer_decay():
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
 
 
+@pytest.mark.parametrize('size', 'tsb')
+def test_semantic_fpn_replaces_only_the_decoder(size):
+    fpn, upernet = load(f'fpn_vil_{size}_ade20k'), load(f'upernet_vil_{size}_ade20k')
+    for key in ('backbone', 'data_preprocessor', 'test_cfg'):
+        assert fpn.model[key] == upernet.model[key]
+    for key in ('train_dataloader', 'test_dataloader', 'tta_pipeline'):
+        assert fpn[key] == upernet[key]
+    neck, head = fpn.model.neck, fpn.model.decode_head
+    assert neck.in_channels == upernet.model.decode_head.in_channels
+    assert head.in_channels == [neck.out_channels] * 4
+    assert head.feature_strides == list(fpn.model.backbone.pyramid.strides)
+    assert fpn.model.auxiliary_head is None
+
+
+def test_semantic_fpn_schedule_is_as_published():
+    cfg = load('fpn_vil_b_ade20k')
+    assert cfg.optim_wrapper == dict(
+        type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
+    )
+    (decay,) = cfg.param_scheduler
+    assert (decay.type, decay.power, decay.end) == ('PolyLR', 0.9, cfg.train_cfg.max_iters)
+    assert cfg.train_cfg.max_iters == 80000
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
+
+
 @pytest.mark.parametrize(
     'size, arch, width, drop_path',
     [('t', 'tiny', 192, 0), ('s', 'small', 384, 0.05), ('b', 'base', 768, 0.2)],
@@ -314,12 +339,14 @@ def test_vtab1k_recipe_is_as_published(name):
     assert warm_up.convert_to_iter_based and cosine.convert_to_iter_based
 
 
-def test_camvid_networks_are_compared_under_equal_conditions():
-    vil, resnet = load('upernet_vil_t_camvid'), load('upernet_r18_camvid')
+@pytest.mark.parametrize('other', ['upernet_r18_camvid', 'fpn_vil_t_camvid'])
+def test_camvid_networks_are_compared_under_equal_conditions(other):
+    vil, other = load('upernet_vil_t_camvid'), load(other)
     for key in ('train_dataloader', 'val_dataloader', 'optim_wrapper', 'param_scheduler'):
-        assert vil[key] == resnet[key]
+        assert vil[key] == other[key]
     for key in ('channels', 'num_classes', 'loss_decode', 'norm_cfg'):
-        assert vil.model.decode_head[key] == resnet.model.decode_head[key]
+        assert vil.model.decode_head[key] == other.model.decode_head[key]
+    assert vil.model.test_cfg == other.model.test_cfg
     assert len(vil.val_dataloader.dataset.metainfo.classes) == vil.model.decode_head.num_classes
 
 
