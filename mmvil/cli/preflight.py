@@ -68,10 +68,10 @@ def check_testing(cfg: Config) -> None:
 
 
 def check_backbone(cfg: Config) -> None:
-    """Check that VisionLSTM knows the options that the config gives it."""
+    """Check that the ViL backbone knows the options that the config gives it."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
-        if not str(node.get('type')).endswith('VisionLSTM'):
+        if str(node.get('type')).rpartition('.')[2] not in ('VisionLSTM', 'MaskedVisionLSTM'):
             continue
         for key in set(node) - set(known) - {'type', '_scope_'}:
             close = difflib.get_close_matches(key, known, n=1)

@@ -114,6 +114,19 @@ def test_misspelt_option_of_the_backbone_is_named_with_the_one_meant(option, hin
     preflight.check_backbone(load_config(str(CAMVID), {}))
 
 
+@pytest.mark.parametrize('backbone', ['my_package.MyVisionLSTM', 'OtherVisionLSTM'])
+def test_backbone_of_the_user_may_have_options_of_its_own(backbone):
+    cfg = load_config(str(CAMVID), {})
+    cfg.model.backbone.update(type=backbone, extra=1)
+    preflight.check_backbone(cfg)
+
+
+def test_masked_backbone_is_checked_too():
+    path = str(ROOT / 'configs/simmim_vil_t_pretrain192.py')
+    with pytest.raises(UserError, match="no option 'extra'"):
+        preflight.check_backbone(load_config(path, {'model.backbone.extra': 1}))
+
+
 def test_work_dir_below_a_file_is_refused(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot use the work dir .*/file: it is a file'):
