@@ -88,9 +88,9 @@ def swap_backbone(
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
         backbone.update(options)
-        if old.masked and keep_channels:
-            raise ValueError('SimMIM has to fit the patches of ViL: leave keep_channels out.')
         if old.masked:
+            if keep_channels:
+                raise ValueError('SimMIM has to fit the patches of ViL: leave keep_channels out.')
             changes = rewire_simmim(cfg, old, backbone)
         else:
             cfg.model, changes = rewire(model, old, backbone, keep_channels)
