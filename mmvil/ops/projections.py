@@ -34,9 +34,12 @@ def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
     """
     size = weight.shape[1]
     width = dense_block_width(size, head_width)
-    grouped = weight.view(-1, width // size, size, size).permute(0, 3, 2, 1)
-    # (groups, in, out, joined) to (groups, joined, in, joined, out)
-    return torch.diag_embed(grouped).permute(0, 3, 1, 4, 2).reshape(-1, width, width)
+    joined = width // size
+    dense = weight.new_zeros(weight.shape[0] // joined, joined, size, joined, size)
+    # (groups, in, out, joined) both
+    diagonal = weight.view(-1, joined, size, size).permute(0, 3, 2, 1)
+    dense.diagonal(dim1=1, dim2=3).copy_(diagonal)
+    return dense.view(-1, width, width)
 
 
 def diagonal_blocks(dense: Tensor, size: int) -> Tensor:
@@ -132,13 +135,13 @@ class GateWeights(NamedTuple):
     bias: Tensor  # (2 NH, )
 
 
-def _by_block(gates: Tensor, size: int) -> Tensor:
-    """View (2 NH, 3E) as (3, blocks, 2 NH, size), the first axis for q, k and v."""
-    return gates.view(gates.shape[0], 3, -1, size).permute(1, 2, 0, 3)
+def _by_group(gates: Tensor, width: int) -> Tensor:
+    """View (2 NH, 3E) as (groups of q, k and v, 2 NH, width)."""
+    return gates.unflatten(1, (-1, width)).transpose(0, 1)
 
 
 def fold_gates(
-    gates: Tensor, gates_bias: Tensor, weights: Tensor, biases: Tensor | None
+    gates: Tensor, gates_bias: Tensor, dense: Tensor, biases: Tensor | None
 ) -> GateWeights:
     """Carry the gates' weights for [q, k, v] through the projections.
 
@@ -148,40 +151,40 @@ def fold_gates(
     Args:
         gates (Tensor): Weights for the concatenation of q, k and v, shape (2 NH, 3E).
         gates_bias (Tensor): Shape (2 NH, ).
-        weights (Tensor): Diagonal blocks of the projections to q, k, v: (3, blocks, out, in).
+        dense (Tensor): Weights of the projections to q, k, v, a result of :func:`dense_blocks`.
         biases (Tensor, optional): Their biases, shape (3, E).
 
     Returns:
         GateWeights: Weights for :func:`gate_preactivations`.
     """
-    folded = torch.matmul(_by_block(gates, weights.shape[-1]), weights)
-    q, k, v = folded.transpose(1, 2).flatten(2).unbind()
+    folded = torch.bmm(_by_group(gates, dense.shape[1]), dense.transpose(1, 2))
+    q, k, v = folded.unflatten(0, (3, -1)).transpose(1, 2).flatten(2).unbind()
     if biases is not None:
         gates_bias = torch.addmv(gates_bias, gates, biases.flatten())
     return GateWeights(q + k, v, gates_bias)
 
 
 def fold_gates_backward(
-    grads: GateWeights, gates: Tensor, weights: Tensor, biases: Tensor | None
+    grads: GateWeights, gates: Tensor, dense: Tensor, biases: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`fold_gates`.
 
     Args:
         grads (GateWeights): Gradients of its result.
-        gates, weights, biases: As in the forward pass.
+        gates, dense, biases: As in the forward pass.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor | None]: Gradients of the gates' weights (2 NH, 3E), of the
-        projections' weights (3, blocks, out, in) and biases (3, E).
+        tuple[Tensor, Tensor, Tensor | None]: Gradients of the gates' weights (2 NH, 3E), of dense,
+        and of the projections' biases (3, E).
     """
-    size = weights.shape[-1]
-    folded_grad = _by_block(torch.cat([grads.c, grads.c, grads.x], dim=1), size)
-    gates_grad = torch.matmul(folded_grad, weights.transpose(2, 3)).permute(2, 0, 1, 3).flatten(1)
-    weights_grad = torch.matmul(_by_block(gates, size).transpose(2, 3), folded_grad)
+    width = dense.shape[1]
+    folded_grad = _by_group(torch.cat([grads.c, grads.c, grads.x], dim=1), width)
+    gates_grad = torch.bmm(folded_grad, dense).transpose(0, 1).flatten(1)
+    dense_grad = torch.bmm(folded_grad.transpose(1, 2), _by_group(gates, width))
     if biases is None:
-        return gates_grad, weights_grad, None
+        return gates_grad, dense_grad, None
     gates_grad = torch.addr(gates_grad, grads.bias, biases.flatten())
-    return gates_grad, weights_grad, torch.mv(gates.t(), grads.bias).view(3, -1)
+    return gates_grad, dense_grad, torch.mv(gates.t(), grads.bias).view(3, -1)
 
 
 def gate_preactivations(c: Tensor, x: Tensor, weights: GateWeights) -> tuple[Tensor, Tensor]:

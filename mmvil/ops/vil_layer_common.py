@@ -52,7 +52,9 @@ class LayerSettings(NamedTuple):
 
 def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Convert a parameter to a dtype; None stays None."""
-    return None if parameter is None else parameter.to(dtype)
+    if parameter is None or parameter.dtype == dtype:
+        return parameter
+    return parameter.to(dtype)
 
 
 def sum_tokens(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def forward(
     x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
     c = F.silu(_convolve(x_m, w, settings), inplace=True)
     projections = _projections(w, settings)
-    q, k, v = _project(c, x_m, projections.dense, w, settings)
+    q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     h_norm, _, _ = _head_norm(h, settings)
@@ -75,7 +75,7 @@ def gradients(
     a = _convolve(x_m, w, settings)
     c = F.silu(a)
     projections = _projections(w, settings)
-    q, k, v = _project(c, x_m, projections.dense, w, settings)
+    q, k, v = _project(c, x_m, projections, w, settings)
     h_norm, mean, rstd = _head_norm(h, settings)
     mixed = _mix_(h_norm.clone(), c, w, settings)
 
@@ -105,7 +105,7 @@ def gradients(
     folded = projections.folded_gates
     with_bias = w.q_bias is not None
     q_grad, k_grad, v_grad = (grad.transpose(1, 2).flatten(2) for grad in qkv_grads)
-    q_dense, k_dense, v_dense = projections.dense
+    q_dense, k_dense, v_dense = projections.by_operand
     q_grads = headwise_linear_backward(q_grad, c, q_dense, with_bias, c_grad)
     k_grads = headwise_linear_backward(k_grad, c, k_dense, with_bias, c_grad)
     gates_c_grad = gate_preactivations_backward(gates_grad, c, folded.c, c_grad)
@@ -121,15 +121,15 @@ def gradients(
     v_grads = headwise_linear_backward(v_grad, x_m, v_dense, with_bias, x_m_grad)
     gates_x_grad = gate_preactivations_backward(gates_grad, x_m, folded.x, x_m_grad)
     gates_bias_grad = gates_grad.sum(0)
-    gates_weight_grad, blocks_grad, biases_grad = fold_gates_backward(
+    gates_weight_grad, dense_grad, biases_grad = fold_gates_backward(
         GateWeights(gates_c_grad, gates_x_grad, gates_bias_grad),
         projections.gates,
-        projections.blocks,
+        projections.dense,
         projections.biases,
     )
     dense_grads, projection_bias_grads = zip(q_grads, k_grads, v_grads)
-    dense_grad = torch.cat(dense_grads)
-    blocks_grad += diagonal_blocks(dense_grad, w.q_weight.shape[-1]).view_as(blocks_grad)
+    dense_grad = dense_grad + torch.cat(dense_grads)
+    blocks_grad = diagonal_blocks(dense_grad, w.q_weight.shape[-1]).chunk(3)
     if with_bias:
         biases_grad = biases_grad + torch.stack(projection_bias_grads)
     else:
@@ -174,22 +174,23 @@ def gradients(
 class _Projections(NamedTuple):
     """The weights between the convolution and the cell, as the products take them."""
 
-    blocks: Tensor  # (3, E / 4, 4, 4) of q, k, v, at least float32
+    dense: Tensor  # of q, k and v, (groups, width, width), at least float32
+    by_operand: tuple[Tensor, ...]  # the same in the dtype of the features
     biases: Tensor | None  # (3, E), at least float32
     gates: Tensor  # (2 NH, 3E), at least float32
-    dense: tuple[Tensor, ...]  # of q, k, v, (groups, width, width) in the dtype of the features
     folded_gates: GateWeights
 
 
 def _projections(w: LayerWeights, settings: LayerSettings) -> _Projections:
     dtype = torch.promote_types(settings.dtype, torch.float32)
-    blocks = torch.stack([w.q_weight, w.k_weight, w.v_weight]).to(dtype)
-    biases = None if w.q_bias is None else torch.stack([w.q_bias, w.k_bias, w.v_bias]).to(dtype)
-    gates = torch.cat([w.igate_weight, w.fgate_weight]).to(dtype)
-    gates_bias = torch.cat([w.igate_bias, w.fgate_bias]).to(dtype)
-    dense = dense_blocks(blocks.flatten(0, 1).to(settings.dtype), len(w.skip) // settings.heads)
-    folded = fold_gates(gates, gates_bias, blocks, biases)
-    return _Projections(blocks, biases, gates, dense.chunk(3), folded)
+    blocks = cast(torch.cat([w.q_weight, w.k_weight, w.v_weight]), dtype)
+    biases = None if w.q_bias is None else cast(torch.stack([w.q_bias, w.k_bias, w.v_bias]), dtype)
+    gates = cast(torch.cat([w.igate_weight, w.fgate_weight]), dtype)
+    gates_bias = cast(torch.cat([w.igate_bias, w.fgate_bias]), dtype)
+    dense = dense_blocks(blocks, len(w.skip) // settings.heads)
+    by_operand = cast(dense, settings.dtype).chunk(3)
+    folded = fold_gates(gates, gates_bias, dense, biases)
+    return _Projections(dense, by_operand, biases, gates, folded)
 
 
 def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
@@ -197,12 +198,14 @@ def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
     return token_conv(x_m, weight, bias, settings.grid, settings.reverse)
 
 
-def _project(c: Tensor, x_m: Tensor, dense, w: LayerWeights, settings: LayerSettings):
+def _project(
+    c: Tensor, x_m: Tensor, projections: _Projections, w: LayerWeights, settings: LayerSettings
+):
     """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
     biases = (w.q_bias, w.k_bias, w.v_bias)
     return tuple(
         by_head(headwise_linear(x, weight, cast(bias, settings.dtype)), settings.heads)
-        for x, weight, bias in zip((c, c, x_m), dense, biases)
+        for x, weight, bias in zip((c, c, x_m), projections.by_operand, biases)
     )
 
 

@@ -1,5 +1,10 @@
 """The ViL block: the fused layer against its submodules."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -159,3 +164,25 @@ class TestDropPath:
     def test_refuses_rates_that_are_no_probability(self, rate):
         with pytest.raises(ValueError, match=r'\[0, 1\)'):
             DropPath(rate)
+
+
+FAULTS = """
+import resource, torch
+from mmvil.layers import ViLBlock
+
+block, x = ViLBlock(192), torch.randn(8, 196, 192)
+with torch.inference_mode():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block(x, (14, 14))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a property of glibc')
+def test_inference_reuses_its_memory():
+    # In a process of its own: here, other tests may have freed more already.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_'))}
+    command = [sys.executable, '-c', FAULTS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 500, 'pages; without measures about 7000'

@@ -71,7 +71,8 @@ def test_gates_equal_linear_maps_of_q_k_and_v(with_bias):
     expected_grads = torch.autograd.grad(expected, inputs, grad)
 
     with torch.no_grad():
-        folded = fold_gates(gates, bias, weights, biases)
+        dense = dense_blocks(weights.flatten(0, 1), width // heads)
+        folded = fold_gates(gates, bias, dense, biases)
         actual = torch.cat(gate_preactivations(c, x, folded), 1)
         c_grad, x_grad = torch.ones_like(c), torch.ones_like(x)  # are added to
         flat_grad = grad.transpose(1, 2).flatten(0, 1)
@@ -80,9 +81,10 @@ def test_gates_equal_linear_maps_of_q_k_and_v(with_bias):
             gate_preactivations_backward(flat_grad, x, folded.x, x_grad),
             flat_grad.sum(0),
         )
-        gates_grad, weights_grad, biases_grad = fold_gates_backward(
-            folded_grads, gates, weights, biases
+        gates_grad, dense_grad, biases_grad = fold_gates_backward(
+            folded_grads, gates, dense, biases
         )
+        weights_grad = diagonal_blocks(dense_grad, 4).view_as(weights)
     torch.testing.assert_close(actual, expected)
     actual_grads = [c_grad - 1, x_grad - 1, gates_grad, folded_grads.bias, weights_grad]
     for got, value in zip(actual_grads + ([biases_grad] if with_bias else []), expected_grads):
