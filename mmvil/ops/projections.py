@@ -34,12 +34,9 @@ def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
     """
     size = weight.shape[1]
     width = dense_block_width(size, head_width)
-    joined = width // size
-    dense = weight.new_zeros(weight.shape[0] // joined, joined, size, joined, size)
-    # (groups, in, out, joined) both
-    diagonal = weight.view(-1, joined, size, size).permute(0, 3, 2, 1)
-    dense.diagonal(dim1=1, dim2=3).copy_(diagonal)
-    return dense.view(-1, width, width)
+    grouped = weight.view(-1, width // size, size, size).permute(0, 3, 2, 1)
+    # (groups, in, out, joined) to (groups, joined, in, joined, out)
+    return torch.diag_embed(grouped).permute(0, 3, 1, 4, 2).reshape(-1, width, width)
 
 
 def diagonal_blocks(dense: Tensor, size: int) -> Tensor:
