@@ -22,9 +22,10 @@ from ..ops.compat import (
 from ..ops.layout import by_head
 from ..ops.log import warn_once
 from ..ops.mlstm import BACKENDS, choose_form
-from ..ops.projections import dense_blocks, headwise_linear, token_conv
+from ..ops.projections import dense_blocks, gate_preactivations, headwise_linear, token_conv
 from ..ops.vil_layer import vil_layer
 from ..ops.vil_layer_common import LayerSettings, LayerWeights
+from ..ops.vil_layer_eager import prepare_projections
 from .drop_path import DropPath
 
 
@@ -158,6 +159,12 @@ class ViLBlock(nn.Module):
         """
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)
+        if is_exporting() and self._why_not_fused() is None:
+            weights = self._weights()
+            if PLAIN_TENSORS.issuperset(map(type, weights)):  # saves the concatenation below
+                with without_autocast(q):
+                    folded = prepare_projections(weights, self.num_heads, q.dtype).folded_gates
+                    return c, q, k, v, *gate_preactivations(c, x_m, folded)
         with without_autocast(q):
             qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
             qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # (B, N, 3E)
@@ -198,29 +205,7 @@ class ViLBlock(nn.Module):
             return None
         reason = self._why_not_fused()
         if reason is None:
-            weights = LayerWeights(
-                norm_weight=self.norm.weight,
-                norm_bias=self.norm.bias,
-                up_weight=self.proj_up.weight,
-                up_bias=self.proj_up.bias,
-                conv_weight=self.conv.weight,
-                conv_bias=self.conv.bias,
-                q_weight=self.q_proj.weight,
-                q_bias=self.q_proj.bias,
-                k_weight=self.k_proj.weight,
-                k_bias=self.k_proj.bias,
-                v_weight=self.v_proj.weight,
-                v_bias=self.v_proj.bias,
-                igate_weight=self.igate.weight,
-                igate_bias=self.igate.bias,
-                fgate_weight=self.fgate.weight,
-                fgate_bias=self.fgate.bias,
-                out_norm_weight=self.out_norm.weight,
-                out_norm_bias=self.out_norm.bias,
-                skip=self.skip,
-                down_weight=self.proj_down.weight,
-                down_bias=self.proj_down.bias,
-            )
+            weights = self._weights()
             strange = set(map(type, weights)) - PLAIN_TENSORS
             if not strange:
                 return weights
@@ -231,6 +216,31 @@ class ViLBlock(nn.Module):
                 'same; the fused layer is faster and keeps less memory for backward.'
             )
         return None
+
+    def _weights(self) -> LayerWeights:
+        return LayerWeights(
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            up_weight=self.proj_up.weight,
+            up_bias=self.proj_up.bias,
+            conv_weight=self.conv.weight,
+            conv_bias=self.conv.bias,
+            q_weight=self.q_proj.weight,
+            q_bias=self.q_proj.bias,
+            k_weight=self.k_proj.weight,
+            k_bias=self.k_proj.bias,
+            v_weight=self.v_proj.weight,
+            v_bias=self.v_proj.bias,
+            igate_weight=self.igate.weight,
+            igate_bias=self.igate.bias,
+            fgate_weight=self.fgate.weight,
+            fgate_bias=self.fgate.bias,
+            out_norm_weight=self.out_norm.weight,
+            out_norm_bias=self.out_norm.bias,
+            skip=self.skip,
+            down_weight=self.proj_down.weight,
+            down_bias=self.proj_down.bias,
+        )
 
     def _why_not_fused(self) -> str | None:
         """The first submodule that is not what the constructor made it, and why."""

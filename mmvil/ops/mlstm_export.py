@@ -11,7 +11,7 @@ chunk c,
 
 is the incoming memory of the chunk, and token t sees it with the weight :math:`e^{M^-_c - M_t}`.
 This costs :math:`n^2` products of a weight with a (DH, DH) memory, little as long as n is well
-below the chunk length. Running maxima are those of masked matrices, as ONNX has no cumulative one.
+below the chunk length.
 """
 
 import torch
@@ -48,44 +48,74 @@ def mlstm_traceable(
     Returns:
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N).
     """
-    tokens, out_dtype = static_shape(q)[2], q.dtype
+    shape, out_dtype = q.shape, q.dtype
+    tokens = static_shape(q)[2]
     dtype = torch.promote_types(out_dtype, torch.float32)
     chunks = (tokens + chunk_size - 1) // chunk_size
     padding = chunks * chunk_size - tokens
 
-    def to_chunks(x: Tensor) -> Tensor:  # (B, NH, N, DH) -> (B, NH, n, L, DH)
-        x = F.pad(x.to(dtype), (0, 0, 0, padding))
-        return x.reshape(x.shape[0], x.shape[1], chunks, chunk_size, x.shape[3])
+    # Batch and heads are flattened to G: runtimes are slow with tensors of five dimensions.
+    def to_chunks(x: Tensor) -> Tensor:  # (B, NH, N, DH) -> (G, n, L, DH)
+        x = x.to(dtype)
+        if not isinstance(padding, int) or padding > 0:
+            x = F.pad(x, (0, 0, 0, padding))
+        return x.reshape(-1, chunks, chunk_size, x.shape[3])
 
     cumulative = cumsum(F.logsigmoid(fgate.to(gate_dtype)), reverse)
     source = F.pad(igate.to(gate_dtype) - cumulative, (0, padding), value=NOTHING)
-    source = source.reshape(source.shape[0], source.shape[1], chunks, chunk_size)  # (B, NH, n, L)
+    source = source.reshape(-1, chunks, chunk_size)  # (G, n, L)
 
-    # Logarithms of what has been written when token t is read, and of what before chunk c.
-    written = _mask(source, _has_read(chunk_size, chunk_size, reverse, q.device))
-    top = source.amax(-1)  # (B, NH, n)
-    written_before = _mask(top, _has_read(chunks, chunks, reverse, q.device, strictly=True))
-    max_before = written_before.amax(-1, keepdim=True)  # (B, NH, n, 1)
-    running_max = torch.maximum(written.amax(-1), max_before)  # (B, NH, n, L)
-    weights = torch.exp((written - running_max.unsqueeze(-1)).to(dtype))  # (B, NH, n, L, L)
-    chunk_weights = torch.exp((written_before - max_before).to(dtype))  # (B, NH, n, n)
+    # Logarithms of the largest weight read so far, in the chunk and before it.
+    top = source.amax(-1)  # (G, n)
+    has_read = _has_read(chunks, chunks, reverse, q.device, strictly=True)
+    written_before = torch.where(has_read, top.unsqueeze(-2), NOTHING)  # (G, n, n)
+    max_before = written_before.amax(-1, keepdim=True)  # (G, n, 1)
+    running_max = torch.maximum(_running_max(source, chunk_size, reverse), max_before)  # (G, n, L)
+    logarithms = (source.unsqueeze(-2) - running_max.unsqueeze(-1)).to(dtype)
+    has_read = _has_read(chunk_size, chunk_size, reverse, q.device)
+    mask = torch.where(has_read, 0.0, NOTHING).to(dtype)  # a constant
+    weights = torch.exp(logarithms + mask)  # (G, n, L, L)
+    chunk_weights = torch.exp((written_before - max_before).to(dtype))  # (G, n, n)
     to_state = torch.exp((source - top.unsqueeze(-1)).to(dtype)).unsqueeze(-1)
     from_state = torch.exp((max_before - running_max).to(dtype)).unsqueeze(-1)
 
-    q, k, v = to_chunks(q) * q.shape[-1] ** -0.5, to_chunks(k), to_chunks(v)
-    # A column of ones makes the normalizer one more channel of the values.
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # (B, NH, n, L, DH + 1)
-    sums = torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * weights, v)
+    q, k, v = to_chunks(q), to_chunks(k), to_chunks(v)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * weights
+    numerator, normalizer = torch.matmul(scores, v), scores.sum(-1, keepdim=True)
     if not isinstance(chunks, int) or chunks > 1:
-        memory = torch.matmul((k * to_state).transpose(-1, -2), v)  # (B, NH, n, DH, DH + 1)
+        k, q = k * to_state, q * from_state
+        memory = torch.matmul(k.transpose(-1, -2), v)  # (G, n, DH, DH)
         memory = torch.matmul(chunk_weights, memory.flatten(-2)).reshape(memory.shape)
-        sums = sums + torch.matmul(q * from_state, memory)
-    sums = sums.flatten(2, 3)[:, :, :tokens]
-    numerator, normalizer = sums[..., :-1], sums[..., -1]
+        numerator = numerator + torch.matmul(q, memory)
+        keys = torch.matmul(chunk_weights, k.sum(-2))  # (G, n, DH)
+        normalizer = normalizer + (q * keys.unsqueeze(-2)).sum(-1, keepdim=True)
 
-    stabilizer = cumulative + running_max.flatten(2)[:, :, :tokens]
-    denominator = torch.maximum(normalizer.abs(), torch.exp(-stabilizer).to(dtype)) + EPS
-    return (numerator / denominator.unsqueeze(-1)).to(out_dtype), normalizer
+    def to_tokens(x: Tensor) -> Tensor:  # (G, n, L, ...) -> (B, NH, N, ...)
+        x = x.reshape(*shape[:2], chunks * chunk_size, *x.shape[3:])
+        return x[:, :, :tokens] if not isinstance(padding, int) or padding > 0 else x
+
+    numerator, normalizer = to_tokens(numerator), to_tokens(normalizer)
+    stabilizer = cumulative + to_tokens(running_max)
+    # Numerator and normalizer lack the factor 1 / sqrt(DH) of the queries.
+    unit = q.shape[-1] ** 0.5
+    floor = torch.exp(-stabilizer).to(dtype).unsqueeze(-1) * unit
+    h = numerator / (torch.maximum(normalizer.abs(), floor) + EPS * unit)
+    return h.to(out_dtype), normalizer.squeeze(-1) / unit
+
+
+def _running_max(x: Tensor, length: int, reverse: bool) -> Tensor:
+    """Maximum of the entries read so far, along the last dimension of a length: every step doubles
+    the number of entries that are compared.
+    """
+    step = 1
+    while step < length:
+        if reverse:
+            shifted = F.pad(x[..., step:], (0, step), value=NOTHING)
+        else:
+            shifted = F.pad(x[..., :-step], (step, 0), value=NOTHING)
+        x = torch.maximum(x, shifted)
+        step *= 2
+    return x
 
 
 def _has_read(rows: int, columns: int, reverse: bool, device, strictly: bool = False) -> Tensor:
@@ -95,8 +125,3 @@ def _has_read(rows: int, columns: int, reverse: bool, device, strictly: bool = F
     if strictly:
         return j > t if reverse else j < t
     return j >= t if reverse else j <= t
-
-
-def _mask(x: Tensor, mask: Tensor) -> Tensor:
-    """Repeat (..., L) for every row of the mask (L, L), shape (..., L, L)."""
-    return torch.where(mask, x.unsqueeze(-2), NOTHING)

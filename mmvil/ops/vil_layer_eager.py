@@ -50,7 +50,7 @@ def forward(
     bias_m, bias_z = (None, None) if w.up_bias is None else cast(w.up_bias, settings.dtype).chunk(2)
     x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
     c = F.silu(_convolve(x_m, w, settings), inplace=True)
-    projections = _projections(w, settings)
+    projections = prepare_projections(w, settings.heads, settings.dtype)
     q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
@@ -74,7 +74,7 @@ def gradients(
     y_grad = y_grad.to(settings.dtype)
     a = _convolve(x_m, w, settings)
     c = F.silu(a)
-    projections = _projections(w, settings)
+    projections = prepare_projections(w, settings.heads, settings.dtype)
     q, k, v = _project(c, x_m, projections, w, settings)
     h_norm, mean, rstd = _head_norm(h, settings)
     mixed = _mix_(h_norm.clone(), c, w, settings)
@@ -171,7 +171,7 @@ def gradients(
     )
 
 
-class _Projections(NamedTuple):
+class Projections(NamedTuple):
     """The weights between the convolution and the cell, as the products take them."""
 
     dense: Tensor  # of q, k and v, (groups, width, width), at least float32
@@ -181,16 +181,18 @@ class _Projections(NamedTuple):
     folded_gates: GateWeights
 
 
-def _projections(w: LayerWeights, settings: LayerSettings) -> _Projections:
-    dtype = torch.promote_types(settings.dtype, torch.float32)
-    blocks = cast(torch.cat([w.q_weight, w.k_weight, w.v_weight]), dtype)
-    biases = None if w.q_bias is None else cast(torch.stack([w.q_bias, w.k_bias, w.v_bias]), dtype)
-    gates = cast(torch.cat([w.igate_weight, w.fgate_weight]), dtype)
-    gates_bias = cast(torch.cat([w.igate_bias, w.fgate_bias]), dtype)
-    dense = dense_blocks(blocks, len(w.skip) // settings.heads)
-    by_operand = cast(dense, settings.dtype).chunk(3)
+def prepare_projections(w: LayerWeights, heads: int, dtype: torch.dtype) -> Projections:
+    """Join and fold the weights, for NH heads and features of a dtype."""
+    precise = torch.promote_types(dtype, torch.float32)
+    blocks = cast(torch.cat([w.q_weight, w.k_weight, w.v_weight]), precise)
+    biases = (
+        None if w.q_bias is None else cast(torch.stack([w.q_bias, w.k_bias, w.v_bias]), precise)
+    )
+    gates = cast(torch.cat([w.igate_weight, w.fgate_weight]), precise)
+    gates_bias = cast(torch.cat([w.igate_bias, w.fgate_bias]), precise)
+    dense = dense_blocks(blocks, len(w.skip) // heads)
     folded = fold_gates(gates, gates_bias, dense, biases)
-    return _Projections(dense, by_operand, biases, gates, folded)
+    return Projections(dense, cast(dense, dtype).chunk(3), biases, gates, folded)
 
 
 def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
@@ -199,7 +201,7 @@ def _convolve(x_m: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
 
 
 def _project(
-    c: Tensor, x_m: Tensor, projections: _Projections, w: LayerWeights, settings: LayerSettings
+    c: Tensor, x_m: Tensor, projections: Projections, w: LayerWeights, settings: LayerSettings
 ):
     """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
     biases = (w.q_bias, w.k_bias, w.v_bias)
