@@ -21,11 +21,11 @@ def verify(path: str | os.PathLike, trusted: bool = False) -> None:
         UntrustedCheckpointError: If it is not trusted and may run code.
     """
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
+        try:
+            with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-            except (zipfile.BadZipFile, EOFError) as error:
-                broken = error
+        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            broken = error
         if broken is not None:
             raise DamagedCheckpointError(f'{path} is damaged: {broken}')
     load_file(path, 'cpu', trusted)

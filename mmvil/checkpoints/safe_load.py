@@ -38,13 +38,13 @@ def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False)
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f'Checkpoint not found: {os.path.abspath(path)}')
-    if not trusted and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.rpartition('/')[2] == 'constants.pkl' for name in names):  # for torch.jit.load
-            raise UntrustedCheckpointError(f'{path} is TorchScript, which may run code')
     pickle_module = pickle if trusted else _PICKLE
     try:
+        if not trusted and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                files = [name.rpartition('/')[2] for name in archive.namelist()]
+            if 'constants.pkl' in files:  # for torch.jit.load
+                raise UntrustedCheckpointError('is TorchScript, which may run code')
         return torch.load(path, map_location, pickle_module=pickle_module, weights_only=False)
     except UntrustedCheckpointError as error:
         raise UntrustedCheckpointError(f'{path} {error}') from None

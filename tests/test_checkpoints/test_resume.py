@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from mmvil.checkpoints import DamagedCheckpointError, find_good_checkpoint, verify
+from mmvil.checkpoints import DamagedCheckpointError, find_good_checkpoint, load_safely, verify
 from tests.test_checkpoints.test_safe_load import checkpoint
 
 
@@ -29,6 +29,16 @@ def test_verify_notices_a_flipped_bit(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DamagedCheckpointError, match='a.pth is damaged'):
         verify(path)
+
+
+@pytest.mark.parametrize('record', [b'PK\1\2', b'PK\3\4'])
+def test_verify_and_loading_notice_damage_outside_of_the_tensors(tmp_path, record):
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=dict(a=torch.zeros(10))), path)
+    path.write_bytes(path.read_bytes().replace(record, bytes(4)))
+    for load in (verify, load_safely):
+        with pytest.raises(DamagedCheckpointError, match='a.pth is damaged'):
+            load(path)
 
 
 def test_find_good_checkpoint_passes_over_damaged_ones(tmp_path):
