@@ -50,6 +50,8 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         raise UserError(f'config not found: {path}. {hint}')
     with as_user_error(f'cannot read {path}'):  # a config is Python
         cfg = Config.fromfile(path)
+    # Classes that a config in mmengine's new style imports become their names, as in a dumped one.
+    cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
     misfits = (AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -86,6 +88,13 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
             loader.pin_memory = False
     set_data_root(cfg, args.data_root)
     return cfg
+
+
+def require(cfg: Config, *names: str) -> None:
+    """Check that a config has the parts that a run needs."""
+    missing = [name for name in names if cfg.get(name) is None]
+    if missing:
+        raise UserError(f'{cfg.filename} has no {", ".join(missing)}, which this run needs')
 
 
 def set_data_root(cfg: Config, data_root: str | None) -> None:

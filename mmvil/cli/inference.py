@@ -12,6 +12,7 @@ from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
 from ..checkpoints import weights_of
+from ..engine.config_nodes import type_name
 from .config import build_lazily
 from .errors import UserError, as_user_error
 from .preflight import check_checkpoint, check_fit
@@ -104,7 +105,7 @@ class ImageReader:
         self._prepare = build_pipeline(pipeline[last + 1 :])
         # As the OpenCV and Pillow backends load three channels.
         first = next(filter(loads, pipeline), {})
-        is_standard = str(first.get('type')).endswith('LoadImageFromFile')
+        is_standard = type_name(first) == 'LoadImageFromFile'
         self.bgr = is_standard and first.get('imdecode_backend') != 'tifffile'
 
     def load(self, path):
@@ -140,7 +141,7 @@ class ImageReader:
 
 def loads(step, what='image'):
     """Whether a step of a pipeline loads an image, or an annotation."""
-    name = str(step.get('type')).rpartition('.')[2]
+    name = type_name(step)
     return name.startswith('Load') and ('Annotation' in name) == (what == 'annotation')
 
 

@@ -19,7 +19,7 @@ from mmengine.utils import scandir
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
 from ..engine import AdaptInputChannelsHook
-from ..engine.config_nodes import dicts, innermost_datasets, loaders, strategy_name
+from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
 from .errors import UserError, as_user_error
@@ -38,12 +38,13 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     for loader in loaders(cfg):
         if loader.get('num_workers', 0) == 0:  # torch refuses persistent workers then
             loader.persistent_workers = False
-    if cfg.get('compile') and strategy_name(cfg).startswith('DeepSpeed'):
+    strategy = type_name(cfg.get('strategy'))
+    if cfg.get('compile') and strategy.startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
     failed = 'cannot build what the config describes (--traceback shows where)'
     with as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError)):
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
-    if cfg.get('compile') and strategy_name(cfg):
+    if cfg.get('compile') and strategy:
         # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
@@ -71,7 +72,7 @@ def check_backbone(cfg: Config) -> None:
     """Check that the ViL backbone knows the options that the config gives it."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
-        if str(node.get('type')).rpartition('.')[2] not in ('VisionLSTM', 'MaskedVisionLSTM'):
+        if type_name(node) not in ('VisionLSTM', 'MaskedVisionLSTM'):
             continue
         for key in set(node) - set(known) - {'type', '_scope_'}:
             close = difflib.get_close_matches(key, known, n=1)
@@ -187,9 +188,11 @@ def check_checkpoint(path: str) -> None:
 
 def check_config_checkpoints(cfg: Config) -> None:
     """Check the files that ``load_from`` and ``init_cfg`` name."""
-    named = [node.get('checkpoint') for node in dicts(cfg) if node.get('type') == 'Pretrained']
+    kinds = ('Pretrained', 'PretrainedInit')
+    named = [node.get('checkpoint') for node in dicts(cfg) if type_name(node) in kinds]
     load_from = cfg.get('load_from')
-    is_shards = strategy_name(cfg).startswith('DeepSpeed') and os.path.isdir(load_from or '')
+    by_deepspeed = type_name(cfg.get('strategy')).startswith('DeepSpeed')
+    is_shards = by_deepspeed and os.path.isdir(load_from or '')
     for path in (*named, None if is_shards else load_from):
         if path is not None:
             check_checkpoint(path)

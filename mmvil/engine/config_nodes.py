@@ -33,6 +33,6 @@ def innermost_datasets(dataset: dict) -> Iterator[dict]:
         yield from innermost_datasets(each)
 
 
-def strategy_name(cfg: Config) -> str:
-    """Class name of the strategy of a FlexibleRunner; empty for a plain Runner."""
-    return (cfg.get('strategy') or {}).get('type', '').rpartition('.')[2]
+def type_name(node: dict | None) -> str:
+    """Class name of what a node builds, without its module or scope; empty if it says none."""
+    return str((node or {}).get('type') or '').rpartition('.')[2]

@@ -13,7 +13,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from .config_nodes import dicts, loaders, strategy_name
+from .config_nodes import dicts, loaders, type_name
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -120,14 +120,15 @@ def fit_to_cpu(cfg: Config) -> list[str]:
     keep_freed_memory()
     notes = []
     wrapper = cfg.get('optim_wrapper') or {}
-    if wrapper.get('type') == 'AmpOptimWrapper':
+    if type_name(wrapper) == 'AmpOptimWrapper':
         wrapper.type = 'OptimWrapper'
         for option in ('dtype', 'loss_scale', 'use_fsdp'):
             wrapper.pop(option, None)
         notes.append(
             'no GPU: training in float32, because mixed precision (AmpOptimWrapper) needs one'
         )
-    sync_norms = [node for node in dicts(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
+    kinds = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
+    sync_norms = [node for node in dicts(cfg.model) if type_name(node) in kinds]
     for node in sync_norms:
         node.type = 'BN' if cfg.launcher == 'none' else 'mmvil.engine.CPUSyncBatchNorm'
     if sync_norms and cfg.launcher != 'none':
@@ -150,7 +151,7 @@ def fit_to_cpu(cfg: Config) -> list[str]:
                 **(cfg.get('model_wrapper_cfg') or {}),
                 'device_ids': None,
             }
-        elif strategy_name(cfg) == 'FSDPStrategy':
+        elif type_name(cfg.strategy) == 'FSDPStrategy':
             cfg.strategy.model_wrapper.device_id = torch.device('cpu')
         notes.append('no GPU: the processes communicate by gloo')
     elif cfg.launcher != 'none':

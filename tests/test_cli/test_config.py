@@ -4,10 +4,12 @@ import argparse
 import pytest
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.device import get_device
 from mmengine.registry import DATASETS
 
 from mmvil.cli.config import build_lazily, load_config, read_runner_config, set_data_root
 from mmvil.cli.errors import UserError
+from mmvil.engine.cpu import fit_to_cpu
 
 
 def test_broken_config_is_named(tmp_path):
@@ -44,6 +46,24 @@ def test_options_that_do_not_fit_are_named(tmp_path):
     config.write_text("default_scope = 'mmengine'\nlr = 1\n")
     with pytest.raises(UserError, match='--cfg-options do not fit .*config.py'):
         load_config(str(config), {'lr.value': 2})
+
+
+def test_load_config_names_the_classes_that_a_config_imports(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        'from torch.optim import AdamW\n\nfrom mmengine.config import read_base\n'
+        'from mmengine.optim import AmpOptimWrapper\n\n'
+        "default_scope = 'mmengine'\nmodel = dict()\nlauncher = 'none'\n"
+        'optim_wrapper = dict(type=AmpOptimWrapper, dtype="float16", optimizer=dict(type=AdamW))\n'
+    )
+    cfg = load_config(str(config), {})
+    assert cfg.optim_wrapper.type == 'mmengine.optim.AmpOptimWrapper'
+    assert cfg.optim_wrapper.optimizer.type == 'torch.optim.AdamW'
+    if get_device() == 'cpu':
+        fit_to_cpu(cfg)
+        assert cfg.optim_wrapper == dict(
+            type='OptimWrapper', optimizer=dict(type='torch.optim.AdamW')
+        )
 
 
 def test_read_runner_config_changes_what_the_arguments_say(tmp_path):
