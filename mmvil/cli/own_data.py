@@ -9,7 +9,7 @@ from mmengine.fileio import load
 from mmengine.utils import scandir
 from PIL import Image
 
-from ..engine.config_nodes import dicts, innermost_datasets, loaders
+from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
 from .errors import UserError, as_user_error
 
 FILES = ('classes.yaml', 'classes.txt')
@@ -57,6 +57,11 @@ def read_classes(path: Path) -> dict:
     """
     with as_user_error(f'cannot read {path}'):
         own = _read_lines(path) if path.suffix == '.txt' else dict(load(path))
+    own = {
+        key: value if isinstance(value, list) else [value]
+        for key, value in own.items()
+        if value is not None
+    }
     known = ('classes', *PER_CLASS, 'ignore')
     if set(own) - set(known):
         unknown = ', '.join(map(str, set(own) - set(known)))
@@ -70,15 +75,13 @@ def read_classes(path: Path) -> dict:
     for key in PER_CLASS:
         if key in own and len(own[key]) != len(classes):
             raise UserError(f'{path} has {len(classes)} classes, but {len(own[key])} {key}')
-    if isinstance(own.get('ignore'), int):
-        own['ignore'] = [own['ignore']]
     return own
 
 
 def _read_lines(path):
     """Classes and, if there are any, colors."""
     lines = [line.strip() for line in path.read_text('utf-8-sig').splitlines()]
-    pattern = re.compile(r'(.*?)(?:[\s,;]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?')
+    pattern = re.compile(r'(.*?)(?:[\s,;]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+))?')
     found = [pattern.fullmatch(line).groups() for line in lines if line and line[0] != '#']
     colors = [[int(x) for x in color] for _, *color in found if None not in color]
     return dict(classes=[name for name, *_ in found], **(dict(colors=colors) if colors else {}))
@@ -95,7 +98,7 @@ def _describe_masks(cfg, datasets, own):
                 dataset[suffix] = _suffix_in(path)
     mapping = {key: own[key] for key in MAPPING if key in own}
     for node in dicts(cfg) if mapping else ():
-        if str(node.get('type')).rpartition('.')[2] == 'LoadAnnotations':
+        if type_name(node) == 'LoadAnnotations':
             node.update(type=MAPPED, **mapping)
 
 
@@ -138,7 +141,7 @@ def _describe_model(cfg, own):
             node.num_classes = len(own['classes'])
     if 'class_weight' in own:
         kinds = ('CrossEntropyLoss', 'LabelSmoothLoss')
-        losses = [node for node in nodes if str(node.get('type')).endswith(kinds)]
+        losses = [node for node in nodes if type_name(node).endswith(kinds)]
         if not losses:
             raise UserError(f'class_weight needs a {" or ".join(kinds)}, but the model has none')
         for loss in losses:

@@ -170,6 +170,8 @@ def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
         ('classes.txt', 'a\nb\na\n', 'at least two classes, each once'),
         ('classes.txt', 'a 1 2 3\nb\n', '2 classes, but 1 colors'),
         ('classes.yaml', 'classes: [a, b]\nclass_weight: [1]\n', '2 classes, but 1 class_weight'),
+        ('classes.yaml', 'classes: [a, b]\nclass_weight: 1\n', '2 classes, but 1 class_weight'),
+        ('classes.yaml', 'classes: a, b\n', 'at least two classes.* has: a, b'),
         ('classes.yaml', 'classes: [a, b]\ncolours: []\n', 'unknown keys: colours. .* colors'),
         ('classes.yaml', 'classes: [a, b\n', 'cannot read .*classes.yaml'),
         ('classes.yaml', 'road\n', 'cannot read .*classes.yaml'),
@@ -179,6 +181,14 @@ def test_read_classes_says_what_is_wrong(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         read_classes(tmp_path / file)
+
+
+def test_read_classes_takes_empty_keys_as_absent_and_semicolons_as_separators(tmp_path):
+    yaml, text = tmp_path / 'classes.yaml', tmp_path / 'classes.txt'
+    yaml.write_text('classes: [a, b]\ncolors:\nignore: 3\n')
+    assert read_classes(yaml) == dict(classes=['a', 'b'], ignore=[3])
+    text.write_text('a;1;2;3\nb; 4; 5; 6\n')
+    assert read_classes(text) == dict(classes=['a', 'b'], colors=[[1, 2, 3], [4, 5, 6]])
 
 
 def test_own_data_without_classes_is_refused(tmp_path):
