@@ -5,13 +5,13 @@ python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade
 """
 
 import os
-from copy import deepcopy
 from pathlib import Path
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 
-from mmvil.cli.config import read_runner_config
+from mmvil.cli.config import innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import CheckFitHook, build_runner, check_testing
@@ -28,7 +28,7 @@ def main():
     runner = build_runner(cfg)
     runner.register_hook(CheckFitHook())
     metrics = runner.test()
-    if args.out is not None and args.out_item == 'metrics':
+    if args.out and args.out_item == 'metrics' and is_main_process():
         dump(metrics, args.out)
 
 
@@ -39,7 +39,7 @@ def make_test_parser():
     add('checkpoint', help='checkpoint file')
     out = 'label maps of a segmentor (folder), results of a classifier (.pkl, .json)'
     add('--out', help=f'{out} or detector (prefix of .json files)')
-    item = 'classification: what --out gets (default: pred)'
+    item = 'write predictions or metrics (.json, .yaml, .pkl) to --out (default: pred)'
     add('--out-item', choices=['pred', 'metrics'], default='pred', help=item)
     add('--dump', metavar='PKL', help='write all predictions to a pickle file')
     add('--tta', action='store_true', help='multi-scale and flip, or flip only')
@@ -56,6 +56,7 @@ def make_test_parser():
 def read_config(args):
     """The config with what the command line changes."""
     cfg = read_runner_config(args)
+    require(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg.load_from = args.checkpoint
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
@@ -69,19 +70,28 @@ def read_config(args):
 
     evaluators = cfg.test_evaluator
     evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-    if args.out is not None and not is_classifier:
+    dumps = [args.dump]
+    if args.out and args.out_item == 'metrics':
+        check_suffix('metrics are', args.out, '.json', '.yaml', '.yml', '.pkl', '.pickle')
+    elif args.out and is_classifier:
+        dumps.append(args.out)
+    elif args.out:
         for evaluator in evaluators:
             if evaluator.type.endswith('CocoMetric'):
                 evaluator.outfile_prefix = args.out
             else:
                 evaluator.update(output_dir=args.out, keep_results=True)
-    dumps = [args.dump, args.out if is_classifier and args.out_item == 'pred' else None]
     for path in filter(None, dumps):
-        if Path(path).suffix not in ('.pkl', '.pickle'):
-            raise UserError(f'predictions are written to a .pkl file, but {path} was asked for')
+        check_suffix('predictions are', path, '.pkl', '.pickle')
         evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
     cfg.test_evaluator = evaluators
     return cfg
+
+
+def check_suffix(what, path, *suffixes):
+    """Refuse before the test a file that could not be written after it."""
+    if Path(path).suffix not in suffixes:
+        raise UserError(f'{what} written to a {suffixes[0]} file, but {path} was asked for')
 
 
 def draw(cfg, args, is_classifier):
@@ -102,15 +112,16 @@ def draw(cfg, args, is_classifier):
 
 def use_tta(cfg, is_classifier):
     """Test each image several times: as tta_pipeline says, or flipped and not."""
-    if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
-        if not is_classifier:
-            raise UserError('--tta needs tta_pipeline and tta_model in the config')
-        *pipeline, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+    is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
+    if not is_described and not is_classifier:
+        raise UserError('--tta needs tta_pipeline and tta_model in the config')
+    for dataset in innermost_datasets(cfg.test_dataloader.dataset):
+        *pipeline, pack = dataset.pipeline
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-        cfg.tta_pipeline = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
-        cfg.tta_model = dict(type='mmpretrain.AverageClsScoreTTA')
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+        flipped = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+        dataset.pipeline = cfg.tta_pipeline if is_described else flipped
+    tta_model = cfg.tta_model if is_described else dict(type='mmpretrain.AverageClsScoreTTA')
+    cfg.model = dict(**tta_model, module=cfg.model)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mmengine.device import get_device
 
-from mmvil.cli.config import read_runner_config
+from mmvil.cli.config import loaders, read_runner_config, require
 from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import build_runner, check_training, loading_hook
@@ -66,12 +66,13 @@ def read_config(args):
     if args.backbone is None and (args.checkpoint or args.backbone_optim):
         raise UserError('--checkpoint and --backbone-optim need --backbone')
     cfg = read_runner_config(args, checkpoint=args.checkpoint, optim=args.backbone_optim)
+    require(cfg, 'train_dataloader', 'train_cfg', 'optim_wrapper')
     for package in filter(vars(args).get, LOGGERS):
         log_to(cfg, package)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.no_persistent_workers:
-        for loader in filter(None, (cfg.train_dataloader, cfg.get('val_dataloader'))):
+        for loader in loaders(cfg):
             loader.persistent_workers = False
     if args.resume is not None:
         cfg.resume = True
@@ -104,7 +105,7 @@ def log_to(cfg, package):
     if cfg.get('visualizer') is None:
         cfg.visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
     known = cfg.visualizer.get('vis_backends') or []
-    if backend not in [each.type for each in known]:
+    if not any(each.type.endswith(backend) for each in known):
         cfg.visualizer.vis_backends = [*known, dict(type=backend)]
 
 

@@ -1,0 +1,79 @@
+# Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmvil.cli.errors import UserError
+from mmvil.cli.main import parse_args
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import test as test_tool  # noqa: E402
+import train as train_tool  # noqa: E402
+
+
+def read(tool, make_parser, *arguments, config='vil_t_imagenet'):  # trains in bfloat16
+    path = ROOT / 'configs' / f'{config}.py'
+    return tool.read_config(parse_args(make_parser(), [str(path), *arguments]))
+
+
+@pytest.mark.parametrize(
+    'arguments, dtype',
+    [
+        ([], 'bfloat16'),
+        (['--amp'], 'bfloat16'),
+        (['--precision', 'bfloat16'], 'bfloat16'),
+        (['--precision', 'float16'], 'float16'),
+        (['--precision', 'float32'], None),
+    ],
+)
+def test_train_in_the_precision_asked_for(arguments, dtype):
+    wrapper = read(train_tool, train_tool.make_train_parser, *arguments).optim_wrapper
+    assert wrapper.get('dtype') == dtype
+    assert ('Amp' in wrapper.type) == (dtype is not None)
+
+
+@pytest.mark.parametrize(
+    'arguments, half',
+    [([], False), (['--precision', 'bfloat16'], True), (['--amp'], True)],
+)
+def test_test_in_the_precision_asked_for(monkeypatch, arguments, half):
+    asked = []
+    monkeypatch.setattr(test_tool.torch, 'set_autocast_gpu_dtype', asked.append)
+    cfg = read(test_tool, test_tool.make_test_parser, 'checkpoint.pth', *arguments)
+    assert cfg.test_cfg.get('fp16', False) is half
+    dtype = test_tool.torch.bfloat16 if '--precision' in arguments else test_tool.torch.float16
+    assert asked == [dtype] * half
+
+
+# -- Other options of test.py ----------------------------------------------------------------------
+
+
+def test_tta_flips_in_each_of_several_datasets():
+    options = ('checkpoint.pth', '--tta')
+    imagenet_c = 'robustness/vil_t_imagenet_c'
+    cfg = read(test_tool, test_tool.make_test_parser, *options, config=imagenet_c)
+    datasets = cfg.test_dataloader.dataset.datasets
+    assert len(datasets) == 75
+    assert all(dataset.pipeline[-1].type == 'TestTimeAug' for dataset in datasets)
+    assert cfg.model.type == 'mmpretrain.AverageClsScoreTTA'
+
+
+def test_metrics_of_any_model_go_to_a_file_of_a_known_kind():
+    options = ('checkpoint.pth', '--out-item', 'metrics', '--out')
+    segmentor = dict(config='upernet_vil_t_camvid')
+    cfg = read(test_tool, test_tool.make_test_parser, *options, 'out.json', **segmentor)
+    assert [evaluator.type for evaluator in cfg.test_evaluator] == ['IoUMetric']
+    assert 'output_dir' not in cfg.test_evaluator[0]
+    with pytest.raises(UserError, match='metrics are written to a .json file, but out.txt'):
+        read(test_tool, test_tool.make_test_parser, *options, 'out.txt', **segmentor)
+
+
+def test_config_without_what_a_run_needs_is_refused():
+    imagenet_a, vtab = dict(config='robustness/vil_t_imagenet_a'), dict(config='vtab1k/cifar')
+    with pytest.raises(UserError, match='has no train_dataloader, train_cfg, optim_wrapper, which'):
+        read(train_tool, train_tool.make_train_parser, '--amp', **imagenet_a)
+    with pytest.raises(UserError, match='has no test_dataloader, test_evaluator, test_cfg, which'):
+        read(test_tool, test_tool.make_test_parser, 'checkpoint.pth', **vtab)
