@@ -9,6 +9,7 @@ python tools/demo.py 0 configs/upernet_vil_t_ade20k.py checkpoint.pth --show
 import itertools
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -47,8 +48,7 @@ def main():
         draw_images(images, reader.load, draw, out_dir)
         return
     out_file = out_dir / (f'webcam{path}.mp4' if is_webcam else f'{path.stem}.mp4')
-    if is_video and out_file.resolve() == path.resolve():
-        raise UserError(f'{out_file} is the input; choose another --out-dir')
+    keep_input(path, out_file)
     source = int(args.input) if is_webcam else args.input
     draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
 
@@ -69,12 +69,21 @@ def make_demo_parser():
     return parser
 
 
+def keep_input(path, out_file):
+    if out_file.resolve() == path.resolve():
+        raise UserError(f'{out_file} is the input; choose another --out-dir')
+
+
 def draw_images(images, load, draw, out_dir):
     """Draw every image into a PNG of the same name."""
+    stems = Counter(image.stem for image in images)
+    names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
+    out_files = [out_dir / f'{name}.png' for name in names]
+    for image, out_file in zip(images, out_files):
+        keep_input(image, out_file)
     start = time.perf_counter()
-    for image in images:
+    for image, out_file in zip(images, out_files):
         drawn, found = draw(load(image))
-        out_file = out_dir / f'{image.stem}.png'
         out_dir.mkdir(parents=True, exist_ok=True)
         cv2.imencode('.png', drawn)[1].tofile(out_file)
         print(f'{image} -> {out_file}: {found}')

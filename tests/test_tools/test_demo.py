@@ -1,12 +1,15 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Videos and folders in tools/demo.py; single images: test_train_and_test.py."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_export import CLASSIFIER, SEGMENTOR, save_random_model
 from tool_process import call_tool
+
+from mmvil.cli.errors import UserError
 
 cv2 = pytest.importorskip('cv2')
 DEMO = Path(__file__).parents[2] / 'tools/demo.py'
@@ -72,6 +75,21 @@ def test_demo_captions_a_video_of_a_classifier(tmp_path):
     frames, _ = read_video(tmp_path / 'out/drive.mp4')
     assert len(frames) == 2
     assert frames[0].max() > 100  # the caption on a black frame
+
+
+def test_demo_writes_a_picture_for_each_image_and_over_none(tmp_path):
+    draw_images = runpy.run_path(str(DEMO))['draw_images']
+    images = [tmp_path / name for name in ('a.jpg', 'a.tif', 'b.png')]
+
+    def draw(image):
+        return np.full((4, 4, 3), images.index(image), np.uint8), 'sky'
+
+    draw_images(images, lambda image: image, draw, tmp_path / 'out')
+    found = {path.name: cv2.imread(str(path))[0, 0, 0] for path in (tmp_path / 'out').iterdir()}
+    assert found == {'a.jpg.png': 0, 'a.tif.png': 1, 'b.png': 2}
+    with pytest.raises(UserError, match='b.png is the input; choose another --out-dir'):
+        draw_images(images, lambda image: image, draw, tmp_path)
+    assert not list(tmp_path.glob('*.png'))
 
 
 def test_demo_says_what_is_wrong_with_the_input(tmp_path):
