@@ -10,3 +10,4 @@ _base_ = [
 model = dict(
     backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='mmvil://vil2_tiny16')),
 )
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.without_decay))

@@ -33,10 +33,4 @@ model = dict(
     test_cfg=dict(mode='whole', _delete_=True),
 )
 
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            name: dict(decay_mult=0.0) for name in ('query_embed', 'query_feat', 'level_embed')
-        },
-    ),
-)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.without_decay))

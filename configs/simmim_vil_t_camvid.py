@@ -16,22 +16,8 @@ train_dataloader = dict(
 
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-6,
-        by_epoch=True,
-        begin=0,
-        end=1,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-6,
-        by_epoch=True,
-        begin=1,
-        end=4,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=1, **_base_.epochs),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, begin=1, end=4, **_base_.epochs),
 ]
 train_cfg = dict(max_epochs=4)
 default_hooks = dict(logger=dict(interval=10))

@@ -60,23 +60,10 @@ optim_wrapper = dict(
     ),
     clip_grad=dict(max_norm=5.0),
 )
+epochs = dict(by_epoch=True, convert_to_iter_based=True)
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=5e-3,
-        by_epoch=True,
-        begin=0,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min_ratio=0.05,
-        by_epoch=True,
-        begin=10,
-        end=100,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=5e-3, begin=0, end=10, **epochs),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.05, begin=10, end=100, **epochs),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=100)

@@ -17,34 +17,25 @@ pipeline = [
     dict(type='Resize', scale=(224, 224), backend='pillow', interpolation='bicubic'),
     dict(type='PackInputs'),
 ]
+dataset = dict(type='CustomDataset', data_root='data/vtab-1k', pipeline=pipeline)
+workers = dict(
+    num_workers=8,
+    persistent_workers=True,
+    pin_memory=True,
+    collate_fn=dict(type='default_collate'),
+)
 train_dataloader = dict(
     batch_size=64,
     drop_last=True,
-    num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='CustomDataset',
-        data_root='data/vtab-1k',
-        ann_file='train800.txt',
-        pipeline=pipeline,
-    ),
+    dataset=dict(ann_file='train800.txt', **dataset),
+    **workers,
 )
 val_dataloader = dict(
     batch_size=256,
-    num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CustomDataset',
-        data_root='data/vtab-1k',
-        ann_file='val200.txt',
-        pipeline=pipeline,
-    ),
+    dataset=dict(ann_file='val200.txt', **dataset),
+    **workers,
 )
 val_evaluator = dict(type='Accuracy', topk=(1,))
 
@@ -57,23 +48,10 @@ optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay_rate=0.65, flat_decay_mult=0.0),
 )
 # 10 % warm-up, then cosine to 0. The first of the 60 warm-up iterations trains, too.
+epochs = dict(by_epoch=True, convert_to_iter_based=True)
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1 / 60,
-        by_epoch=True,
-        begin=0,
-        end=5,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=0.0,
-        by_epoch=True,
-        begin=5,
-        end=50,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=1 / 60, begin=0, end=5, **epochs),
+    dict(type='CosineAnnealingLR', eta_min=0.0, begin=5, end=50, **epochs),
 ]
 
 # The model after the last epoch counts, so only that one is evaluated.

@@ -4,7 +4,7 @@ data_root = 'data/ade/ADEChallengeData2016'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='LoadAnnotations'),
     # Pillow, like the authors: its bicubic filter is antialiased, OpenCV's is not.
     dict(
         type='RandomResize',
@@ -32,7 +32,7 @@ test_pipeline = [
         backend='pillow',
     ),
     # After Resize: the prediction is compared at the annotation's own size.
-    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 
@@ -51,7 +51,7 @@ tta_pipeline = [
                 dict(scale=(3584, 896), **tta_resize),
             ],
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
-            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
         ],
     ),

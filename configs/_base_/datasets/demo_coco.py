@@ -1,6 +1,7 @@
 # The objects that tools/dataset_converters/make_demo_dataset.py writes in COCO's format; its images
 # of 256x192 are reduced to 192x144.
-dataset_type = 'CocoDataset'
+_base_ = './coco_instance.py'
+
 data_root = 'data/demo'
 metainfo = dict(
     classes=('astronaut', 'cat', 'coffee', 'flower', 'motorcycle', 'coin'),
@@ -24,46 +25,36 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(192, 144)),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
+    *_base_.test_pipeline[-2:],
 ]
 
 # No worker processes: on two cores they would slow training down.
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    persistent_workers=False,
+    sampler=dict(type='InfiniteSampler'),
     dataset=dict(
-        type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
         ann_file='annotations/instances_training.json',
         data_prefix=dict(img='images/training'),
+        filter_cfg=None,
         pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    persistent_workers=False,
     dataset=dict(
-        type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
         ann_file='annotations/instances_validation.json',
         data_prefix=dict(img='images/validation'),
-        test_mode=True,
         pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(
-    type='CocoMetric',
-    ann_file='data/demo/annotations/instances_validation.json',
-    metric=['bbox', 'segm'],
-)
+val_evaluator = dict(ann_file='data/demo/annotations/instances_validation.json')
 test_evaluator = val_evaluator

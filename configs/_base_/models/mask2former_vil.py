@@ -2,6 +2,10 @@
 # builds on mmdet.
 _base_ = './upernet_vil.py'
 
+# Trained without weight decay: custom_keys of optim_wrapper.paramwise_cfg.
+without_decay = {
+    name: dict(decay_mult=0.0) for name in ('query_embed', 'query_feat', 'level_embed')
+}
 num_classes = 150
 attention = dict(embed_dims=256, num_heads=8, batch_first=True)
 model = dict(

@@ -8,23 +8,10 @@ optim_wrapper = dict(
     paramwise_cfg=dict(flat_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)}),
     clip_grad=dict(max_norm=1.0),
 )
+epochs = dict(by_epoch=True, convert_to_iter_based=True)
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-6,
-        by_epoch=True,
-        begin=0,
-        end=5,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-6,
-        by_epoch=True,
-        begin=5,
-        end=400,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=5, **epochs),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, begin=5, end=400, **epochs),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=400, val_interval=1)

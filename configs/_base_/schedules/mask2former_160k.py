@@ -5,11 +5,6 @@ _base_ = './ade20k_160k.py'
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(lr=1e-4),
-    paramwise_cfg=dict(
-        custom_keys={
-            name: dict(decay_mult=0.0) for name in ('query_embed', 'query_feat', 'level_embed')
-        },
-    ),
     clip_grad=dict(max_norm=0.01),
 )
 param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0, by_epoch=False, begin=0, end=160000)]

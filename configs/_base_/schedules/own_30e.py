@@ -10,23 +10,10 @@ optim_wrapper = dict(
     ),
     clip_grad=dict(max_norm=1.0),
 )
+epochs = dict(by_epoch=True, convert_to_iter_based=True)
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-6,
-        by_epoch=True,
-        begin=0,
-        end=3,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min_ratio=0.01,
-        by_epoch=True,
-        begin=3,
-        end=30,
-        convert_to_iter_based=True,
-    ),
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=3, **epochs),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=3, end=30, **epochs),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
