@@ -8,7 +8,6 @@ the classes; images whose channels do not fit the model. Exit status: 1 if somet
 """
 
 import os
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mmvil.cli.config import innermost_datasets, load_config, set_data_root
-from mmvil.cli.dataset_check import check_dataset
+from mmvil.cli.dataset_check import BINARY_MASKS, check_dataset
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
@@ -30,10 +29,13 @@ def main():
     args = parse_args(make_check_parser())
     cfg = load_config(args.config, args.cfg_options)
     set_data_root(cfg, args.data_root)
-    problems = []
+    problems, has_labels = [], False
     for split, dataset_cfg in distinct_datasets(cfg, args.splits):
         check_folders(cfg, f'{split}_dataloader')
-        images, classes, found, counts = check_dataset(dataset_cfg, cfg, args.jobs)
+        images, classes, found, counts = check_dataset(dataset_cfg, cfg, max(args.jobs, 1))
+        if has_labels:  # a small split may show nothing but the background
+            found = [problem for problem in found if problem[0] != BINARY_MASKS]
+        has_labels |= counts is not None and counts[:, 1:].any()
         print(f'{split}: {images} images, {len(classes)} classes')
         print_problems(found)
         if counts is not None:
@@ -77,8 +79,8 @@ def print_problems(problems):
     """Print the kinds of problems, and the first files of each kind with their values, if any."""
     kinds = defaultdict(list)
     for what, file in problems:
-        kind, values = re.fullmatch(r'(.*?)(: \[.*\])?', what).groups()  # values are the end
-        kinds[kind].append(file + (values or ''))
+        kind, *values = what.partition(': [')
+        kinds[kind].append(file + ''.join(values))
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
         for file in files[:5]:

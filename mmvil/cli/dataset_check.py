@@ -1,8 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Check every file of a dataset, its labels, and whether images fit the model.
-
-A problem is a tuple of what is wrong and the file.
-"""
+"""Check every file of a dataset, its labels, and whether images fit the model."""
 
 import copy
 import functools
@@ -16,13 +13,13 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import track_progress_rich
 from PIL import Image, ImageOps
 
-from ..engine.config_nodes import dicts
+from ..engine.config_nodes import dicts, type_name
 from .config import list_files
 from .errors import one_line
 from .inference import build_pipeline, data_preprocessor, loads
 from .preflight import stems_of_images_and_annotations
 
-Problem = tuple[str, str]
+Problem = tuple[str, str]  # what is wrong, and the file
 
 BINARY_MASKS = (
     'annotations have only the labels 0 and 255, and 255 is ignored; where it is a class, declare '
@@ -72,7 +69,7 @@ def check_dataset(
     if not counts or not classes:
         return count, classes, problems, None
     counts, ignored = np.split(np.stack(counts), [len(classes)], axis=1)
-    if ignored.any() and not counts[:, 1:].any():
+    if ignored.any() and counts[:, 0].any() and not counts[:, 1:].any():
         problems.append((BINARY_MASKS, dataset.data_prefix['seg_map_path']))
     return count, classes, problems, counts
 
@@ -112,7 +109,7 @@ def _special_loader(pipeline):
     """The loading part of a pipeline, or None if it loads photographs, of three channels or one."""
     steps = [step for step in pipeline if loads(step)]
     is_usual = all(
-        step['type'].endswith('LoadImageFromFile')
+        type_name(step) == 'LoadImageFromFile'
         and step.get('imdecode_backend', 'cv2') in ('cv2', 'pillow', 'turbojpeg')
         and step.get('color_type', 'color') in ('color', 'grayscale')
         for step in steps
@@ -217,14 +214,21 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
     kinds = {}
     for channels, sample in samples if pipeline else ():
         kinds.setdefault(channels, []).append(sample)
-    for first, *others in kinds.values():
-        file = first['img_path'] + (f' and {len(others)} of as many channels' if others else '')
+    for alike in kinds.values():
+        file, others = alike[0]['img_path'], len(alike) - 1
+        file += f' and {others} of as many channels' if others else ''
+        transformed = map(build_pipeline(pipeline), map(copy.deepcopy, alike))
         try:
-            inputs = build_pipeline(pipeline)(copy.deepcopy(first))['inputs']
+            results = next(filter(None, transformed), None)  # as in training, None drops an image
+            inputs = results and results['inputs']
         except Exception as error:  # any transform's own
             yield f'image cannot pass the pipeline of the config: {one_line(error)}', file
             continue
-        channels = inputs.shape[-3]
+        if inputs is None:
+            yield 'image is dropped by the pipeline of the config', file
+            continue
+        views = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        channels = views[0].shape[-3]
         for name, expected in _expected_channels(cfg):
             if channels != expected:
                 yield f'image has {channels} channels after the pipeline, but {name}', file
@@ -233,7 +237,7 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
 def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
     """Settings of the model that imply a number of channels, and the number."""
     backbone = cfg.model.get('backbone') or {}
-    if 'in_channels' in backbone or str(backbone.get('type')).endswith('VisionLSTM'):
+    if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
         channels = backbone.get('in_channels', 3)
         yield f'the backbone has in_channels={channels}', channels
     for name in ('mean', 'std'):
@@ -245,7 +249,9 @@ def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
 def _class_misfits(classes, cfg) -> Iterator[Problem]:
     """Heads that predict another number of classes than the dataset has."""
     for head in dicts(cfg.model):
-        number = head.get('num_classes') if str(head.get('type')).endswith('Head') else None
-        if classes and number not in (None, len(classes)):
+        kind, number = type_name(head), head.get('num_classes')
+        # The RPN's heads have one class, of all objects.
+        is_judged = kind.endswith('Head') and not kind.endswith('RPNHead')
+        if classes and is_judged and number not in (None, len(classes)):
             what = f'num_classes={number} in {head.type}, but the dataset has {len(classes)}'
             yield what, f'the model of {cfg.filename}'

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmcv.transforms import TRANSFORMS, BaseTransform
 from PIL import Image
 from tool_process import call_tool
+
+from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.dataset_check import check_dataset
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / 'tools/check_dataset.py'
@@ -80,6 +84,46 @@ def test_check_dataset_counts_classes_and_passes_a_sound_dataset(camvid):
     assert '9 classes never occur: pole, road' in said
 
 
+def test_check_dataset_of_a_split_that_shows_background_only(camvid, tmp_path):
+    config = tmp_path / 'config.py'  # 0 is the first class, 255 no label
+    config.write_text(
+        f"_base_ = '{CAMVID}'\n"
+        'train_dataloader = dict(dataset=dict(reduce_zero_label=False))\n'
+        'val_dataloader = dict(dataset=dict(reduce_zero_label=False))\n'
+        'test_dataloader = val_dataloader\n'
+    )
+    for path in camvid.rglob('*.png'):
+        labels = [0, 1, 2, 255] if 'training' in str(path) else [0, 255]
+        write(path, np.resize(labels, (48, 64)))
+    assert 'All is well' in check(config, camvid, status=0)
+    said = check(config, camvid, '--splits', 'val', status=1)
+    assert 'annotations have only the labels 0 and 255' in said
+
+
+@TRANSFORMS.register_module()
+class DropFirstForTest(BaseTransform):
+    """Drop the first image of the training, as a crop without objects is dropped."""
+
+    drops = True
+
+    def transform(self, results):
+        dropped, self.drops = self.drops, False
+        return None if dropped else results
+
+
+def test_check_dataset_passes_images_that_the_pipeline_drops_now_and_then(camvid):
+    cfg = load_config(str(CAMVID), {})
+    set_data_root(cfg, str(camvid))
+    dataset = cfg.train_dataloader.dataset
+    dataset.pipeline.insert(2, dict(type='DropFirstForTest'))
+    assert check_dataset(dataset, cfg)[2] == []
+    for path in sorted((camvid / 'images/training').iterdir())[1:]:
+        path.unlink()
+        (camvid / f'annotations/training/{path.stem}.png').unlink()
+    (problem,) = check_dataset(dataset, cfg)[2]
+    assert problem[0] == 'image is dropped by the pipeline of the config'
+
+
 def test_check_dataset_refuses_a_model_for_other_classes(camvid):
     options = ('--splits', 'val', '--cfg-options', 'model.decode_head.num_classes=12')
     said = check(CAMVID, camvid, *options, status=1)
@@ -92,7 +136,8 @@ def test_check_dataset_of_a_classifier_reads_every_image(tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(
         "default_scope = 'mmpretrain'\n"
-        "model = dict(head=dict(type='LinearClsHead', num_classes=2))\n"
+        "rpn_head = dict(type='CascadeRPNHead', num_classes=1)  # objects, of any class\n"
+        "model = dict(head=dict(type='LinearClsHead', num_classes=2), rpn_head=rpn_head)\n"
         f'train_dataloader = {dataset.format("train")}\nval_dataloader = {dataset.format("val")}\n'
     )
     for split in ('train', 'val'):
