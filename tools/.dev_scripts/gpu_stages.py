@@ -26,7 +26,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import mmvil
 
@@ -307,18 +306,11 @@ def busy(context, arch, size, steps=3):
 # -- 4. Models -------------------------------------------------------------------------------------
 
 
-class FlashAttention(nn.Module):
-    """A model in which no other kernel computes attention; raises where there is none."""
+def flash_attention():
+    """Context in which no other kernel computes attention; raises where there is none."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return self.model(*inputs)
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def models(context, arch, size):
@@ -330,8 +322,7 @@ def models(context, arch, size):
     image = context.images(size)
 
     def deit(size):
-        model = timm.create_model(f'deit_{arch}_patch16_224', img_size=size, num_classes=0)
-        return FlashAttention(model)
+        return timm.create_model(f'deit_{arch}_patch16_224', img_size=size, num_classes=0)
 
     def vil(size):
         return context.vil(arch, img_size=size, out_type='bilateral_concat')
@@ -352,9 +343,9 @@ def models(context, arch, size):
         if (arch, size) in context.plan['compiled']:
             for name, build in plain.items():
                 builders[f'{name} compiled'] = lambda size, build=build: torch.compile(build(size))
-        records = compare(
-            builders, image, [mode], torch.bfloat16, context.plan['rounds'], lambda x: emit(at=x)
-        )
+        options = ([mode], torch.bfloat16, context.plan['rounds'], lambda x: emit(at=x))
+        with flash_attention():
+            records = compare(builders, image, *options)
         for row in model_rows(records, arch):
             emit(**row)
 
@@ -397,7 +388,7 @@ def cell(context, arch, size):
     igate, fgate = torch.randn(2, *wide[0].shape[:3], device=context.device) + 3
     mlstm = functools.partial(mmvil.ops.mlstm, igate=igate, fgate=fgate, backend=context.backend)
     functions = {'mmvil': (mlstm, wide)}
-    functions['flash attention'] = FlashAttention(F.scaled_dot_product_attention), narrow
+    functions['flash attention'] = F.scaled_dot_product_attention, narrow
     if importlib.util.find_spec('mlstm_kernels'):
         from mlstm_kernels.torch import get_mlstm_kernel
 
@@ -410,10 +401,12 @@ def cell(context, arch, size):
 
     for name, (function, inputs) in functions.items():
         emit(at=f'{name}, width {width}, {tokens} tokens')
-        with torch.no_grad():
-            forward = context.milliseconds(function, *inputs)
-        row = dict(width=width, tokens=tokens, kernel=name, forward_ms=forward)
-        emit(**row, training_ms=context.milliseconds(train, function, inputs))
+        with flash_attention():
+            with torch.no_grad():
+                forward = context.milliseconds(function, *inputs)
+            training = context.milliseconds(train, function, inputs)
+        row = dict(width=width, tokens=tokens, kernel=name)
+        emit(**row, forward_ms=forward, training_ms=training)
 
 
 def tiles(context, width):
