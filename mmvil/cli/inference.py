@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Build a trained model, read images as its config does, predict."""
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
 from ..checkpoints import weights_of
-from ..engine.config_nodes import type_name
+from ..engine.config_nodes import innermost_datasets, type_name
 from .config import build_lazily
 from .errors import UserError, as_user_error
 from .preflight import check_checkpoint, check_fit
@@ -46,7 +47,8 @@ def build_model(cfg, checkpoint, device='cpu'):
     meta = loaded.get('meta', {}).get('dataset_meta')
     if meta is None and cfg.get('test_dataloader') is not None:
         try:
-            dataset = build_lazily(cfg.test_dataloader.dataset, cfg.default_scope)
+            first = next(innermost_datasets(cfg.test_dataloader.dataset))
+            dataset = build_lazily(first, cfg.get('default_scope'))
         except UserError:  # its files may be elsewhere, and not all callers need the classes
             dataset = None
         meta = getattr(dataset, 'metainfo', None)
@@ -96,7 +98,8 @@ class ImageReader:
     def __init__(self, cfg):
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         loaders = [cfg.get(f'{split}_dataloader') for split in ('test', 'val')]
-        pipelines = [loader.dataset.get('pipeline') for loader in loaders if loader]
+        datasets = [innermost_datasets(loader.dataset) for loader in loaders if loader]
+        pipelines = [dataset.get('pipeline') for dataset in itertools.chain(*datasets)]
         self._complete = any(pipelines)
         pipeline = next(filter(None, pipelines), [dict(type='LoadImageFromFile')])
         pipeline = [step for step in pipeline if not loads(step, 'annotation')]

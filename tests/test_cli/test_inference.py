@@ -45,11 +45,15 @@ def test_find_images_lists_a_folder_by_name(tmp_path):
         find_images(tmp_path / 'empty')
 
 
-def test_a_notebook_builds_a_model_and_predicts(tmp_path):
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_notebook_builds_a_model_and_predicts(tmp_path, wrapped):
     pytest.importorskip('mmpretrain')
     from mmengine.registry import MODELS, init_default_scope
 
     cfg = Config(CLASSIFIER)
+    if wrapped:
+        datasets = [cfg.test_dataloader.dataset]
+        cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
     init_default_scope('mmpretrain')
     model = MODELS.build(cfg.model)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
