@@ -80,8 +80,9 @@ class Claims:
 
     def last_error(self, name: str) -> str:
         """Last line of the newest trace of a run."""
-        traces = sorted(self.folder.glob(f'{name}.attempt-*.error'))
-        lines = traces[-1].read_text().strip().splitlines() if traces else []
+        traces = self.folder.glob(f'{name}.attempt-*.error')
+        newest = max(traces, key=os.path.getmtime, default=None)
+        lines = newest.read_text().strip().splitlines() if newest else []
         return lines[-1] if lines else 'its process was killed'
 
     def forget_attempts(self, name: str) -> None:
