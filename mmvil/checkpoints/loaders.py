@@ -137,24 +137,20 @@ def _cached(url: str) -> Path:
 
 def _fetch(url: str, address: str = '') -> Path:
     """Download a file unless it is in the cache, process 0 first."""
-    if is_main_process():
-        _download(url, address)
-    barrier()
-    return _download(url, address)  # the other processes may be on other machines
-
-
-def _download(url: str, address: str) -> Path:
     path = _cached(url)
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under a temporary name until it is complete.
-        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
-    except OSError as error:
-        raise FileNotFoundError(
-            f'{path.name} is not in the cache and cannot be downloaded ({error}). '
-            f'On a machine with internet access, download {url} and put it at {path}, '
-            f'or name your copy of the file instead of {address or url}.'
-        ) from error
+    if not is_main_process():
+        barrier()
+    if not path.is_file():  # after process 0, on other machines only
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Under a temporary name until it is complete.
+            torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
+        except OSError as error:
+            raise FileNotFoundError(
+                f'{path.name} is not in the cache and cannot be downloaded ({error}). '
+                f'On a machine with internet access, download {url} and put it at {path}, '
+                f'or name your copy of the file instead of {address or url}.'
+            ) from error
+    if is_main_process():
+        barrier()
     return path

@@ -18,7 +18,6 @@ from mmengine.utils import scandir
 
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
-from ..engine import AdaptInputChannelsHook
 from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
@@ -219,10 +218,3 @@ class CheckFitHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')
-
-
-def loading_hook(cfg: Config) -> Hook:
-    """Hook for the checkpoint that a training starts from: a resumed one has to fit, pretrained
-    weights are adapted to the channels of the images.
-    """
-    return CheckFitHook() if cfg.get('resume') else AdaptInputChannelsHook()

@@ -5,7 +5,7 @@ import itertools
 import re
 
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce_dict, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
@@ -94,8 +94,6 @@ class AverageLogHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: dict[str, Tensor] | None = None
     ) -> None:
-        if not outputs or get_world_size() == 1:
-            return
-        means = torch.stack([value.detach().float().mean() for value in outputs.values()])
-        all_reduce(means, op='mean')
-        outputs.update(zip(outputs, means))
+        if outputs and get_world_size() > 1:
+            outputs.update({name: value.detach().float().mean() for name, value in outputs.items()})
+            all_reduce_dict(outputs, op='mean')
