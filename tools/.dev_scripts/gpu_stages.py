@@ -101,18 +101,20 @@ def emit(**row):
 
 @contextlib.contextmanager
 def watched(note):
-    """Call ``note(label, kernel, grid, args, kwargs)`` before each launch of a kernel."""
+    """Call ``note(label, launch, args, kwargs)`` before each launch of a kernel."""
     from triton.runtime.jit import KernelInterface
 
-    def launch(kernel, grid):
+    def on_grid(kernel, grid):
+        launch = functools.partial(kernel.run, grid=grid, warmup=False)
+
         def call(*args, **kwargs):
             flags = [name for name in ('GRAD', 'KEYS') if kwargs.get(name)]
-            note(' '.join([kernel.__name__, *flags]), kernel, grid, args, kwargs)
-            return kernel.run(*args, grid=grid, warmup=False, **kwargs)
+            note(' '.join([kernel.__name__, *flags]), launch, args, kwargs)
+            return launch(*args, **kwargs)
 
         return call
 
-    with mock.patch.object(KernelInterface, '__getitem__', launch):
+    with mock.patch.object(KernelInterface, '__getitem__', on_grid):
         yield
 
 
@@ -139,8 +141,8 @@ def kernels(context, width, dtype='bfloat16', grid=None, ptxas='default', device
 
 def other_assemblers():
     """Paths by version of each ptxas on this machine that Triton does not choose itself."""
-    from triton import knobs
     from triton.backends import nvidia
+    from triton.backends.nvidia.compiler import get_ptxas
 
     found = {}
     for folder in (*nvidia.__path__, '/usr/local', Path(torch.__file__).parents[1] / 'nvidia'):
@@ -148,9 +150,8 @@ def other_assemblers():
             said = subprocess.run([path, '--version'], capture_output=True, text=True).stdout
             if number := re.search(r'\bV([\d.]+)', said):
                 found[number.group(1)] = str(path)
-    tools = knobs.nvidia
-    old = torch.cuda.get_device_capability() < (9, 0)
-    chosen = (tools.ptxas if old else tools.ptxas_blackwell).path
+    major, minor = torch.cuda.get_device_capability()
+    chosen = get_ptxas(10 * major + minor).path
     return {number: path for number, path in found.items() if path != chosen}
 
 
@@ -261,11 +262,11 @@ def layer_kernels(context, arch, size):
     """Time each kernel of a layer alone. Its bytes are those of its tensors, each once."""
     found = {}
 
-    def note(label, kernel, grid, args, kwargs):
+    def note(label, launch, args, kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         nbytes = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
         if label not in found or nbytes > found[label][0]:  # reversed views have one token
-            found[label] = nbytes, kernel[grid], args, kwargs
+            found[label] = nbytes, launch, args, kwargs
 
     model, image = context.vil(arch, depth=2, img_size=size).train(), context.images(size)
     with watched(note):
