@@ -8,6 +8,7 @@ the classes; images whose channels do not fit the model. Exit status: 1 if somet
 """
 
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -79,8 +80,8 @@ def print_problems(problems):
     """Print the kinds of problems, and the first files of each kind with their values, if any."""
     kinds = defaultdict(list)
     for what, file in problems:
-        kind, *values = what.partition(': [')
-        kinds[kind].append(file + ''.join(values))
+        kind = re.sub(r': \[.*\]$', '', what)  # the values in a file are the end
+        kinds[kind].append(file + what.removeprefix(kind))
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
         for file in files[:5]:
