@@ -41,24 +41,21 @@ def make_artist(
             found = result.pred_instances[result.pred_instances.scores >= MIN_SCORE].cpu().numpy()
             drawn = _draw_instances(frame, found, colors, opacity)
             present, counts = np.unique(found.labels, return_counts=True)
-            if legend and len(present):
-                drawn = write_legend(drawn, [(classes[label], colors[label]) for label in present])
-            found = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
-            return drawn, ', '.join(found) or 'nothing'
-        if not hasattr(model, 'decode_head'):
+            said = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
+        elif hasattr(model, 'decode_head'):
+            labels = result.pred_sem_seg.data[0].cpu().numpy()
+            drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
+            present, counts = np.unique(labels, return_counts=True)
+            order = np.argsort(-counts)[:12]
+            present, shares = present[order], counts[order] / labels.size
+            said = [f'{classes[label]} {share:.0%}' for label, share in zip(present[:5], shares)]
+        else:
             score, label = result.pred_score.max(0)
-            found = f'{classes[label]} {score:.1%}'
-            return (write_legend(frame, [(found, None)]) if legend else frame), found
-
-        labels = result.pred_sem_seg.data[0].cpu().numpy()
-        drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
-        present, counts = np.unique(labels, return_counts=True)
-        order = np.argsort(-counts)[:12]
-        largest, shares = present[order], counts[order] / labels.size
-        if legend:
-            drawn = write_legend(drawn, [(classes[label], colors[label]) for label in largest])
-        found = [f'{classes[label]} {share:.0%}' for label, share in zip(largest[:5], shares)]
-        return drawn, ', '.join(found)
+            said = f'{classes[label]} {score:.1%}'
+            return (write_legend(frame, [(said, None)]) if legend else frame), said
+        if legend and len(present):
+            drawn = write_legend(drawn, [(classes[label], colors[label]) for label in present])
+        return drawn, ', '.join(said) or 'nothing'
 
     return draw
 

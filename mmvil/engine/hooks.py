@@ -2,7 +2,6 @@
 """Hooks for training: input channels, reproducible resuming, logging over processes."""
 
 import itertools
-import re
 
 import torch
 from mmengine.dist import all_reduce_dict, get_rank, get_world_size
@@ -11,10 +10,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
+from .layer_decay import plain_name
 from .sampling import seed_generators, seed_samples
-
-# Parts that DDP, FSDP and activation checkpointing add to the names of modules.
-_WRAPPERS = re.compile(r'^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.')
 
 
 @HOOKS.register_module()
@@ -30,9 +27,9 @@ class AdaptInputChannelsHook(Hook):
         state = checkpoint.get('state_dict', checkpoint)
         for name, module in runner.model.named_modules():
             if hasattr(module, 'adapt_pretrained'):
-                prefix = _WRAPPERS.sub('', f'{name}.')
                 for wrapper in ('', 'module.'):  # as mmengine takes them
-                    state.update(module.adapt_pretrained(state, wrapper + prefix))
+                    prefix = wrapper + plain_name(f'{name}.')
+                    state.update(module.adapt_pretrained(state, prefix))
 
 
 @HOOKS.register_module()

@@ -129,9 +129,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the parameters by their names in the plain model."""
-    for name, param in module.named_parameters():
-        yield re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name), param
+    return ((plain_name(name), param) for name, param in module.named_parameters())
+
+
+def plain_name(name: str) -> str:
+    """Name of a module or parameter without what DDP, FSDP and activation checkpointing add."""
+    return re.sub(r'^module\.|_(fsdp|checkpoint)_wrapped_module\.', '', name)
 
 
 def _refuse_unknown(where: str, options: dict, known: list[str]) -> None:
