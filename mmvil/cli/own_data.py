@@ -57,11 +57,7 @@ def read_classes(path: Path) -> dict:
     """
     with as_user_error(f'cannot read {path}'):
         own = _read_lines(path) if path.suffix == '.txt' else dict(load(path))
-    own = {
-        key: value if isinstance(value, list) else [value]
-        for key, value in own.items()
-        if value is not None
-    }
+    own = {k: v if isinstance(v, list) else [v] for k, v in own.items() if v is not None}
     known = ('classes', *PER_CLASS, 'ignore')
     if set(own) - set(known):
         unknown = ', '.join(map(str, set(own) - set(known)))

@@ -51,6 +51,14 @@ def test_claims_keep_the_living_alive_and_notice_a_loss(tmp_path):
     assert claims.result('a') is None
 
 
+def test_last_error_is_that_of_the_newest_attempt(tmp_path):
+    for attempt in (9, 10):
+        path = tmp_path / f'a.attempt-{attempt}.error'
+        path.write_text(f'attempt {attempt}\n')
+        os.utime(path, (attempt, attempt))
+    assert run_queue.Claims(tmp_path).last_error('a') == 'attempt 10'
+
+
 def test_claims_released_leave_no_trace(tmp_path):
     claims = run_queue.Claims(tmp_path)
     claims.claim('a').release()

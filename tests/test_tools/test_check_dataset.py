@@ -125,7 +125,7 @@ def test_check_dataset_passes_images_that_the_pipeline_drops_now_and_then(camvid
 
 
 def test_check_dataset_refuses_a_model_for_other_classes(camvid):
-    options = ('--splits', 'val', '--cfg-options', 'model.decode_head.num_classes=12')
+    options = ('--splits', 'val', '-j', 0, '--cfg-options', 'model.decode_head.num_classes=12')
     said = check(CAMVID, camvid, *options, status=1)
     assert 'num_classes=12 in UPerHead, but the dataset has 11' in said
 
