@@ -171,7 +171,7 @@ def printed(said):
 
 def test_channel_statistics_are_those_of_all_pixels(fields):
     config, images, _ = fields
-    said = call_tool(STATISTICS, config, '-j', 2)
+    said = call_tool(STATISTICS, config, '-j', 2, '--num', 7)  # more than there are
     found = printed(said)
     assert '4 of 4 images, 12288 pixels, 4 channels' in said
     np.testing.assert_allclose(found['mean'], images.mean((0, 1, 2)), rtol=1e-5)

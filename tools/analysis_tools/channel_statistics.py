@@ -28,8 +28,8 @@ def main():
     set_data_root(cfg, args.data_root)
     files = training_files(cfg, args.config)
     found = len(files)
-    if args.num:
-        files = [files[i * found // args.num] for i in range(min(args.num, found))]
+    number = min(args.num or found, found)
+    files = [files[i * found // number] for i in range(number)]
     normalizer = data_preprocessor(cfg)
     flip = any(normalizer.get(key) for key in ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb'))
     pixels, mean, std = compute(files, ImageReader(cfg), flip, args.jobs)
