@@ -40,6 +40,25 @@ def test_plot_log_says_what_is_missing(tmp_path):
     assert '--work-dir of a training run' in result.stderr
 
 
+def test_plot_log_puts_epochs_at_their_iterations(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import plot_log
+
+    by_epoch = [
+        *(dict(loss=2.0, epoch=1, step=100), dict(top1=50.0, step=1)),
+        *(dict(loss=1.5, epoch=2, step=200), dict(top1=60.0, step=2)),
+    ]
+    write_log(tmp_path / 'a', '1', by_epoch)
+    write_log(tmp_path / 'b', '1', [dict(loss=2.0, step=50), dict(top1=40.0, step=50)])
+    drawn = []
+    monkeypatch.setattr(plot_log, 'plot', lambda runs, *_: drawn.extend(runs.values()))
+    logs = [str(tmp_path / name / '1/vis_data/scalars.json') for name in 'ab']  # one file name
+    out = str(tmp_path / 'curve.png')
+    monkeypatch.setattr('sys.argv', ['plot_log', *logs, '--out', out])
+    plot_log.main()
+    assert [run['top1'] for run in drawn] == [{100: 50.0, 200: 60.0}, {50: 40.0}]
+
+
 LOOK_INSIDE = SCRIPT.with_name('look_inside.py')
 
 

@@ -20,23 +20,26 @@ def read_run(path):
         path (Path): A work directory of mmengine, one of its time-stamped folders, or a log.
 
     Returns:
-        dict[str, dict[int, float]]: Value by step of each scalar.
+        dict[str, dict[int, float]]: Value by iteration of each scalar.
     """
     logs = [path] if path.is_file() else sorted(path.glob('**/vis_data/scalars.json'))
     if not logs:
         sys.exit(f'No vis_data/scalars.json under {path}: give the --work-dir of a training run.')
-    curves = {}
+    curves, trained = {}, 0
     for line in [line for log in logs for line in log.read_text().splitlines()]:
         scalars = json.loads(line)
+        step = scalars['step']
+        if 'loss' in scalars:
+            trained = step
+        else:  # a validation, whose step may be an epoch
+            step = max(step, trained)
         for name, value in scalars.items():
-            curves.setdefault(name, {})[scalars['step']] = value
+            curves.setdefault(name, {})[step] = value
     return curves
 
 
 def plot(runs, metric, out):
-    """Draw the loss (left axis, line) and the metric in percent (right axis, dots) over the
-    iterations, of the curves of each run by name.
-    """
+    """Draw loss (left axis, line) and metric in percent (right axis, dots) over the iterations."""
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
     for i, (name, curves) in enumerate(runs.items()):
@@ -59,7 +62,7 @@ def main():
     parser.add_argument('--metric', default='mIoU', help='in percent (%(default)s)')
     parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
-    runs = {path.name: read_run(path) for path in args.runs}
+    runs = {str(path): read_run(path) for path in args.runs}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(runs, args.metric, args.out)
     print(f'Curve: {args.out}')
