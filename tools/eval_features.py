@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from rich.progress import track
 
 from mmvil.apis.feature_probes import accuracy, knn, linear_probe
+from mmvil.apis.vtab1k import identify
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
@@ -28,6 +29,9 @@ def main():
     if args.data_root is None:
         raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
     kept = get_features(args)
+    if kept is None:
+        print('Config, data and checkpoint are in place.')
+        return
     (train, train_labels), (val, val_labels) = (
         (tensor.to(get_device()) for tensor in kept[split]) for split in ('train', 'val')
     )
@@ -59,11 +63,14 @@ def make_eval_parser():
 
 def get_features(args):
     """Features and labels of both splits, from the file of --features or from the images."""
+    check_checkpoint(args.checkpoint)
     source = dict(
         config=os.path.abspath(args.config),
-        checkpoint=args.checkpoint,
         data_root=os.path.abspath(args.data_root),
         cfg_options=str(args.cfg_options),
+        backbone=args.backbone,
+        amp=args.amp,
+        **identify(args.checkpoint),
     )
     if args.features and os.path.exists(args.features):
         kept = torch.load(args.features, weights_only=True)
@@ -72,19 +79,20 @@ def get_features(args):
                 f'{args.features} was made from {kept["source"]}. Name another file, or remove it.'
             )
         return kept
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, args.backbone)
     init_default_scope(cfg.default_scope)
     loaders = {split: make_dataloader(cfg, args, split) for split in ('train', 'val')}
     train, val = (loader.dataset.CLASSES for loader in loaders.values())
     if train != val:
         odd = sorted(set(train) ^ set(val))
         raise UserError(f'train and val have different classes, such as {odd[0]}')
-    check_checkpoint(args.checkpoint)
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=args.checkpoint)
     backbone = MODELS.build(cfg.model.backbone)
     backbone.init_weights()
     kind = dict(type='mmpretrain.ClsDataPreprocessor')
     preprocessor = MODELS.build({**kind, **cfg.model.data_preprocessor})
+    if args.check:
+        return None
     parts = [part.to(get_device()).eval() for part in (backbone, preprocessor)]
     kept = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
     kept['source'] = source

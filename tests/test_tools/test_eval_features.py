@@ -66,5 +66,18 @@ def test_eval_features_on_a_folder_of_images(folder):
     assert found == dict(re.findall(r'(weighted|plain|linear probe): ([\d.]+) %', again))
     said = call_tool(*command[:-1], folder / 'data/..', status=2)
     assert 'was made from' in said
+    weights = torch.load(folder / 'weights.pth')
+    torch.save(dict(state_dict=weights['state_dict'], meta={}), folder / 'weights.pth')
+    assert 'was made from' in call_tool(*command, status=2)  # other weights in the same file
     said = call_tool(*command[:3], '--data-root', folder, status=2)
     assert 'expected' in said and 'train/CLASS/IMAGE' in said
+
+
+def test_eval_features_heeds_the_options_that_all_runs_have(folder):
+    command = (
+        *(TOOLS / 'eval_features.py', folder / 'config.py', folder / 'weights.pth'),
+        *('--workers', 0, '--data-root', folder / 'data'),
+    )
+    said = call_tool(*command, '--check')
+    assert 'Config, data and checkpoint are in place' in said and 'images' not in said
+    assert "Unknown arch 'x'" in call_tool(*command, '--backbone', 'vil-x', status=2)
