@@ -46,7 +46,7 @@ class SubsetAccuracy(BaseMetric):
         for sample in data_samples:
             scores = sample['pred_score'][self.classes]
             right = scores[sample['gt_label'].item()]
-            self.results.append((scores > right).sum().item())
+            self.results.append((~(scores <= right)).sum().item())  # NaN is never right
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
         """Compute the percentage of images with the true class among the best k."""

@@ -37,6 +37,11 @@ def test_subset_accuracy_chooses_among_the_subset_only():
     assert metrics == {'accuracy/top1': 50, 'accuracy/top2': 75, 'accuracy/top3': 100}
 
 
+def test_subset_accuracy_counts_nan_as_wrong():
+    metrics = evaluate(SubsetAccuracy(classes=[0, 1]), [sample([torch.nan, torch.nan], 0)], 'ab')
+    assert metrics['accuracy/top1'] == 0
+
+
 def test_subset_accuracy_refuses_a_dataset_with_other_classes():
     with pytest.raises(ValueError, match='has 4 classes.*was given 3'):
         evaluate(SubsetAccuracy(classes=[1, 3, 4]), [sample([0.5, 0.5], 0)], 'abcd')
