@@ -70,15 +70,16 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
             for name, record in running.items():
                 duration = _seconds(models[name], image, mode, amp, repeats[name])
                 record['seconds_per_image'].append(duration / batch)
-        records += add_ratios(list(running.values()))
+        records += add_ratios(list(running.values()), next(iter(builders)))
     return records
 
 
-def add_ratios(records):
-    """Add to each record the median over rounds of its time relative to the first record."""
+def add_ratios(records, base):
+    """Add to each record its :func:`time_ratio` to that of the model ``base``, None if it lacks."""
+    other = next((record for record in records if record['model'] == base), None)
     for record in records:
-        record['time_ratio'] = time_ratio(record, records[0])
-        record['ratio_to'] = records[0]['model']
+        record['time_ratio'] = other and time_ratio(record, other)
+        record['ratio_to'] = base
     return records
 
 

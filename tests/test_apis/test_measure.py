@@ -53,7 +53,7 @@ def test_ratio_is_the_median_of_the_ratios_inside_rounds():
         dict(model=name, size=32, mode='forward', seconds_per_image=times)
         for name, times in (('A', [1.0, 2.0, 4.0]), ('B', [2.0, 4.0, 4.0]))
     ]
-    add_ratios(records)
+    add_ratios(records, 'A')
     assert [r['time_ratio'] for r in records] == [1, 2]
     assert {r['ratio_to'] for r in records} == {'A'}
 
@@ -73,4 +73,8 @@ def test_compare_survives_a_model_that_needs_too_much_memory(capsys):
         ('small', 'training', 2),
     ]
     assert lines[-1] == '32 x 32, training: round 1 of 1'
+    assert all(r['time_ratio'] == 1 for r in records)
+
+    records = compare(dict(reversed(builders.items())), torch.randn(2, 3, 32, 32), rounds=1)
+    assert [(r['ratio_to'], r['time_ratio']) for r in records] == [('large', None)] * 2
     assert 'large: out of memory' in capsys.readouterr().out

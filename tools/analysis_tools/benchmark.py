@@ -156,7 +156,7 @@ def print_table(records):
         size = f'{record["size"]} x {record["size"]}'
         print(
             f'{size:>11} {record["batch"]:>5} {record["mode"]:8} {record["model"]:{width}} '
-            f'{milliseconds(record):>9.1f} {record["time_ratio"]:>6.2f} '
+            f'{milliseconds(record):>9.1f} {scaled(record["time_ratio"], 1, 2):>6} '
             f'{scaled(record["multiply_adds_per_image"], 1e9):>8} '
             f'{scaled(record["saved_bytes_per_image"], 1e6):>9} '
             f'{scaled(record["peak_bytes"], 1e6):>8}'
@@ -168,8 +168,8 @@ def print_table(records):
     )
 
 
-def scaled(number, unit):
-    return '-' if number is None else f'{number / unit:.1f}'
+def scaled(number, unit, digits=1):
+    return '-' if number is None else f'{number / unit:.{digits}f}'
 
 
 def plot(records, path):
