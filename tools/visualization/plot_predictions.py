@@ -1,20 +1,18 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Draw test images beside their ground truth and a segmentor's prediction, with a legend."""
 
-import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
-
-from mmvil.cli.inference import ImageReader, build_pipeline, loads
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
-from mmseg.apis import inference_model, init_model
-from mmseg.registry import DATASETS
+
+from mmvil.cli.config import list_files, load_config
+from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
+from mmvil.cli.main import make_parser, parse_args, run
 
 IGNORED = 255
 
@@ -28,29 +26,28 @@ def overlay(image, labels, palette, opacity=0.65):
     return out.astype(np.uint8)
 
 
-def draw(model, samples, out):
-    """Write a picture with one column per sample: image, ground truth, prediction of a segmentor.
-    Samples come from ``dataset.get_data_info``.
-    """
-    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    reader = ImageReader(model.cfg)
-    steps = model.cfg.test_dataloader.dataset.pipeline
+def draw(cfg, model, dataset, number, out):
+    """Write a picture with one column per sample: image, ground truth, prediction."""
+    classes, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
+    reader = ImageReader(cfg)
+    steps = cfg.test_dataloader.dataset.pipeline
     load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
     columns, shown = [], set()
-    for sample in samples:
-        image = reader.picture(reader.load(sample['img_path'])['img'])
+    indices = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
+    for sample in map(dataset.get_data_info, indices.tolist()):
+        loaded = reader.load(sample['img_path'])
+        image = reader.picture(loaded['img'])
         truth = load_truth(sample)['gt_seg_map']
-        prediction = inference_model(model, sample['img_path']).pred_sem_seg.data[0].cpu().numpy()
+        prediction = predict(model, reader.prepare(loaded)).pred_sem_seg.data[0].cpu().numpy()
         columns.append([image, overlay(image, truth, palette), overlay(image, prediction, palette)])
         shown |= set(np.unique(truth)) | set(np.unique(prediction))
 
     height, width = columns[0][0].shape[:2]
     size = (2.6 * len(columns), 3 * 2.6 * height / width + 0.5)
     figure, axes = plt.subplots(3, len(columns), figsize=size, squeeze=False, layout='constrained')
-    for column, pictures in zip(axes.T, columns):
-        for axis, picture in zip(column, pictures):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
+    for axis, picture in zip(axes.T.flat, sum(columns, [])):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[:, 0], ('image', 'ground truth', 'prediction')):
         axis.set_ylabel(title)
     colors = np.array(palette) / 255
@@ -61,24 +58,21 @@ def draw(model, samples, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add('config', help='config of a segmentor')
     add('checkpoint', help='checkpoint of the segmentor')
     add('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
     add('--num', type=int, default=5, help='number of images, evenly spread (%(default)s)')
     add('--device', default='cpu', help='(%(default)s)')
-    args = parser.parse_args()
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            sys.exit(f'{path} does not exist.')
+    args = parse_args(parser)
 
-    model = init_model(args.config, args.checkpoint, device=args.device)
-    dataset = DATASETS.build(model.cfg.test_dataloader.dataset)
-    indices = np.linspace(0, len(dataset) - 1, min(args.num, len(dataset))).round().astype(int)
-    draw(model, [dataset.get_data_info(int(i)) for i in indices], args.out)
+    cfg = load_config(args.config, {})
+    model = build_model(cfg, args.checkpoint, args.device)
+    dataset = list_files(cfg.test_dataloader.dataset, cfg.default_scope)
+    draw(cfg, model, dataset, args.num, args.out)
     print(f'Pictures: {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)
