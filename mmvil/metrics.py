@@ -85,7 +85,7 @@ class MeanCorruptionError(BaseMetric):
     def process(self, data_batch, data_samples: Sequence[dict]) -> None:
         """Record the corruption and severity of each image, and whether it is misclassified."""
         for sample in data_samples:
-            corruption, severity = PurePath(sample['img_path']).parts[-4:-2]
+            corruption, severity = ('', '', '', *PurePath(sample['img_path']).parts)[-4:-2]
             if corruption not in self.reference_errors:
                 raise ValueError(
                     f'{sample["img_path"]} is of the corruption {corruption!r}; expected '
