@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Predict the memory of a training from shapes alone, and measure it on a GPU."""
 
+import copy
 import sys
 import time
 import warnings
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, OPTIMIZERS, init_default_scope
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from ..engine.config_nodes import dicts
 from ..layers import DropPath
 from .measure import synchronize
+from .swap.probe import MASKED_ALGORITHM, training_size, type_name
 
 GIB = 2**30
 BLOCK = 512
@@ -39,10 +42,18 @@ class TrainingMemory:
 
     Attributes:
         always (dict[str, int]): Bytes that do not depend on the batch, by purpose.
+
+    Raises:
+        ValueError: If the config is of neither, or lacks a size.
     """
 
     def __init__(self, cfg, gpus=1, size=None):
-        self.cfg, self.size = cfg, size
+        scope = cfg.get('default_scope')
+        if scope not in ('mmseg', 'mmpretrain'):
+            raise ValueError(
+                f'expected a config of mmseg or mmpretrain, but default_scope is {scope}'
+            )
+        self.cfg, self.size = cfg, size or training_size(cfg)
         self.model = build_training_model(cfg)
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -54,8 +65,8 @@ class TrainingMemory:
             self.always['buffers of gradients (DDP)'] = trained
         self._steps = {}
         self._mode = FakeTensorMode()
-        with self._mode:
-            _make_fake(self.model)
+        with FakeCopyMode(self._mode):
+            self.model = copy.deepcopy(self.model)  # of shapes
 
     def step(self, batch):
         """Peak bytes of a step of ``batch`` images: input, activations, temporaries, gradients."""
@@ -108,13 +119,8 @@ def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
 
 
 def build_training_model(cfg):
-    """Build the model of a config in training mode, without stochastic depth in ViL; raises
-    ValueError if the config is of neither mmseg nor mmpretrain.
-    """
-    scope = cfg.get('default_scope')
-    if scope not in ('mmseg', 'mmpretrain'):
-        raise ValueError(f'expected a config of mmseg or mmpretrain, but default_scope is {scope}')
-    init_default_scope(scope)
+    """Build the model of a config in training mode, without stochastic depth in ViL."""
+    init_default_scope(cfg.default_scope)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' own deprecations
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
@@ -133,33 +139,37 @@ def train_step(model, cfg, batch, device='cpu', size=None):
 
 
 def random_batch(cfg, batch, device='cpu', size=None):
-    """Make normalized images (B, C, H, W) of the training size, and their labels or masks."""
+    """Make a batch of the training size as the data preprocessor passes it to a model of mmseg or
+    mmpretrain: normalized images (B, C, H, W), or a list of their views; and labels or masks.
+    """
     size = size or training_size(cfg)
-    channels = cfg.model.backbone.get('in_channels', 3)
-    inputs = torch.randn(batch, channels, *size).to(device)
+    shape = batch, cfg.model.backbone.get('in_channels', 3), *size
+    views = [node.num_views for node in dicts(cfg) if node.get('type') == 'MultiView']
+    if views:  # self-supervised pipelines
+        number = views[0] if isinstance(views[0], int) else sum(views[0])
+        inputs = [torch.randn(shape).to(device) for _ in range(number)]
+    else:
+        inputs = torch.randn(shape).to(device)
+    classes = next((node.num_classes for node in dicts(cfg.model) if node.get('num_classes')), None)
     if cfg.default_scope == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
-        head = cfg.model.decode_head
-        head = head[0] if isinstance(head, list) else head
-        labels = torch.randint(head.num_classes, (batch, 1, *size)).to(device)
-        return inputs, [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
+        labels = torch.randint(classes, (batch, 1, *size)).to(device)
+        keys = 'img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'
+        meta = dict.fromkeys(keys, tuple(size))
+        return inputs, [
+            SegDataSample(gt_sem_seg=PixelData(data=label), metainfo=meta) for label in labels
+        ]
     from mmpretrain.structures import DataSample
 
-    if cfg.model.type == 'SimMIM':
+    if type_name(cfg.model) == MASKED_ALGORITHM:
         mask = torch.ones([side // cfg.model.head.patch_size for side in size]).to(device)
         return inputs, [DataSample(mask=mask) for _ in range(batch)]
-    scores = torch.rand(batch, cfg.model.head.num_classes).softmax(1).to(device)
+    if classes is None:
+        return inputs, [DataSample() for _ in range(batch)]
+    scores = torch.rand(batch, classes).softmax(1).to(device)
     return inputs, [DataSample().set_gt_score(score) for score in scores]
-
-
-def training_size(cfg):
-    """Height and width of training images; raises ValueError if the config lacks them."""
-    size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.model.backbone.get('img_size')
-    if size is None:
-        raise ValueError('the config has no size of training images; add --shape HEIGHT WIDTH')
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def amp_dtype(cfg):
@@ -222,16 +232,6 @@ def _autocast(cfg, device):
         stack.enter_context(mock.patch.object(F, 'cross_entropy', in_float32))
     stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
     return stack
-
-
-def _make_fake(model):
-    """Replace weights and buffers by shapes, inside a FakeTensorMode."""
-    for module in model.modules():
-        for name, weight in [*module.named_parameters(recurse=False)]:
-            fake = torch.empty(weight.shape, dtype=weight.dtype)
-            module._parameters[name] = torch.nn.Parameter(fake, weight.requires_grad)
-        for name, buffer in [*module.named_buffers(recurse=False)]:
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _without_accuracy():

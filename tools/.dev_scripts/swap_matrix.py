@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
 
 from mmvil import swap_backbone
+from mmvil.apis.training_memory import build_training_model, random_batch
 from mmvil.cli.config import configs_of, dicts
 from mmvil.cli.errors import one_line
 from mmvil.cli.main import run
@@ -98,7 +96,7 @@ def find_cases(library, only):
         folder = path.relative_to(root).parts[0]
         if folder not in CHOSEN.get(library, [folder]) or folder.startswith('_'):
             continue
-        if 'levir' in path.name:  # pairs of images, which mmseg's own preprocessor refuses
+        if 'levir' in path.name:  # pairs of images, which a random batch lacks
             continue
         try:
             cfg = Config.fromfile(path)
@@ -170,38 +168,29 @@ def train_and_predict(cfg):
     """Run a training step and a prediction on images that are large enough; return the model."""
     for side in SIDES:
         try:
-            model = build_small(copy.deepcopy(cfg), side)
-            train_step(model, cfg, side)
-            if cfg.default_scope != 'mmpretrain' or cfg.model.type.endswith('Classifier'):
-                with torch.no_grad():  # self-supervised frameworks only train
-                    model.eval().test_step(make_batch(cfg, side))
-            return model
+            return train_and_predict_at(copy.deepcopy(cfg), side)
         except Exception:
             if side == SIDES[-1]:
                 raise
 
 
-def build_small(cfg, side):
-    """Build the model for tiny images, on the CPU."""
-    backbone = cfg.model.backbone
-    if 'img_size' in backbone:
-        backbone.img_size = side
-    if cfg.default_scope == 'mmseg':  # images are padded to the size of the crops
-        cfg.model.data_preprocessor.size = (side, side)
-    if cfg.default_scope == 'mmpretrain' and 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+def train_and_predict_at(cfg, side):
+    if 'img_size' in cfg.model.backbone:
+        cfg.model.backbone.img_size = side
     for node in dicts(cfg.model):  # pre-trained weights of frozen parts of a head, say
         if type_names(node.get('init_cfg')) == 'Pretrained':
             node['init_cfg'] = None
-    init_default_scope(cfg.default_scope)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model = build_training_model(cfg)
     model.init_weights()
-    return model
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
 
-
-def train_step(model, cfg, side):
-    data = model.train().data_preprocessor(make_batch(cfg, side), training=True)
-    total, _ = model.parse_losses(model(**data, mode='loss'))
+        with_mask = 'mask' in str(cfg.model).lower()
+        images = demo_mm_inputs(image_shapes=(3, side, side), num_classes=2, with_mask=with_mask)
+        batch = model.data_preprocessor(images, training=True).values()
+    else:
+        batch = random_batch(cfg, 2, size=(side, side))
+    total, _ = model.parse_losses(model.loss(*batch))
     if not torch.isfinite(total):
         raise ValueError(f'the loss is {total.item()}')
     total.backward()
@@ -209,50 +198,10 @@ def train_step(model, cfg, side):
     if lacking:
         names = ', '.join(lacking[:3])
         raise ValueError(f'no gradient for {names} ({len(lacking)} parameters)')
-
-
-def make_batch(cfg, side):
-    """Two images with labels as the data loader of a library gives them."""
-    if cfg.default_scope == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-
-        with_mask = 'mask' in str(cfg.model).lower()
-        return demo_mm_inputs(image_shapes=(3, side, side), num_classes=2, with_mask=with_mask)
-    channels = cfg.model.backbone.get('in_channels', 3)
-    images = [torch.randint(256, (channels, side, side), dtype=torch.uint8) for _ in range(2)]
-    make_sample = seg_sample if cfg.default_scope == 'mmseg' else cls_sample
-    samples = [make_sample(cfg.model, side) for _ in images]
-    multiview = [n for n in dicts(cfg.train_dataloader) if n.get('type') == 'MultiView']
-    if multiview:  # self-supervised pipelines
-        views = multiview[0]['num_views']
-        views = sum(views) if isinstance(views, (list, tuple)) else views
-        images = [torch.stack(images) for _ in range(views)]
-    elif cfg.model.type == 'SimMIM':
-        images = torch.stack(images)
-    return dict(inputs=images, data_samples=samples)
-
-
-def seg_sample(model, side):
-    from mmseg.structures import SegDataSample
-
-    classes = next(node['num_classes'] for node in dicts(model) if node.get('num_classes'))
-    labels = torch.randint(classes, (1, side, side))
-    shapes = dict.fromkeys(
-        ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), (side, side)
-    )
-    return SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=shapes)
-
-
-def cls_sample(model, side):
-    from mmpretrain.structures import DataSample
-
-    sample = DataSample().set_gt_label(1)
-    head = model.get('head')
-    if model.type == 'SimMIM':
-        sample.mask = torch.eye(side // head.patch_size)
-    if type_names(head).startswith(('MultiLabel', 'CSRA')):
-        sample.set_gt_score(torch.eye(head.num_classes)[1])
-    return sample
+    if cfg.default_scope != 'mmpretrain' or cfg.model.type.endswith('Classifier'):
+        with torch.no_grad():  # self-supervised frameworks only train
+            model.eval().predict(*batch)
+    return model
 
 
 # -- The table -------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def check(args):
         raise UserError('there is no GPU here; add the memory of one in GiB, --gpu-memory 24')
     if args.measure and not torch.cuda.is_available():
         raise UserError('--measure needs a GPU')
+    if args.shape and len(args.shape) > 2:
+        raise UserError(f'--shape takes height and width, not {len(args.shape)} numbers')
     if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
         raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
 
@@ -119,7 +121,7 @@ def main():
     cfg = load_config(args.config, args.cfg_options)
     check(args)
     total = args.batch_size or recipe_batch(cfg)
-    size = (args.shape[0], args.shape[-1]) if args.shape else training_memory.training_size(cfg)
+    size = (args.shape[0], args.shape[-1]) if args.shape else None
     memory = TrainingMemory(cfg, args.gpus, size)
     try:
         largest = memory.largest_batch(args.gpu_memory * GIB * (1 - args.headroom))
@@ -162,8 +164,8 @@ def main():
 
     speed = args.images_per_second
     if args.measure:
-        peak, speed = training_memory.measure_training(cfg, batch, size)
-        predicted = TrainingMemory(cfg, size=size).total(batch)
+        peak, speed = training_memory.measure_training(cfg, batch, memory.size)
+        predicted = TrainingMemory(cfg, size=memory.size).total(batch)
         report.update(measured_bytes=peak, images_per_second=speed)
         print(
             f'\nMeasured with {batch} images on one {torch.cuda.get_device_name()}: '

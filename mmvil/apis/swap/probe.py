@@ -10,12 +10,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+from ...engine.config_nodes import dicts
 
 # Heads that are called with the features and nothing that only their model knows.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
@@ -234,6 +236,23 @@ def _shape_of(features) -> list | tuple:
 def _tensors(node) -> list[Tensor]:
     """Tensors inside nested tuples, lists and dicts."""
     return [each for each in tree_flatten(node)[0] if isinstance(each, Tensor)]
+
+
+def training_size(cfg: Config, default: int | None = None) -> tuple[int, int]:
+    """Height and width of the training images of a config; raises ValueError if neither it nor
+    ``default`` says.
+    """
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    crops = [
+        step.get('crop_size') or step.get('scale')
+        for step in dicts(cfg.get('train_dataloader'))
+        if type_name(step) in ('RandomCrop', 'RandomResizedCrop', 'CenterCrop')
+    ]
+    for size in (preprocessor.get('size'), *crops, cfg.model.backbone.get('img_size'), default):
+        sides = as_list(size)
+        if sides and all(type(side) is int for side in sides):  # not fractions
+            return sides[0], sides[-1]
+    raise ValueError('the config has no size of training images; add --shape HEIGHT WIDTH')
 
 
 def channels(tensors) -> list[int | None]:

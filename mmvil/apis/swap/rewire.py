@@ -25,19 +25,11 @@ class RewireError(Exception):
 def rewire(
     model: ConfigDict, old: BackboneProbe, backbone: dict, keep_channels: bool
 ) -> tuple[ConfigDict, list[str]]:
-    """Connect ViL with the neck and the heads.
+    """Connect ViL with the neck and the heads of a model, whose backbone was ``old``: by rewritten
+    ``in_channels`` or, with ``keep_channels`` or where that fails, by the old widths. The options
+    in ``backbone``, ViL's config, win over what fits the old backbone.
 
-    Args:
-        model (ConfigDict): Config of the model.
-        old (BackboneProbe): Its backbone.
-        backbone (dict): Config of ViL; its options win over what fits the old backbone.
-        keep_channels (bool): Keep the old widths rather than rewrite ``in_channels``.
-
-    Returns:
-        tuple[ConfigDict, list[str]]: The new model, and the changes.
-
-    Raises:
-        ValueError: If neither way works.
+    Returns the new model and the changes; raises ValueError if neither way works.
     """
     notes, reason = [], 'leave keep_channels out'
     if not keep_channels:
@@ -61,15 +53,8 @@ def rewire(
 
 
 def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
-    """Connect ViL with mmpretrain's SimMIM in place: set decoder, head and masks to ViL's patches.
-
-    Args:
-        cfg (Config): Config of the training.
-        old (BackboneProbe): Its backbone.
-        backbone (dict): Config of ViL.
-
-    Returns:
-        list[str]: The changes.
+    """Connect ViL with mmpretrain's SimMIM, in place: set decoder, head and masks to its patches,
+    and return the changes.
     """
     model, network = cfg.model, _build_vil(backbone, MaskedVisionLSTM)
     model.backbone = ConfigDict({**backbone, 'type': 'mmvil.MaskedVisionLSTM'})

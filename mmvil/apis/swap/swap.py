@@ -9,8 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
-from ...engine.config_nodes import dicts
-from .probe import BackboneProbe, type_name
+from .probe import BackboneProbe, training_size
 from .recipe import drop_old_weights, replace_constructor, use_recipe
 from .rewire import count_blocks, rewire, rewire_simmim
 
@@ -73,7 +72,7 @@ def swap_backbone(
         )
     if isinstance(arch, str):
         arch = arch.lower().replace('-', '_').removeprefix('vil_')
-    size = _image_size(cfg)
+    size = training_size(cfg, default=224)
     with DefaultScope.overwrite_default_scope(scope):
         old = BackboneProbe(model, size, outputs, scope)
         notes = drop_old_weights(cfg)
@@ -106,18 +105,3 @@ def swap_backbone(
     for note in notes:
         print_log(f'swap_backbone: {note}', logger='current')
     return cfg
-
-
-def _image_size(cfg: Config) -> tuple[int, int]:
-    """Size of the training images, height first."""
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    crops = [
-        step.get('crop_size', step.get('scale'))
-        for step in dicts(cfg.get('train_dataloader'))
-        if type_name(step) in ('RandomCrop', 'RandomResizedCrop', 'CenterCrop')
-    ]
-    crops = [crop for crop in crops if isinstance(crop, int) or all(type(x) is int for x in crop)]
-    size = preprocessor.get('size') or next(iter(crops), None)
-    size = size or cfg.model.backbone.get('img_size') or 224
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return size * 2 if len(size) == 1 else size
