@@ -2,6 +2,7 @@
 """The version of mmvil and the supported versions of its dependencies."""
 
 import warnings
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -40,7 +41,10 @@ def check_versions() -> None:
             f"mmvil {__version__} needs mmengine: pip install '.[onedl]', or see README.md"
         )
     for module, distributions in SUPPORTED.items():
-        installed = {name: found for name in distributions if (found := _installed_version(name))}
+        installed = {}
+        for name in distributions:
+            with suppress(PackageNotFoundError):
+                installed[name] = version(name)
         if len(installed) > 1:
             both = ' and '.join(f'{name} {found}' for name, found in installed.items())
             warnings.warn(
@@ -51,19 +55,10 @@ def check_versions() -> None:
         for name, found in installed.items():
             wanted = distributions[name]
             # Release candidates and local builds ('2.1.0rc4+cu118') count as the release.
-            if Version(found).base_version in SpecifierSet(wanted):
-                continue
-            clashes.append(
-                f'{name} {found} is installed, but mmvil {__version__} needs {name}{wanted}: '
-                f"pip install '{name}{wanted}'"
-            )
+            if Version(found).base_version not in SpecifierSet(wanted):
+                clashes.append(
+                    f'{name} {found} is installed, but mmvil {__version__} needs {name}{wanted}: '
+                    f"pip install '{name}{wanted}'"
+                )
     if clashes:
         raise ImportError('\n'.join(clashes))
-
-
-def _installed_version(distribution):
-    """The version as pip knows it, or None where the distribution is absent."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
