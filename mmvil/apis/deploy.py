@@ -91,26 +91,19 @@ class Deployed(nn.Module):
 
 
 def decision(model, output):
-    """Find the rule by which a segmentor or classifier derives an output, one of ``OUTPUTS``, from
-    the scores of its head.
-
-    Returns:
-        Callable: Maps what the model's head returns to the output.
-
-    Raises:
-        ValueError: If the rule is not known here.
+    """Return the function by which a segmentor or classifier derives an output, one of ``OUTPUTS``,
+    from what its head returns; raises ValueError if its rule is not known here.
     """
     if hasattr(model, 'encode_decode'):
         return segmentor_decision(model, output)
-    if getattr(model, 'head', None) is None:
-        return head_decision(model, output)
     from mmpretrain.models import ImageClassifier, MultiTaskHead
 
-    if not _runs(model, ImageClassifier, 'forward', 'predict'):
+    head = getattr(model, 'head', None)
+    if head is None or not _runs(model, ImageClassifier, 'forward', 'predict'):
         return _unknown_decision(model, output)
-    if not _runs(model.head, MultiTaskHead, 'forward', 'predict'):
-        return head_decision(model.head, output)
-    tasks = {task: head_decision(head, output) for task, head in model.head.task_heads.items()}
+    if not _runs(head, MultiTaskHead, 'forward', 'predict'):
+        return head_decision(head, output)
+    tasks = {task: head_decision(each, output) for task, each in head.task_heads.items()}
     return lambda scores: {f'{output}.{task}': rule(scores[task]) for task, rule in tasks.items()}
 
 
@@ -140,43 +133,27 @@ def segmentor_decision(model, output):
     ):
         return _unknown_decision(head, output)
 
-    def decide(logits):
-        """As ``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``."""
-        if output == 'logits':
-            return logits
-        if logits.shape[1] > 1:
-            return logits.softmax(1) if output == 'probabilities' else logits.argmax(1)
-        foreground = logits.sigmoid()
-        if output == 'probabilities':
-            return foreground
-        return (foreground > heads.threshold).squeeze(1).long()
-
-    return decide
+    # As ``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``.
+    if model.out_channels > 1:
+        return _rule(output, lambda x: x.softmax(1), lambda x: x.argmax(1))
+    return _rule(output, torch.sigmoid, lambda x: (x.sigmoid() > heads.threshold).squeeze(1).long())
 
 
 def head_decision(head, output):
     """Find the rule for what a head of mmpretrain returns, or a classifier without a head."""
     from mmpretrain import models
 
-    def one_label(logits):
-        """As ``ClsHead._get_predictions``."""
-        if output == 'logits':
-            return logits
-        probabilities = logits.softmax(1)
-        return probabilities if output == 'probabilities' else probabilities.argmax(1)
-
-    def any_labels(logits):
-        """As ``MultiLabelClsHead._get_predictions``, the labels as 0 and 1 (B, classes)."""
-        if output == 'logits':
-            return logits
+    def labels(logits):
+        """As ``MultiLabelClsHead._get_predictions``, as 0 and 1 (B, classes)."""
         probabilities = logits.sigmoid()
-        if output == 'probabilities':
-            return probabilities
         if head.thr is not None:
             return (probabilities >= head.thr).long()
         highest = probabilities.topk(head.topk).indices
         return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
 
+    any_labels = _rule(output, torch.sigmoid, labels)
+    # As ``ClsHead._get_predictions``.
+    one_label = _rule(output, lambda x: x.softmax(1), lambda x: x.softmax(1).argmax(1))
     for kind, rule in (
         (models.ClsHead, one_label),
         (models.TimmClassifier, one_label),
@@ -187,6 +164,11 @@ def head_decision(head, output):
         if _runs(head, kind, 'predict', '_get_predictions'):
             return rule
     return _unknown_decision(head, output)
+
+
+def _rule(output, probabilities, labels):
+    """Choose between the functions from logits to probabilities and to labels."""
+    return dict(logits=lambda logits: logits, probabilities=probabilities, labels=labels)[output]
 
 
 def _unknown_decision(module, output):
@@ -307,14 +289,9 @@ def load_exported(path, format='onnx'):
 
 
 def compare_output(actual, expected, are_labels=False):
-    """Compare scores or labels from an exported file with those of PyTorch.
-
-    Returns:
-        tuple[float, str]: Largest difference relative to the largest score, or share of labels that
-        differ; and the same in words.
-
-    Raises:
-        ValueError: If the shapes differ.
+    """Compare scores or labels from an exported file with those of PyTorch: return the largest
+    difference relative to the largest score, or the share of labels that differ, and the same in
+    words; raises ValueError if the shapes differ.
     """
     if actual.shape != expected.shape:
         raise ValueError(
