@@ -40,15 +40,14 @@ def draw_gates(backbone, image, blocks, head=None):
     figure, axes = _figure(2, len(blocks) + 1, image.aspect, extra=1)
     _show(axes[0, 0], image.picture, 'image')
     axes[1, 0].axis('off')
-    for column, block in enumerate(blocks, 1):
+    for column, block in zip(axes[:, 1:].T, blocks):
         igate, fgate = (_one_head(gate[0], head).view(grid).cpu() for gate in gates[block])
         # Each map has its own range: blocks differ more than places do.
-        maps = zip(axes[:, column], (igate, fgate.sigmoid()), ('magma', 'viridis'))
-        for axis, values, colors in maps:
+        for axis, values, colors in zip(column, (igate, fgate.sigmoid()), ('magma', 'viridis')):
             drawn = _show(axis, values, cmap=colors)
             bar = figure.colorbar(drawn, ax=axis, location='bottom', shrink=0.9, pad=0.02)
             bar.locator = MaxNLocator(3)
-        axes[0, column].set_title(_name_of(block))
+        column[0].set_title(_name_of(block))
     axes[0, 1].set_ylabel(r'input gate $\tilde{i}$')
     axes[1, 1].set_ylabel(r'forget gate $\sigma(\tilde{f})$')
     heads = 'mean over heads' if head is None else f'head {head}'
@@ -138,12 +137,12 @@ def draw_pca(backbone, images, blocks):
     for axis, image in zip(axes[:, 0], images):
         _show(axis, image.picture)
     axes[0, 0].set_title('image')
-    for column, block in enumerate(blocks, 1):
+    for column, block in zip(axes[:, 1:].T, blocks):
         colors = inspect_blocks.principal_colors([tokens[block][0] for tokens in features])
-        for axis, image, color in zip(axes[:, column], images, colors):
+        for axis, image, color in zip(column, images, colors):
             _, grid = backbone.embed(image.x)
             _show(axis, color.view(*grid, 3).cpu())
-        axes[0, column].set_title(f'after block {block}')
+        column[0].set_title(f'after block {block}')
     figure.suptitle('Features as colors: three principal components')
     return figure
 

@@ -88,14 +88,9 @@ def half_life(fgate):
 
 
 def receptive_field(backbone, images, blocks, at):
-    """Compute the effective receptive field of one token (Luo et al., 2016): the absolute gradient
-    of its features with respect to the pixels, summed over channels and averaged over images.
-
-    Args:
-        backbone (VisionLSTM): The backbone.
-        images (list[Tensor]): Images of one size, each (1, C, H, W).
-        blocks (list[int]): Blocks whose outputs are the features.
-        at (tuple[float, float]): See :func:`token_at`.
+    """Compute the effective receptive field of the token :func:`token_at` a place (Luo et al.,
+    2016): the absolute gradient of its features after some blocks with respect to the pixels of
+    images of one size, each (1, C, H, W), summed over channels and averaged over images.
 
     Returns:
         Tensor: Shape (blocks, H, W), each map normalized to a maximum of 1.

@@ -163,10 +163,8 @@ def identify(checkpoint: str) -> dict[str, str]:
 
 
 def check_data(folder: str | Path, num_classes: int) -> list[str]:
-    """Check that lists and images of a dataset exist and that labels are in range.
-
-    Returns:
-        list[str]: Warnings, of lists whose length is not the published one.
+    """Check that lists and images of a dataset exist and that labels are in range; return warnings
+    of lists whose length is not the published one.
 
     Raises:
         FileNotFoundError: If a list, or the first or last image in it, is missing.

@@ -17,12 +17,8 @@ class MaskedVisionLSTM(VisionLSTM):
     """Vision-LSTM with a learned token in place of each masked patch: the backbone of mmpretrain's
     ``SimMIM``.
 
-    Its parameters are those of :class:`VisionLSTM` and ``mask_token`` (1, 1, D), which is used in
-    pre-training only.
-
-    Args:
-        *args: See :class:`VisionLSTM`.
-        **kwargs: See :class:`VisionLSTM`; patches must not overlap.
+    Arguments and parameters are those of :class:`VisionLSTM`, and ``mask_token`` (1, 1, D), which
+    is used in pre-training only.
 
     Raises:
         ValueError: As :class:`VisionLSTM` does, and if patches overlap.
@@ -39,19 +35,16 @@ class MaskedVisionLSTM(VisionLSTM):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Extract features of masked images.
+        """Extract features of all patches of masked images, as :meth:`VisionLSTM.forward` does.
 
         Args:
             x (Tensor): Images, shape (B, C, H, W).
             mask (Tensor, optional): Nonzero where a patch is masked, shape (B, H / patch_size,
-                W / patch_size). Default: None, the features of :class:`VisionLSTM`.
-
-        Returns:
-            tuple[Tensor]: As of :meth:`VisionLSTM.forward`, of all patches.
+                W / patch_size). Default: None, no patch.
 
         Raises:
-            ValueError: As :meth:`VisionLSTM.embed` does, and if the mask does not have one entry
-                per patch.
+            ValueError: If the mask does not have one entry per patch, and as
+                :meth:`VisionLSTM.embed` does.
         """
         if mask is None:
             return super().forward(x)

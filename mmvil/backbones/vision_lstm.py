@@ -377,12 +377,9 @@ class VisionLSTM(BaseModule):
             1 - id)`` times the base.
         """
         num_layers = (len(self.layers) + 1) // 2 + 2
-        name = param_name[len(prefix) :] if param_name.startswith(prefix) else None
-        if name is None:
-            return num_layers - 1, num_layers
-        if name == 'pos_embed' or name.startswith('patch_embed.'):
+        if param_name.startswith((f'{prefix}pos_embed', f'{prefix}patch_embed.')):
             return 0, num_layers
-        block = re.match(r'layers\.(\d+)\.', name)
+        block = re.match(rf'{re.escape(prefix)}layers\.(\d+)\.', param_name)
         return (int(block[1]) // 2 + 1 if block else num_layers - 1), num_layers
 
     # ---------------------------------------------------------------- weights

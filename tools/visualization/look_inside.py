@@ -89,7 +89,8 @@ def main():
     matplotlib.use('Agg')
     cfg = load_config(args.config, args.cfg_options)
     paths = find_images(args.image)
-    number = args.num if args.picture in ('receptive_field', 'pca') else 1
+    several = args.picture in ('receptive_field', 'pca')
+    number = args.num if several else 1
     paths = paths[:: max(1, len(paths) // number)][:number]
     model = build_model(cfg, args.checkpoint, args.device)
     backbone = find_backbone(model)
@@ -102,14 +103,9 @@ def main():
     args.blocks = args.blocks or default_blocks(backbone, args.picture in ('gates', 'decay'))
     check(args, backbone, images)
 
-    if args.picture == 'gates':
-        figure = draw_blocks.draw_gates(backbone, images[0], args.blocks, args.head)
-    elif args.picture == 'decay':
-        figure = draw_blocks.draw_decay(backbone, images[0], args.blocks, args.head, args.at)
-    elif args.picture == 'receptive_field':
-        figure = draw_blocks.draw_receptive_field(backbone, images, args.blocks, args.at)
-    else:
-        figure = draw_blocks.draw_pca(backbone, images, args.blocks)
+    options = dict(gates=[args.head], decay=[args.head, args.at], receptive_field=[args.at], pca=[])
+    draw = getattr(draw_blocks, f'draw_{args.picture}')
+    figure = draw(backbone, images if several else images[0], args.blocks, *options[args.picture])
     out = args.out or Path(f'{args.picture}.png')
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
