@@ -80,6 +80,8 @@ def get_features(args):
             )
         return kept
     cfg = load_config(args.config, args.cfg_options, args.backbone)
+    if cfg.get('default_scope') != 'mmpretrain' or cfg.get('test_dataloader') is None:
+        raise UserError(f'{args.config} is not of a classifier; its test pipeline prepares images')
     init_default_scope(cfg.default_scope)
     loaders = {split: make_dataloader(cfg, args, split) for split in ('train', 'val')}
     train, val = (loader.dataset.CLASSES for loader in loaders.values())

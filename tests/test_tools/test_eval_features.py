@@ -80,4 +80,6 @@ def test_eval_features_heeds_the_options_that_all_runs_have(folder):
     )
     said = call_tool(*command, '--check')
     assert 'Config, data and checkpoint are in place' in said and 'images' not in said
+    pretraining = (TOOLS.parent / 'configs/simmim_vil_t_pretrain192.py', *command[2:])
+    assert 'is not of a classifier' in call_tool(command[0], *pretraining, status=2)
     assert "Unknown arch 'x'" in call_tool(*command, '--backbone', 'vil-x', status=2)

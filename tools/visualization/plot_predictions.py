@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from mmvil.cli.config import list_files, load_config
+from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
 from mmvil.cli.main import make_parser, parse_args, run
 
@@ -68,6 +69,8 @@ def main():
     args = parse_args(parser)
 
     cfg = load_config(args.config, {})
+    if 'decode_head' not in cfg.model or cfg.get('test_dataloader') is None:
+        raise UserError(f'{args.config} is not of a segmentor with a test_dataloader')
     model = build_model(cfg, args.checkpoint, args.device)
     dataset = list_files(cfg.test_dataloader.dataset, cfg.default_scope)
     draw(cfg, model, dataset, args.num, args.out)
