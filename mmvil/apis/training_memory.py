@@ -42,6 +42,7 @@ class TrainingMemory:
 
     Attributes:
         always (dict[str, int]): Bytes that do not depend on the batch, by purpose.
+        accumulates (bool): Whether gradients of earlier steps stay during a step; False at first.
 
     Raises:
         ValueError: If the config is of neither, or lacks a size.
@@ -63,20 +64,24 @@ class TrainingMemory:
             self.always['averaged weights (EMA)'] = weights
         if gpus > 1:
             self.always['buffers of gradients (DDP)'] = trained
-        self._steps = {}
+        self.accumulates, self._steps = False, {}
         self._mode = FakeTensorMode()
         with FakeCopyMode(self._mode):
             self.model = copy.deepcopy(self.model)  # of shapes
 
     def step(self, batch):
         """Peak bytes of a step of ``batch`` images: input, activations, temporaries, gradients."""
-        if batch not in self._steps:
+        key = batch, self.accumulates
+        if key not in self._steps:
             counter = _AllocationCounter([*self.model.parameters(), *self.model.buffers()])
             with self._mode, _without_accuracy(), counter:
+                for weight in self.model.parameters():
+                    if self.accumulates and weight.requires_grad:
+                        weight.grad = torch.zeros_like(weight)
                 train_step(self.model, self.cfg, batch, size=self.size)
             self.model.zero_grad(set_to_none=True)
-            self._steps[batch] = counter.peak
-        return self._steps[batch]
+            self._steps[key] = counter.peak
+        return self._steps[key]
 
     def total(self, batch):
         """Bytes of the training with ``batch`` images on a GPU."""

@@ -123,8 +123,12 @@ def main():
     total = args.batch_size or recipe_batch(cfg)
     size = (args.shape[0], args.shape[-1]) if args.shape else None
     memory = TrainingMemory(cfg, args.gpus, size)
+    limit = args.gpu_memory * GIB * (1 - args.headroom)
     try:
-        largest = memory.largest_batch(args.gpu_memory * GIB * (1 - args.headroom))
+        largest = memory.largest_batch(limit)
+        if total > args.gpus * largest:  # accumulated
+            memory.accumulates = True
+            largest = memory.largest_batch(limit)
     except (
         fake_tensor.DataDependentOutputException,
         fake_tensor.DynamicOutputShapeException,
