@@ -129,7 +129,7 @@ def make_config(job, args, architecture) -> Config:
     cfg = config_of(job.dataset)
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
-        **{key: architecture[key] for key in ('version', 'patch_size', 'out_type')},
+        **{key: architecture[key] for key in ('version', 'patch_size', 'stride', 'out_type')},
         init_cfg=dict(type='Pretrained', checkpoint=args.checkpoint),
     )
     concat = architecture['out_type'] == 'bilateral_concat'

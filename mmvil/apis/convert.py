@@ -72,7 +72,7 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
         architecture = infer_architecture(state_dict)
     except ValueError as error:
         raise ValueError(f'{path} is no complete Vision-LSTM classifier. {error}') from error
-    found = (stride, 'as given') if stride is not None else _find_stride(checkpoint, path)
+    found = (stride, 'as given') if stride is not None else find_stride(checkpoint, path)
     assumed = architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
     architecture['stride'], architecture['stride_from'] = found or assumed
     model = _classifier_config(architecture)
@@ -89,13 +89,18 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     )
 
 
-def _find_stride(checkpoint: Mapping, path: Path) -> tuple[int, str] | None:
-    noted = checkpoint.get('ctor_kwargs')
-    noted = noted.get('stride') if isinstance(noted, Mapping) else None
-    noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted
-    if isinstance(noted, int):
-        return noted, 'noted in the file'
-    by_name = re.search(r'stride(\d+)', path.stem)
+def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None:
+    """Stride of the patches, which tensors do not tell, and where it was found: in the notes of our
+    checkpoints or the authors', or in the name of the file; None if nowhere.
+    """
+    ours = checkpoint.get('meta')
+    ours = ours.get('architecture') if isinstance(ours, Mapping) else None
+    for notes in (ours, checkpoint.get('ctor_kwargs')):
+        noted = notes.get('stride') if isinstance(notes, Mapping) else None
+        noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted
+        if isinstance(noted, int):
+            return noted, 'noted in the file'
+    by_name = re.search(r'stride(\d+)', Path(path).stem)
     return by_name and (int(by_name[1]), 'by the name of the file')
 
 

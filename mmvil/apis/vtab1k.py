@@ -15,6 +15,7 @@ from mmengine.runner import CheckpointLoader
 
 from ..checkpoints import infer_architecture, weights_of
 from ..checkpoints.loaders import sha256
+from .convert import find_stride
 
 GROUPS = dict(
     natural='caltech101 cifar dtd oxford_flowers102 oxford_iiit_pet svhn sun397'.split(),
@@ -143,13 +144,16 @@ class Protocol:
 
 def read_architecture(checkpoint: str) -> dict:
     """Read the sizes of the classifier in a checkpoint (file, URL or ``mmvil://NAME``), see
-    :func:`mmvil.checkpoints.infer_architecture`; raises ValueError if there is none.
+    :func:`mmvil.checkpoints.infer_architecture`, and its stride, the patch size if neither notes
+    nor name tell; raises ValueError if there is none.
     """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     try:
-        return infer_architecture(weights_of(loaded))
+        architecture = infer_architecture(weights_of(loaded))
     except ValueError as error:
         raise ValueError(f'{checkpoint} is no Vision-LSTM classifier: {error}') from error
+    stride, _ = find_stride(loaded, checkpoint) or (architecture['patch_size'], None)
+    return dict(architecture, stride=stride)
 
 
 def identify(checkpoint: str) -> dict[str, str]:

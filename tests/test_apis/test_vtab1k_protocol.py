@@ -1,7 +1,18 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import pytest
+import torch
 
-from mmvil.apis.vtab1k import DATASETS, Job, Protocol, as_csv, as_markdown, check_data, summarize
+from mmvil import VisionLSTM
+from mmvil.apis.vtab1k import (
+    DATASETS,
+    Job,
+    Protocol,
+    as_csv,
+    as_markdown,
+    check_data,
+    read_architecture,
+    summarize,
+)
 from mmvil.cli.run_queue import Claims
 
 
@@ -50,6 +61,21 @@ def test_tables_average_over_what_is_complete(protocol):
     header, mine, *_ = as_csv(rows).splitlines()
     assert dict(zip(header.split(','), mine.split(',')))['svhn'] == '75.00'
     assert len(DATASETS) == 19
+
+
+@pytest.mark.parametrize(
+    'name, meta, stride',
+    [('a', {}, 4), ('a_stride2', {}, 2), ('a', dict(architecture=dict(stride=2)), 2)],
+)
+def test_read_architecture_finds_the_stride(tmp_path, name, meta, stride):
+    backbone = VisionLSTM(
+        arch=dict(embed_dims=16, depth=1), img_size=16, patch_size=4, out_type='bilateral_concat'
+    )
+    state = backbone.state_dict(prefix='backbone.')
+    state['head.fc.weight'] = torch.zeros(10, 32)
+    torch.save(dict(state_dict=state, meta=meta), tmp_path / f'{name}.pth')
+    found = read_architecture(str(tmp_path / f'{name}.pth'))
+    assert (found['patch_size'], found['stride']) == (4, stride)
 
 
 def test_check_data_names_what_is_wrong(tmp_path):
