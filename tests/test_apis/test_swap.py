@@ -217,6 +217,10 @@ def test_swap_freezes_vil_for_linear_probes():
     trainable = [name for name, p in network.named_parameters() if p.requires_grad]
     assert all('norm' in name and 'layers' not in name for name in trainable)
 
+    old = load('mmpretrain/mae/benchmarks/vit-base-p16_8xb2048-linear-coslr-90e_in1k.py')
+    backbone = swap_backbone(old, 'tiny', out_indices=11).model.backbone
+    assert (backbone.out_indices, backbone.frozen_stages) == (11, 12)
+
 
 def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
     old = load('mmpretrain/swin_transformer/swin-tiny_16xb64_in1k.py')

@@ -130,10 +130,9 @@ def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) ->
     return notes
 
 
-def count_blocks(arch: str | dict) -> int:
-    """Number of blocks of an architecture; raises ValueError if it is unknown."""
-    with torch.device('meta'):
-        return len(VisionLSTM(arch).layers)
+def count_blocks(backbone: dict) -> int:
+    """Number of blocks that ViL of a config has; raises ValueError if it cannot be built."""
+    return len(_build_vil(backbone).layers)
 
 
 def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = False) -> dict:
@@ -153,7 +152,7 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
         strides = strides[: max(old.read, default=0) + 1]
     options = {}
     if len(strides) > 1:
-        indices = choose_out_indices(len(strides), count_blocks(backbone['arch']))
+        indices = choose_out_indices(len(strides), count_blocks(backbone))
         options.update(out_indices=indices, final_norm=False)
     if keep or any(stride != plain for stride in strides):
         options['pyramid'] = pyramid = dict(strides=tuple(strides))

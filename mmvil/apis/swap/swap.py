@@ -82,11 +82,11 @@ def swap_backbone(
             backbone['in_channels'] = old.in_channels
         if model.backbone.get('with_cp'):
             backbone['with_cp'] = True
-        if old.frozen:
-            backbone['frozen_stages'] = count_blocks(arch)
         if checkpoint is not None:
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(checkpoint))
         backbone.update(options)
+        if old.frozen:
+            backbone.setdefault('frozen_stages', count_blocks(backbone))
         if old.masked:
             if keep_channels:
                 raise ValueError('SimMIM has to fit the patches of ViL: leave keep_channels out.')
