@@ -206,7 +206,8 @@ _library.define(
 )
 _library.define(
     'mlstm_backward(Tensor h_grad, Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate,'
-    ' Tensor h, Tensor normalizer, bool reverse, SymInt chunk_size, bool triton=False)'
+    ' Tensor h, Tensor normalizer, bool reverse, SymInt chunk_size, bool triton=False,'
+    ' Tensor? delta=None)'
     ' -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
 
@@ -230,7 +231,7 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton
 
 
 def _mlstm_backward(
-    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton: bool = False
+    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, delta=None
 ):
     inputs = (q, k, v, igate, fgate)
     if q.numel() == 0:
@@ -238,7 +239,7 @@ def _mlstm_backward(
     if triton:
         from .triton.mlstm_launch import mlstm_backward
 
-        return mlstm_backward(h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size)
+        return mlstm_backward(h_grad, *inputs, h, normalizer, reverse, chunk_size, delta)
     h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     with without_autocast(q):
         grads = chunkwise_backward(
@@ -252,7 +253,7 @@ def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size, triton=False):
 
 
 def _mlstm_backward_fake(
-    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False
+    h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, delta=None
 ):
     return (
         *(like_tokens(x) for x in (q, k, v)),

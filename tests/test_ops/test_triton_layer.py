@@ -218,8 +218,11 @@ def test_after_cell_equals_pytorch(case):
     args = (h, a, z, weight, bias, skip, 1e-3)
     y = after_cell(*args)
     assert_close(dict(y=y), dict(y=expected), case)
-    again, h_grad, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
+    again, h_grad, delta, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
     assert_close(dict(again=again), dict(again=expected), case)
+    products = h.double() * h_grad.double()  # a norm's gradient makes their sum almost zero
+    assert delta.dtype == torch.float32 and delta.shape == h.shape[:3]
+    assert (delta - products.sum(-1)).abs().max() < 1e-5 * products.abs().sum(-1).max()
     actual = dict(h=h_grad, c=c_grad, z=up_grad.chunk(2, -1)[1])
     actual.update(zip(('weight', 'bias', 'skip', 'sum'), sums))
     leaves = {name: leaf for name, leaf in inputs.items() if leaf is not None}
@@ -289,7 +292,7 @@ def test_operators_take_any_layout(operator, data):
 
     def run_after_cell(y_grad, a, z, h, weight, bias, skip):
         args = (h, a, z, weight, bias, skip, 1e-5)
-        y, h_grad, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
+        y, h_grad, _, c_grad, up_grad, sums = after_cell_backward(y_grad, *args)
         return [after_cell(*args), y, h_grad, c_grad, up_grad[..., 16:], sums]
 
     def run_mlstm(h_grad, q, k, v, h, igate, fgate, normalizer):

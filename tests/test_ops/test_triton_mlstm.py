@@ -295,11 +295,11 @@ def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     assert not choose_form(torch.device('cpu'), torch.bfloat16, 196, 96, 'auto').triton
 
 
-SIDES = ('query_side_kernel', 'query_side_kernel GRAD', 'key_side_kernel', 'key_side_kernel KEYS')
+SIDES = ('query_side_kernel', 'query_side_kernel GRAD', 'key_side_kernel')
 QUICK = [
-    ('sm_80', 192, SIDES[3:]),
+    ('sm_80', 192, SIDES[2:]),
     ('sm_90', 96, SIDES[:1]),
-    ('sm_100', 384, (SIDES[3], 'gate_gradients_kernel')),
+    ('sm_100', 384, (SIDES[2], 'gate_gradients_kernel')),
 ]
 PER_SCORE = {96: 16, 192: 30, 384: 37}
 """Most instructions for a score in a loop, by head width."""

@@ -61,7 +61,7 @@ class Launch(NamedTuple):
     @property
     def label(self) -> str:
         """Name, and which of its two results it computes."""
-        flags = [x for x in ('GRAD', 'KEYS', 'OPERAND') if self.kwargs.get(x)]
+        flags = [x for x in ('GRAD', 'OPERAND') if self.kwargs.get(x)]
         return ' '.join([self.name, *flags])
 
 

@@ -58,7 +58,7 @@ def gradients(
 
     # Down-projection, and what is between the cell and it.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
-    gated, h_grad, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
+    gated, h_grad, delta, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
         y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
     )
     down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
@@ -67,7 +67,7 @@ def gradients(
 
     # The cell, and what is between the up-projection and it.
     q_grad, k_grad, v_grad, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
-        h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form
+        h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form, delta
     )
     del h_grad, q, k, v
     sums = torch.ops.mmvil.before_cell_backward(
@@ -143,8 +143,8 @@ _library.define(
 )
 _library.define(
     'after_cell_backward(Tensor y_grad, Tensor h, Tensor a, Tensor z, Tensor weight, Tensor? bias,'
-    ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor c_grad, Tensor up_grad,'
-    ' Tensor parameter_grads)'
+    ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor delta, Tensor c_grad,'
+    ' Tensor up_grad, Tensor parameter_grads)'
 )
 
 
@@ -187,7 +187,8 @@ def _after_cell_backward_fake(y_grad, h, a, z, *_):
     y, h_grad, c_grad = (z.new_empty(z.shape) for _ in range(3))
     up_grad = z.new_empty(*z.shape[:2], 2 * z.shape[2])
     parameter_grads = z.new_empty(4, z.shape[2], dtype=torch.float32)
-    return y, by_head(h_grad, h.shape[1]), c_grad, up_grad, parameter_grads
+    delta = h.new_empty(h.shape[:3], dtype=torch.float32)
+    return y, by_head(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
 
 
 for _name, _function, _fake in (

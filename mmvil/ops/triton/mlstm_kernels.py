@@ -32,28 +32,42 @@ from .tiles import (
 EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 
 
+@triton.jit(do_not_specialize=['heads', 'length'])
+def delta_kernel(
+    a, b, delta, a_strides, b_strides, delta_strides, heads, length,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute the sum over channels of a times b for ROWS tokens of a head."""
+    tiles = tl.cdiv(length, ROWS)
+    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    a, b = matrix(a, a_strides, program, heads), matrix(b, b_strides, program, heads)
+    total = tl.zeros((ROWS,), tl.float32)
+    for left in range(0, DH, WIDTH):
+        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, WIDTH)
+        b_tile = load_tile(b, b_strides, start, length, left, ROWS, DH, WIDTH)
+        total += tl.sum(a_tile.to(tl.float32) * b_tile.to(tl.float32), 1)
+    token = start + tl.arange(0, ROWS)
+    to = matrix(delta, delta_strides, program, heads)
+    tl.store(to + tl.cast(token, tl.int64) * delta_strides[2], total, mask=token < length)
+
+
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
-    h_grad, h, normalizer, h_grad_strides, h_strides, normalizer_strides, floor, inverse,
-    normalizer_grad, row_grad, stabilizer_grad,
+    delta, normalizer, delta_strides, normalizer_strides, floor, inverse, normalizer_grad,
+    row_grad, stabilizer_grad,
     heads, length, padded,
-    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute 1 / denominator of every token, and the gradients that need no matrix product."""
     tiles = padded // ROWS
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    projection = tl.zeros((ROWS,), tl.float32)
-    h_grad = matrix(h_grad, h_grad_strides, program, heads)
-    h = matrix(h, h_strides, program, heads)
-    for left in range(0, DH, WIDTH):
-        grad_tile = load_tile(h_grad, h_grad_strides, start, length, left, ROWS, DH, WIDTH)
-        h_tile = load_tile(h, h_strides, start, length, left, ROWS, DH, WIDTH)
-        projection += tl.sum(grad_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
     token = start + tl.arange(0, ROWS)
     at = tl.cast(program, tl.int64) * padded + token
-    n = matrix(normalizer, normalizer_strides, program, heads)
-    n += tl.cast(token, tl.int64) * normalizer_strides[2]
+    step = tl.cast(token, tl.int64)
+    n = matrix(normalizer, normalizer_strides, program, heads) + step * normalizer_strides[2]
     n = tl.load(n, mask=token < length, other=0.0)
+    projection = matrix(delta, delta_strides, program, heads) + step * delta_strides[2]
+    projection = tl.load(projection, mask=token < length, other=0.0)
     smallest = tl.load(floor + at)
     by_normalizer = tl.abs(n) >= smallest
     inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
@@ -286,35 +300,62 @@ def query_side_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def key_side_kernel(
-    a, b, c, out, k, a_strides, b_strides, c_strides, out_strides, k_strides, source, running_max,
-    base, inverse, normalizer_grad, source_grad, states, state_vectors,
+    q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
+    k_grad_strides, v_grad_strides, source, running_max, base, inverse, normalizer_grad,
+    source_grad, states, state_vectors,
     heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the queries of a tile of keys j: dv, or (KEYS) dk and the gradient of g, in one of
-    PARTS of its columns.
+    """Sum over the queries of a tile of keys j: dk, dv and the gradient of g, in one of PARTS of
+    its columns.
 
-    With (a, b, c) = (k, q, dh) it computes dv, with (v, dh, q) it computes dk. ``states`` are
-    gradients. The two share no product, and their sums would not fit into registers at once. The
-    gradient of g is the sum of PARTS, (PARTS, B * NH, N).
+    A program computes dk and dv TOGETHER where both fit into registers. Elsewhere one computes dv
+    and the next one dk at the same time, so that what they read comes from memory once. ``states``
+    are gradients. The gradient of g is the sum of PARTS, (PARTS, B * NH, N).
     """
+    ROLES: tl.constexpr = 1 if TOGETHER else 2
+    role, place = tl.program_id(0) % ROLES, tl.program_id(0) // ROLES
+    places = tl.num_programs(0) // ROLES
+    for ROLE in tl.static_range(ROLES):
+        if role == ROLE:
+            _key_side(
+                q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
+                k_grad_strides, v_grad_strides, source, running_max, base, inverse,
+                normalizer_grad, source_grad, states, state_vectors, place, places,
+                heads, length, chunk, scale,
+                DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES,
+                TOGETHER or ROLE == 0, TOGETHER or ROLE == 1, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _key_side(
+    q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
+    k_grad_strides, v_grad_strides, source, running_max, base, inverse, normalizer_grad,
+    source_grad, states, state_vectors, place, places,
+    heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and the gradient of g (KEYS), and dv (VALUES), at one of ``places``."""
     OWN: tl.constexpr = TILES // PARTS
-    place, own = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * OWN * WIDTH
+    part, own = place % PARTS, place % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
-    program, start = place // tiles, place % tiles * ROWS
-    a = matrix(a, a_strides, program, heads)
-    b = matrix(b, b_strides, program, heads)
-    c = matrix(c, c_strides, program, heads)
+    program, start = place // PARTS // tiles, place // PARTS % tiles * ROWS
+    q = matrix(q, q_strides, program, heads)
+    k = matrix(k, k_strides, program, heads)
+    v = matrix(v, v_strides, program, heads)
+    h_grad = matrix(h_grad, h_grad_strides, program, heads)
     row = tl.cast(program, tl.int64) * tiles * ROWS
     base += program * tiles
     index, column_index = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    token = start + index
     own_base = tl.load(base + start // ROWS)
-    g = tl.load(source + row + token)
+    g = tl.load(source + row + start + index)
 
-    totals = zero_tiles(ROWS, WIDTH, OWN)
+    dk, dv = zero_tiles(ROWS, WIDTH, OWN), zero_tiles(ROWS, WIDTH, OWN)
     chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
     if STATES:  # the chunks after, through the state's gradient
         present = chunk_end < length
@@ -323,22 +364,29 @@ def key_side_kernel(
         bounds = tl.cdiv(length, chunk) - 1
         state = tl.cast(program, tl.int64) * bounds + tl.minimum(start // chunk, bounds - 1)
         vector, state = state_vectors + state * DH, states + state * DH * DH
-        totals = _add_state(
-            totals, a, a_strides, start, length, state, own, present,
-            KEYS, ROWS, STEP, DH, WIDTH, OWN, PRECISION,
-        )  # fmt: skip
-        sums = ()
-        for i in tl.static_range(OWN):
-            if KEYS:
-                part = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
-                sums = sums + ((totals[i] + part) * decay[:, None],)
-            else:
-                sums = sums + (totals[i] * decay[:, None],)
-        totals = sums
+        if VALUES:
+            dv = _add_state(
+                dv, k, k_strides, start, length, state, own, present,
+                False, ROWS, STEP, DH, WIDTH, OWN, PRECISION,
+            )  # fmt: skip
+            dv = scaled(dv, decay, OWN)
+        if KEYS:
+            dk = _add_state(
+                dk, v, v_strides, start, length, state, own, present,
+                True, ROWS, STEP, DH, WIDTH, OWN, PRECISION,
+            )  # fmt: skip
+            sums = ()
+            for i in tl.static_range(OWN):
+                of_n = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
+                sums = sums + ((dk[i] + of_n) * decay[:, None],)
+            dk = sums
 
     g += tl.log2(scale)
-    scale_of_row = tl.full((ROWS,), 1, tl.float32)
-    a_tiles = load_tiles(a, a_strides, start, length, 0, ROWS, DH, WIDTH, TILES)
+    dk_scale, dv_scale = tl.full((ROWS,), 1, tl.float32), tl.full((ROWS,), 1, tl.float32)
+    if VALUES:
+        k_tiles = load_tiles(k, k_strides, start, length, 0, ROWS, DH, WIDTH, TILES)
+    if KEYS:
+        v_tiles = load_tiles(v, v_strides, start, length, 0, ROWS, DH, WIDTH, TILES)
     edge = tl.minimum(start + ROWS, chunk_end)
     for DIAGONAL in tl.static_range(2):
         first, last = (start, edge) if DIAGONAL else (edge, chunk_end)
@@ -347,30 +395,37 @@ def key_side_kernel(
             shift = (tl.load(base + left // ROWS) - own_base).to(tl.float32)
             m = tl.load(running_max + row + column)
             inv = tl.load(inverse + row + column)
-            b_tiles = load_tiles(b, b_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
-            c_tiles = load_tiles(c, c_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
-            weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION) * inv[None, :]
-            if KEYS:
-                n = tl.load(normalizer_grad + row + column)
-                weight += n[None, :]
             logarithm = (g - shift)[:, None] - m[None, :]
             if DIAGONAL:
                 read = (index - (left - start))[:, None] <= column_index[None, :]
                 logarithm = tl.where(read, logarithm, float('-inf'))
-            weight *= tl.exp2(logarithm)
-            totals, scale_of_row = add_product_in_range(
-                totals, scale_of_row, weight, c_tiles, OWN, PRECISION
-            )
+            gated = tl.exp2(logarithm)
+            # With both, the compiler loads the same tiles once.
+            if VALUES:
+                b = load_tiles(q, q_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
+                c = load_tiles(h_grad, h_grad_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
+                weight = scores(k_tiles, b, ROWS, COLUMNS, TILES, PRECISION)
+                weight *= inv[None, :] * gated
+                dv, dv_scale = add_product_in_range(dv, dv_scale, weight, c, OWN, PRECISION)
+            if KEYS:
+                n = tl.load(normalizer_grad + row + column)
+                b = load_tiles(h_grad, h_grad_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
+                c = load_tiles(q, q_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
+                weight = scores(v_tiles, b, ROWS, COLUMNS, TILES, PRECISION)
+                weight = (weight * inv[None, :] + n[None, :]) * gated
+                dk, dk_scale = add_product_in_range(dk, dk_scale, weight, c, OWN, PRECISION)
 
-    totals = scaled(totals, 1 / scale_of_row, OWN)
+    if VALUES:
+        dv = scaled(dv, 1 / dv_scale, OWN)
+        v_grad = matrix(v_grad, v_grad_strides, program, heads)
+        store_tiles(v_grad, v_grad_strides, start, length, own, dv, ROWS, DH, WIDTH, OWN)
     if KEYS:
-        k = matrix(k, k_strides, program, heads)
+        dk = scaled(dk, 1 / dk_scale, OWN)
         of_source = tl.zeros((ROWS,), tl.float32)
         for i in tl.static_range(OWN):
             k_tile = load_tile(k, k_strides, start, length, own + i * WIDTH, ROWS, DH, WIDTH)
-            of_source += tl.sum(k_tile.to(tl.float32) * totals[i], 1)
-        part = tl.cast(tl.program_id(0) % PARTS, tl.int64) * (tl.num_programs(0) // PARTS) * ROWS
-        to = source_grad + part + row
-        tl.store(to + token, of_source)
-    out = matrix(out, out_strides, program, heads)
-    store_tiles(out, out_strides, start, length, own, totals, ROWS, DH, WIDTH, OWN)
+            of_source += tl.sum(k_tile.to(tl.float32) * dk[i], 1)
+        to = source_grad + tl.cast(part, tl.int64) * (places // PARTS) * ROWS + row
+        tl.store(to + start + index, of_source)
+        k_grad = matrix(k_grad, k_grad_strides, program, heads)
+        store_tiles(k_grad, k_grad_strides, start, length, own, dk, ROWS, DH, WIDTH, OWN)

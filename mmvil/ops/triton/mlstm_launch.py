@@ -37,6 +37,7 @@ from . import default_chunk_size, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
+    delta_kernel,
     denominators_kernel,
     key_side_kernel,
     query_side_kernel,
@@ -64,6 +65,8 @@ class Tiling(NamedTuple):
     """Rows of the state that are loaded at once."""
     state: int
     """Side of the tile of the state that one program sums up."""
+    together: bool
+    """Whether one program computes the gradients of both k and v."""
 
 
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
@@ -100,6 +103,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
         step=16 if few_registers else min(width, 32),
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
+        together=padded < 128 and itemsize == 2,
     )
 
 
@@ -151,19 +155,31 @@ class _Cell:
             arguments[name], arguments[f'{name}_strides'] = x, strides
         return arguments
 
-    def denominators(self, h_grad: Tensor, h: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
+    def delta(self, h: Tensor, h_grad: Tensor) -> Tensor:
+        """Sum over channels of h times its gradient (B, NH, N)."""
+        delta = h.new_empty(h.shape[:3], dtype=torch.float32)
+        delta_kernel[(self.programs * triton.cdiv(self.length, 16),)](
+            **self.in_reading_order(a=h, b=h_grad, delta=delta),
+            **self.sizes,
+            DH=self.width,
+            WIDTH=min(128, triton.next_power_of_2(self.width)),
+            ROWS=16,
+        )
+        return delta
+
+    def denominators(self, delta: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
         """Scalars of the backward pass that need no matrix product."""
         names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
         by_token = {name: self.scalars() for name in names}
-        denominators_kernel[(self.programs * self.padded // 16,)](
-            **self.in_reading_order(h_grad=h_grad, h=h, normalizer=normalizer),
+        rows = self.tiling.rows
+        denominators_kernel[(self.programs * self.padded // rows,)](
+            **self.in_reading_order(delta=delta, normalizer=normalizer),
             floor=self.floor,
             **by_token,
             **self.sizes,
             padded=self.padded,
-            DH=self.width,
-            WIDTH=min(128, triton.next_power_of_2(self.width)),
-            ROWS=16,
+            ROWS=rows,
+            num_warps=1,
         )
         return by_token
 
@@ -207,10 +223,12 @@ class _Cell:
             )
         return targets
 
-    def products(self, kernel, by_token: dict[str, Tensor] | None, **arguments) -> None:
+    def products(
+        self, kernel, by_token: dict[str, Tensor] | None, *, roles: int = 1, **arguments
+    ) -> None:
         """Launch the kernel of the query side or the key side."""
         t = self.tiling
-        kernel[(self.programs * self.padded // t.rows * t.parts,)](
+        kernel[(self.programs * self.padded // t.rows * t.parts * roles,)](
             **self.gates,
             **self.backward_scalars(by_token),
             **arguments,
@@ -223,7 +241,6 @@ class _Cell:
             PARTS=t.parts,
             STEP=t.step,
             ROWS=t.rows,
-            COLUMNS=t.columns,
             STATES=self.bounds > 0,
             PRECISION=self.precision,
             num_warps=t.warps,
@@ -280,6 +297,7 @@ def mlstm_forward(
         **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
         floor=cell.floor,
+        COLUMNS=cell.tiling.columns,
         GRAD=False,
     )
     return h, normalizer
@@ -297,6 +315,7 @@ def mlstm_backward(
     normalizer: Tensor,
     reverse: bool,
     chunk_size: int | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`mlstm_forward`.
 
@@ -304,6 +323,8 @@ def mlstm_backward(
         h_grad (Tensor): Gradient of h, shape (B, NH, N, DH), any strides.
         q, k, v, igate, fgate, reverse, chunk_size: As in the forward pass.
         h, normalizer (Tensor): Its results.
+        delta (Tensor, optional): Sum over channels of h times its gradient, shape (B, NH, N).
+            Default: computed from both.
 
     Returns:
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH) and of igate, fgate (B, NH, N), in
@@ -312,25 +333,28 @@ def mlstm_backward(
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
     q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
-    by_token = cell.denominators(h_grad, h, normalizer)
+    by_token = cell.denominators(cell.delta(h, h_grad) if delta is None else delta, normalizer)
     cell.products(
         query_side_kernel,
         by_token,
         **cell.in_reading_order(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
         **cell.states(k, v),
         floor=cell.floor,
+        COLUMNS=cell.tiling.columns,
         GRAD=True,
     )
     states_grad = cell.states(q, h_grad, by_token)
     source_grad = cell.scalars(parts=cell.tiling.parts)
-    for keys, a, b, c, out in ((False, k, q, h_grad, v_grad), (True, v, h_grad, q, k_grad)):
-        cell.products(
-            key_side_kernel,
-            by_token,
-            **cell.in_reading_order(a=a, b=b, c=c, out=out, k=k),
-            **states_grad,
-            source_grad=source_grad,
-            KEYS=keys,
-        )
+    together = cell.tiling.together
+    cell.products(
+        key_side_kernel,
+        by_token,
+        roles=1 if together else 2,
+        **cell.in_reading_order(q=q, k=k, v=v, h_grad=h_grad, k_grad=k_grad, v_grad=v_grad),
+        **states_grad,
+        source_grad=source_grad,
+        COLUMNS=min(cell.tiling.columns, 32),
+        TOGETHER=together,
+    )
     cell.gate_gradients(by_token, source_grad, igate_grad, fgate_grad)
     return q_grad, k_grad, v_grad, igate_grad, fgate_grad

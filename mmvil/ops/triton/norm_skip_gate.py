@@ -63,11 +63,13 @@ def after_cell_kernel(
 @triton.jit(do_not_specialize=['tokens', 'length', 'tokens_per_program'])
 def after_cell_backward_kernel(
     y_grad, h, batch_stride, head_stride, position_stride, a, z, z_stride, weight, bias, skip, y,
-    h_grad, c_grad, z_grad, z_grad_stride, sums, sums_stride,
+    h_grad, delta, c_grad, z_grad, z_grad_stride, sums, sums_stride,
     tokens, length, tokens_per_program, eps,
     E: tl.constexpr, NH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E)."""
+    """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E), and the
+    sum over channels of both, delta (B, NH, N).
+    """
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
     program = tl.program_id(0)
@@ -92,9 +94,8 @@ def after_cell_backward_kernel(
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
 
-        h_norm, rstd = normalize(
-            _tile(h, row[:, None] + in_head[None, :], inside), present[None, :], eps, DH
-        )
+        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)
+        h_norm, rstd = normalize(h_tile, present[None, :], eps, DH)
         a_tile = _tile(a, here, inside)
         c = a_tile * sigmoid(a_tile)
         mixed = h_norm * w + b + c * s
@@ -113,8 +114,10 @@ def after_cell_backward_kernel(
         skip_grad += d_mixed * c
         tl.store(c_grad + here, (d_mixed * s).to(dtype), mask=inside)
 
-        dh = normalize_backward(d_mixed * w, h_norm, rstd, DH)
-        tl.store(h_grad + here, dh.to(dtype), mask=inside)
+        dh = normalize_backward(d_mixed * w, h_norm, rstd, DH).to(dtype)
+        tl.store(h_grad + here, dh, mask=inside)
+        to = delta + (batch * NH + head) * length + position
+        tl.store(to, tl.sum(dh.to(tl.float32) * h_tile, axis=1), mask=token < tokens)
 
     sums += program.to(tl.int64) * sums_stride + channel
     tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
@@ -168,7 +171,7 @@ def after_cell_backward(
     bias: Tensor | None,
     skip: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`after_cell`.
 
     Args:
@@ -176,14 +179,16 @@ def after_cell_backward(
         h, a, z, weight, bias, skip, eps: As in the forward pass.
 
     Returns:
-        tuple: y of the forward pass (B, N, E); gradients of h (B, NH, N, DH), with the memory of
-        (B, N, E), of c = SiLU(a) (B, N, E), and of both halves of the up-projection's output
-        (B, N, 2E), of which only the second, that of z, is written; gradients of weight, bias and
-        skip, and the sum of that of z over tokens (4, E), in float32.
+        tuple: y of the forward pass (B, N, E); gradient of h (B, NH, N, DH), with the memory of
+        (B, N, E); the sum over channels of h times that (B, NH, N), in float32; gradients of c =
+        SiLU(a) (B, N, E) and of both halves of the up-projection's output (B, N, 2E), of which only
+        the second, that of z, is written; gradients of weight, bias and skip, and the sum of that
+        of z over tokens (4, E), in float32.
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
     tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
     y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
+    delta = torch.empty(h.shape[:3], dtype=torch.float32, device=z.device)
     up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
     share, programs = split_tokens(tokens, arguments['T'], heads)
@@ -194,6 +199,7 @@ def after_cell_backward(
             y_grad=y_grad.contiguous(),
             y=y,
             h_grad=h_grad,
+            delta=delta,
             c_grad=c_grad,
             z_grad=z_grad,
             z_grad_stride=z_grad.stride(0),
@@ -201,7 +207,7 @@ def after_cell_backward(
             sums_stride=sums.stride(0),
             tokens_per_program=share,
         )
-    return y, by_head(h_grad, heads), c_grad, up_grad, sums.sum(0).view(4, channels)
+    return y, by_head(h_grad, heads), delta, c_grad, up_grad, sums.sum(0).view(4, channels)
 
 
 def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:
