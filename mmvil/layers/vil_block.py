@@ -41,9 +41,10 @@ class ViLBlock(nn.Module):
         drop_path_rate (float): Default: 0.
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         chunk_size (int, optional): See :func:`mmvil.ops.mlstm`.
-        lean (bool): Keep about 7 D values per token for backward and recompute the rest, with equal
-            results. False is for second derivatives up to the cell, or where memory is plentiful.
-            Default: True.
+        lean (bool | str): Keep about 7 D values per token for backward and recompute the rest, with
+            equal results. With 'cell' the GPU kernels keep q, k, v and the convolution's output,
+            too, 15 D in all, which saves a tenth of the backward pass's memory traffic; the PyTorch
+            forms take it as True. False is for second derivatives up to the cell. Default: True.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ViLBlock(nn.Module):
         drop_path_rate: float = 0.0,
         backend: str = 'auto',
         chunk_size: int | None = None,
-        lean: bool = True,
+        lean: bool | str = True,
     ) -> None:
         super().__init__()
         if embed_dims % (2 * num_heads):
@@ -65,6 +66,8 @@ class ViLBlock(nn.Module):
             )
         if backend not in BACKENDS:
             raise ValueError(f'Unknown mLSTM backend {backend!r}; choose from {BACKENDS}.')
+        if lean not in (True, False, 'cell'):
+            raise ValueError(f"lean must be True, False or 'cell', but is {lean!r}.")
         inner = 2 * embed_dims
         bias = version == 2
         self.num_heads = num_heads
@@ -190,6 +193,7 @@ class ViLBlock(nn.Module):
             norm_eps=self.norm.eps,
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
+            keep_cell=self.lean == 'cell',
         )
         return vil_layer(x, weights, settings)
 

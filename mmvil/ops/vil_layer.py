@@ -4,7 +4,8 @@
 Autograd over the single operations keeps about thirty widths of the model per token. Here the
 backward pass keeps the layer's input (D values per token), both halves of the up-projection (2D
 each), the cell's output (2D) and a few scalars, about 7 D in all. Norm, convolution, SiLU, q, k, v
-and the gated product are cheap next to the matrix products and are computed again.
+and the gated product are cheap next to the matrix products and are computed again; kernels keep q,
+k, v and the convolution's output as well (2D each, 15 D in all) if ``keep_cell`` is set.
 
 The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """
@@ -48,11 +49,11 @@ class _ViLLayer(torch.autograd.Function):
     def backward(ctx, y_grad):
         if torch.is_grad_enabled() and not is_compiling():
             refuse_second_derivatives()
-        x, x_m, z, h, igate, fgate, normalizer, *weights = ctx.saved_tensors
-        kept = (x, x_m, z, h, igate, fgate, normalizer)
+        count = len(LayerWeights._fields)
+        kept, weights = ctx.saved_tensors[:-count], LayerWeights(*ctx.saved_tensors[-count:])
+        x = kept[0]
         with without_autocast(x):
-            gradients = _form(ctx.settings).gradients
-            x_grad, grads = gradients(y_grad, kept, LayerWeights(*weights), ctx.settings)
+            x_grad, grads = _form(ctx.settings).gradients(y_grad, kept, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,

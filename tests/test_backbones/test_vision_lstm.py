@@ -451,7 +451,7 @@ def test_autocast_and_half_models_stay_close_to_float32(dtype):
 
 
 @pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
-@pytest.mark.parametrize('lean', [True, False], ids=['lean', 'plain'])
+@pytest.mark.parametrize('lean', [True, 'cell', False], ids=['lean', 'cell', 'plain'])
 def test_compile_has_no_graph_break_and_the_same_gradients(lean):
     backbone = build(arch=dict(embed_dims=16, depth=2), lean=lean).train()
     image = torch.randn(2, 3, 40, 64)

@@ -186,3 +186,8 @@ def test_inference_reuses_its_memory():
     command = [sys.executable, '-c', FAULTS]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 500, 'pages; without measures about 7000'
+
+
+def test_block_refuses_unknown_lean():
+    with pytest.raises(ValueError, match="lean must be True, False or 'cell', but is 'most'"):
+        ViLBlock(16, lean='most')

@@ -242,6 +242,7 @@ def test_mlstm_says_what_is_wrong(change, message):
         mlstm(**arguments)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
 def test_mlstm_on_gpu_equals_cpu(dtype, tolerance):

@@ -27,6 +27,8 @@ from mmvil.cli.errors import UserError
 from mmvil.cli.main import make_parser, parse_args, run
 
 ARCHS = ('tiny', 'small', 'base')
+LEAN = dict(on=(True, ''), cell=('cell', ' keeping cell'), off=(False, ' keeping all'))
+"""The option ``lean`` of the backbone, and what the model's name ends with."""
 
 
 def make_benchmark_parser():
@@ -36,8 +38,8 @@ def make_benchmark_parser():
     backends = [name for name in mmvil.ops.BACKENDS if name != 'reference']
     some = dict(nargs='+', choices=backends, default=['auto'])
     add('--backends', help='forms of the mLSTM (auto)', **some)
-    some = dict(nargs='+', choices=['on', 'off'], default=['on'])
-    add('--lean', help='keep little for the backward pass, or all, or both in turn (on)', **some)
+    some = dict(nargs='+', choices=list(LEAN), default=['on'])
+    add('--lean', help="keep little for backward, the cell's inputs too, or all (on)", **some)
     add('--compile', action='store_true', help='each model once more with torch.compile')
     add('--timm', nargs='+', default=[], metavar='NAME', help='more models, from timm')
     add('--config', nargs='+', default=[], help='more models: the backbones of configs')
@@ -82,8 +84,8 @@ def make_builders(args):
     for backend, lean in itertools.product(args.backends, args.lean):
         name = f'ViL-{args.arch}'
         name += '' if backend == 'auto' else f' {backend}'
-        name += '' if lean == 'on' else ' keeping all'
-        builders[name] = vil_builder(arch=args.arch, backend=backend, lean=lean == 'on')
+        option, suffix = LEAN[lean]
+        builders[name + suffix] = vil_builder(arch=args.arch, backend=backend, lean=option)
     builders.update((name, timm_builder(name)) for name in args.timm)
     builders.update((Path(path).stem, config_builder(path)) for path in args.config)
     if args.compile:

@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`, which keep
-the same tensors for backward.
+the same tensors for backward, and more with ``settings.keep_cell``.
 
 There remain the matrix products of torch, the norm, the cell, and what is fused before and after
 it. Under autocast, casts of weights included, these are 10 launches beside the cell's in the
@@ -40,21 +40,24 @@ def forward(
     )
     igate, fgate = gates.unbind(0)
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
+    kept = (x_m, z, h, igate, fgate, normalizer, *((a, q, k, v) if settings.keep_cell else ()))
     del q, k, v
     y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
     y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    return y, (x_m, z, h, igate, fgate, normalizer)
+    return y, kept
 
 
 def gradients(
     y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients, as :func:`mmvil.ops.vil_layer_eager.gradients`."""
-    x, x_m, z, h, igate, fgate, normalizer = kept
+    x, x_m, z, h, igate, fgate, normalizer, *cell = kept
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
     weights = _before_cell_weights(w)
-    a, q, k, v, _ = torch.ops.mmvil.before_cell(x_m, weights, grid, heads, reverse, False)
+    if not cell:
+        *cell, _ = torch.ops.mmvil.before_cell(x_m, weights, grid, heads, reverse, False)
+    a, q, k, v = cell
 
     # Down-projection, and what is between the cell and it.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
@@ -69,7 +72,7 @@ def gradients(
     q_grad, k_grad, v_grad, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form, delta
     )
-    del h_grad, q, k, v
+    del h_grad, q, k, v, cell
     sums = torch.ops.mmvil.before_cell_backward(
         q_grad=q_grad,
         k_grad=k_grad,
