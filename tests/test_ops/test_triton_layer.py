@@ -630,10 +630,10 @@ def traffic(head_width, size, keep_cell=False):
 @pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
 @pytest.mark.parametrize('head_width', [96, 192, 384])
 @pytest.mark.parametrize('size', [224, 512, 1024])
-@pytest.mark.parametrize('keep_cell', [False, True])
-def test_layer_moves_few_bytes(head_width, size, keep_cell):
+@pytest.mark.parametrize('keep_cell, backward', [(False, 46), (True, 41)])
+def test_layer_moves_few_bytes(head_width, size, keep_cell, backward):
     *counts, unit = traffic(head_width, size, keep_cell)
-    for count, most, most_beside_cell in zip(counts, (20, 49), (15.2, 39.4)):
+    for count, most, most_beside_cell in zip(counts, (20, backward), (15.2, backward - 6.8)):
         units, of_cell = count.bytes / unit, count.cell_bytes / unit
         print(f'{head_width} {size}: {units:.1f} (B, N, E), cell {of_cell:.1f}, {count.launches}')
         assert units - of_cell <= most_beside_cell
@@ -641,7 +641,7 @@ def test_layer_moves_few_bytes(head_width, size, keep_cell):
 
 
 @pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
-@pytest.mark.parametrize('keep_cell, launches', [(False, 23), (True, 22)])
+@pytest.mark.parametrize('keep_cell, launches', [(False, 22), (True, 20)])
 def test_layer_launches_few_kernels(keep_cell, launches):
     forward, backward, _ = traffic(96, 224, keep_cell)
     assert forward.launches <= 12 and backward.launches <= launches

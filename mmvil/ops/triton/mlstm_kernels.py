@@ -202,11 +202,11 @@ def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(vector + column, mask=inside, other=0.0)[None, :]
 
 
-@triton.jit(do_not_specialize=['heads', 'length'])
-def query_side_kernel(
+@triton.jit
+def _query_side(
     a, b, c, out, a_strides, b_strides, c_strides, out_strides, source, running_max, base, floor,
     normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
-    heads, length, chunk, scale,
+    place, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -216,7 +216,7 @@ def query_side_kernel(
     With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq.
     """
     OWN: tl.constexpr = TILES // PARTS
-    place, own = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * OWN * WIDTH
+    place, own = place // PARTS, place % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
     program, start = place // tiles, place % tiles * ROWS
     a = matrix(a, a_strides, program, heads)
@@ -299,34 +299,59 @@ def query_side_kernel(
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def key_side_kernel(
-    q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
-    k_grad_strides, v_grad_strides, source, running_max, base, inverse, normalizer_grad,
-    source_grad, states, state_vectors,
+def output_kernel(
+    q, k, v, h, q_strides, k_strides, v_strides, h_strides, source, running_max, base, floor,
+    normalizer, normalizer_strides, states, state_vectors,
+    heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute h and the normalizer of a tile of tokens, in one of PARTS of its columns."""
+    _query_side(
+        q, k, v, h, q_strides, k_strides, v_strides, h_strides, source, running_max, base, floor,
+        normalizer, normalizer_strides, None, None, states, state_vectors,
+        tl.program_id(0), heads, length, chunk, scale,
+        DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES, False, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=['heads', 'length'])
+def gradients_kernel(
+    q, k, v, h_grad, q_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
+    q_grad_strides, k_grad_strides, v_grad_strides, source, running_max, base, inverse,
+    normalizer_grad, source_grad, states, state_vectors, states_grad, state_vectors_grad,
     heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the queries of a tile of keys j: dk, dv and the gradient of g, in one of PARTS of
-    its columns.
+    """Compute dq, dk, dv, and the gradient of g, of a tile of tokens in one of PARTS of its
+    columns.
 
-    A program computes dk and dv TOGETHER where both fit into registers. Elsewhere one computes dv
-    and the next one dk at the same time, so that what they read comes from memory once. ``states``
-    are gradients. The gradient of g is the sum of PARTS, (PARTS, B * NH, N).
+    Neighbouring programs compute one of these each, at the same time, so that all inputs come from
+    memory once. dk and dv are computed TOGETHER where both fit into registers. The gradient of g
+    is the sum of PARTS, (PARTS, B * NH, N).
     """
-    ROLES: tl.constexpr = 1 if TOGETHER else 2
+    ROLES: tl.constexpr = 2 if TOGETHER else 3
     role, place = tl.program_id(0) % ROLES, tl.program_id(0) // ROLES
     places = tl.num_programs(0) // ROLES
-    for ROLE in tl.static_range(ROLES):
+    if role == 0:
+        _query_side(
+            h_grad, v, k, q_grad, h_grad_strides, v_strides, k_strides, q_grad_strides, source,
+            running_max, base, None, None, None, inverse, normalizer_grad, states, state_vectors,
+            place, heads, length, chunk, scale,
+            DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES, True, PRECISION,
+        )  # fmt: skip
+    for ROLE in tl.static_range(1, ROLES):
         if role == ROLE:
             _key_side(
                 q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
                 k_grad_strides, v_grad_strides, source, running_max, base, inverse,
-                normalizer_grad, source_grad, states, state_vectors, place, places,
-                heads, length, chunk, scale,
-                DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES,
-                TOGETHER or ROLE == 0, TOGETHER or ROLE == 1, PRECISION,
+                normalizer_grad, source_grad, states_grad, state_vectors_grad,
+                place, places, heads, length, chunk, scale,
+                DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS // 2 if TOGETHER else COLUMNS, STATES,
+                TOGETHER or ROLE == 1, TOGETHER or ROLE == 2, PRECISION,
             )  # fmt: skip
 
 
@@ -334,13 +359,15 @@ def key_side_kernel(
 def _key_side(
     q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
     k_grad_strides, v_grad_strides, source, running_max, base, inverse, normalizer_grad,
-    source_grad, states, state_vectors, place, places,
-    heads, length, chunk, scale,
+    source_grad, states, state_vectors,
+    place, places, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and the gradient of g (KEYS), and dv (VALUES), at one of ``places``."""
+    """Sum over the queries of a tile of keys j: dk and the gradient of g (KEYS), and dv (VALUES),
+    at one of ``places``. States are gradients.
+    """
     OWN: tl.constexpr = TILES // PARTS
     part, own = place % PARTS, place % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)

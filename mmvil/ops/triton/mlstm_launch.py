@@ -13,12 +13,11 @@ M_t} / \sqrt{d} \le 1 / \sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t
     \partial k_j &= \sum_{t \ge j} D_{tj} (r_t\, \partial h_t \cdot v_j + \partial n_t)\, q_t \\
     \partial v_j &= \sum_{t \ge j} D_{tj}\, r_t (q_t \cdot k_j)\, \partial h_t
 
-All four have one form: scores of two features, times weights, times a third feature. So there is
-one kernel for the query side (h and :math:`\partial q`) and one for the key side
-(:math:`\partial k` and :math:`\partial v`); a program holds one tile of tokens, in full head width
-or a part of it, and walks through its chunk. Other chunks contribute by one product with the
-incoming (DH, DH) state of the chunk, or with the gradient of the state after it. Both are computed
-as parts of all chunks side by side, and a sum of these from chunk to chunk.
+All four have one form: scores of two features, times weights, times a third feature. One kernel
+computes h, and one all gradients; a program holds one tile of tokens, in full head width or a part
+of it, and walks through its chunk. Other chunks contribute by one product with the incoming (DH,
+DH) state of the chunk, or with the gradient of the state after it. Both are computed as parts of
+all chunks side by side, and a sum of these from chunk to chunk.
 
 Nothing quadratic is ever written to memory: scores and states are recomputed in the backward pass,
 from the inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are,
@@ -39,8 +38,8 @@ from .mlstm_kernels import (
     chunk_sums_kernel,
     delta_kernel,
     denominators_kernel,
-    key_side_kernel,
-    query_side_kernel,
+    gradients_kernel,
+    output_kernel,
     sum_states_kernel,
 )
 from .tiles import dot_precision
@@ -223,14 +222,11 @@ class _Cell:
             )
         return targets
 
-    def products(
-        self, kernel, by_token: dict[str, Tensor] | None, *, roles: int = 1, **arguments
-    ) -> None:
-        """Launch the kernel of the query side or the key side."""
+    def products(self, kernel, *, roles: int = 1, **arguments) -> None:
+        """Launch a kernel with a program for each role in each part of a tile of tokens."""
         t = self.tiling
         kernel[(self.programs * self.padded // t.rows * t.parts * roles,)](
             **self.gates,
-            **self.backward_scalars(by_token),
             **arguments,
             **self.sizes,
             chunk=self.chunk,
@@ -241,6 +237,7 @@ class _Cell:
             PARTS=t.parts,
             STEP=t.step,
             ROWS=t.rows,
+            COLUMNS=t.columns,
             STATES=self.bounds > 0,
             PRECISION=self.precision,
             num_warps=t.warps,
@@ -292,13 +289,10 @@ def mlstm_forward(
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
     h, normalizer = like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     cell.products(
-        query_side_kernel,
-        None,
-        **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
+        output_kernel,
+        **cell.in_reading_order(q=q, k=k, v=v, h=h, normalizer=normalizer),
         **cell.states(k, v),
         floor=cell.floor,
-        COLUMNS=cell.tiling.columns,
-        GRAD=False,
     )
     return h, normalizer
 
@@ -334,27 +328,19 @@ def mlstm_backward(
     q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     by_token = cell.denominators(cell.delta(h, h_grad) if delta is None else delta, normalizer)
-    cell.products(
-        query_side_kernel,
-        by_token,
-        **cell.in_reading_order(a=h_grad, b=v, c=k, out=q_grad, normalizer=normalizer),
-        **cell.states(k, v),
-        floor=cell.floor,
-        COLUMNS=cell.tiling.columns,
-        GRAD=True,
-    )
-    states_grad = cell.states(q, h_grad, by_token)
+    states, states_grad = cell.states(k, v), cell.states(q, h_grad, by_token)
     source_grad = cell.scalars(parts=cell.tiling.parts)
-    together = cell.tiling.together
     cell.products(
-        key_side_kernel,
-        by_token,
-        roles=1 if together else 2,
-        **cell.in_reading_order(q=q, k=k, v=v, h_grad=h_grad, k_grad=k_grad, v_grad=v_grad),
-        **states_grad,
+        gradients_kernel,
+        roles=2 if cell.tiling.together else 3,
+        **cell.in_reading_order(
+            q=q, k=k, v=v, h_grad=h_grad, q_grad=q_grad, k_grad=k_grad, v_grad=v_grad
+        ),
+        **states,
+        **{f'{name}_grad': x for name, x in states_grad.items()},
+        **cell.backward_scalars(by_token),
         source_grad=source_grad,
-        COLUMNS=min(cell.tiling.columns, 32),
-        TOGETHER=together,
+        TOGETHER=cell.tiling.together,
     )
     cell.gate_gradients(by_token, source_grad, igate_grad, fgate_grad)
     return q_grad, k_grad, v_grad, igate_grad, fgate_grad
