@@ -32,7 +32,7 @@ from .conv_qkv_gates import (
     neighbour,
     rows,
 )
-from .reduction import partial_sums, split_tokens
+from .reduction import split_tokens
 from .tiles import dot, dot_precision, load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def before_cell_backward(
     tile, token_tile = channel_tile(channels // heads, x.dtype), 16 if single else 32
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
     share, programs = split_tokens(tokens, token_tile, channel_tiles)
-    sums = partial_sums(programs, sum(gradient_sizes(w).values()), like=x)
+    sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
     if not programs:
         return sums.sum(0)
     shared = dict(

@@ -32,25 +32,6 @@ from .tiles import (
 EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 
 
-@triton.jit(do_not_specialize=['heads', 'length'])
-def delta_kernel(
-    a, b, delta, a_strides, b_strides, delta_strides, heads, length,
-    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Compute the sum over channels of a times b for ROWS tokens of a head."""
-    tiles = tl.cdiv(length, ROWS)
-    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    a, b = matrix(a, a_strides, program, heads), matrix(b, b_strides, program, heads)
-    total = tl.zeros((ROWS,), tl.float32)
-    for left in range(0, DH, WIDTH):
-        a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, WIDTH)
-        b_tile = load_tile(b, b_strides, start, length, left, ROWS, DH, WIDTH)
-        total += tl.sum(a_tile.to(tl.float32) * b_tile.to(tl.float32), 1)
-    token = start + tl.arange(0, ROWS)
-    to = matrix(delta, delta_strides, program, heads)
-    tl.store(to + tl.cast(token, tl.int64) * delta_strides[2], total, mask=token < length)
-
-
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
     delta, normalizer, delta_strides, normalizer_strides, floor, inverse, normalizer_grad,
@@ -202,8 +183,8 @@ def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(vector + column, mask=inside, other=0.0)[None, :]
 
 
-@triton.jit
-def _query_side(
+@triton.jit(do_not_specialize=['heads', 'length'])
+def query_side_kernel(
     a, b, c, out, a_strides, b_strides, c_strides, out_strides, source, running_max, base, floor,
     normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
     place, heads, length, chunk, scale,
@@ -213,9 +194,12 @@ def _query_side(
 ):  # fmt: skip
     """Sum over the keys of a tile of queries t: h, or (GRAD) dq, in one of PARTS of its columns.
 
-    With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq.
+    With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq, at
+    one of as many places as there are programs, or at ``place``.
     """
     OWN: tl.constexpr = TILES // PARTS
+    if place is None:
+        place = tl.program_id(0)
     place, own = place // PARTS, place % PARTS * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
     program, start = place // tiles, place % tiles * ROWS
@@ -299,24 +283,6 @@ def _query_side(
 
 
 @triton.jit(do_not_specialize=['heads', 'length'])
-def output_kernel(
-    q, k, v, h, q_strides, k_strides, v_strides, h_strides, source, running_max, base, floor,
-    normalizer, normalizer_strides, states, state_vectors,
-    heads, length, chunk, scale,
-    DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute h and the normalizer of a tile of tokens, in one of PARTS of its columns."""
-    _query_side(
-        q, k, v, h, q_strides, k_strides, v_strides, h_strides, source, running_max, base, floor,
-        normalizer, normalizer_strides, None, None, states, state_vectors,
-        tl.program_id(0), heads, length, chunk, scale,
-        DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES, False, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=['heads', 'length'])
 def gradients_kernel(
     q, k, v, h_grad, q_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
     q_grad_strides, k_grad_strides, v_grad_strides, source, running_max, base, inverse,
@@ -337,7 +303,7 @@ def gradients_kernel(
     role, place = tl.program_id(0) % ROLES, tl.program_id(0) // ROLES
     places = tl.num_programs(0) // ROLES
     if role == 0:
-        _query_side(
+        query_side_kernel(
             h_grad, v, k, q_grad, h_grad_strides, v_strides, k_strides, q_grad_strides, source,
             running_max, base, None, None, None, inverse, normalizer_grad, states, state_vectors,
             place, heads, length, chunk, scale,

@@ -36,10 +36,9 @@ from . import default_chunk_size, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
-    delta_kernel,
     denominators_kernel,
     gradients_kernel,
-    output_kernel,
+    query_side_kernel,
     sum_states_kernel,
 )
 from .tiles import dot_precision
@@ -153,18 +152,6 @@ class _Cell:
                 x, strides = x[:, :, -1:], (*strides[:2], -strides[2], *strides[3:])
             arguments[name], arguments[f'{name}_strides'] = x, strides
         return arguments
-
-    def delta(self, h: Tensor, h_grad: Tensor) -> Tensor:
-        """Sum over channels of h times its gradient (B, NH, N)."""
-        delta = h.new_empty(h.shape[:3], dtype=torch.float32)
-        delta_kernel[(self.programs * triton.cdiv(self.length, 16),)](
-            **self.in_reading_order(a=h, b=h_grad, delta=delta),
-            **self.sizes,
-            DH=self.width,
-            WIDTH=min(128, triton.next_power_of_2(self.width)),
-            ROWS=16,
-        )
-        return delta
 
     def denominators(self, delta: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
         """Scalars of the backward pass that need no matrix product."""
@@ -289,10 +276,13 @@ def mlstm_forward(
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
     h, normalizer = like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     cell.products(
-        output_kernel,
-        **cell.in_reading_order(q=q, k=k, v=v, h=h, normalizer=normalizer),
+        query_side_kernel,
+        **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
+        **cell.backward_scalars(None),
         floor=cell.floor,
+        place=None,
+        GRAD=False,
     )
     return h, normalizer
 
@@ -327,7 +317,9 @@ def mlstm_backward(
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
     q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
-    by_token = cell.denominators(cell.delta(h, h_grad) if delta is None else delta, normalizer)
+    if delta is None:
+        delta = (h_grad.float() * h).sum(-1)
+    by_token = cell.denominators(delta, normalizer)
     states, states_grad = cell.states(k, v), cell.states(q, h_grad, by_token)
     source_grad = cell.scalars(parts=cell.tiling.parts)
     cell.products(

@@ -20,7 +20,7 @@ from ..layout import by_head, contiguous, token_rows, unit_stride
 from . import on_its_device
 from .activation import sigmoid
 from .layer_norm import normalize, normalize_backward
-from .reduction import partial_sums, split_tokens
+from .reduction import split_tokens
 from .tiles import load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def after_cell_backward(
     up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
     share, programs = split_tokens(tokens, arguments['T'], heads)
-    sums = partial_sums(programs, 4 * channels, like=z)
+    sums = z.new_empty(programs, 4 * channels, dtype=torch.float32)
     if programs:
         after_cell_backward_kernel[(programs, heads)](
             **arguments,

@@ -3,9 +3,6 @@
 writes one partial sum, and these are added in a fixed order.
 """
 
-import torch
-from torch import Tensor
-
 PROGRAMS = 1024
 """Approximate number of programs to launch: several for each multiprocessor, so that none is idle
 for long, but so few that partial sums take little memory and traffic. It does not depend on the
@@ -27,8 +24,3 @@ def split_tokens(tokens: int, tile: int, programs_beside: int) -> tuple[int, int
     tiles = -(-tokens // tile)
     share = max(4, -(-tiles * programs_beside // PROGRAMS))
     return share * tile, -(-tiles // share)
-
-
-def partial_sums(programs: int, size: int, like: Tensor) -> Tensor:
-    """Allocate the programs' sums (programs, size), to be added by ``.sum(0)``."""
-    return torch.empty((programs, size), dtype=torch.float32, device=like.device)
