@@ -73,8 +73,7 @@ class VisionLSTM(BaseModule):
         with_cp (bool): Activation checkpointing: keep only the inputs of blocks for backward.
             Default: False.
         backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
-        lean (bool | str): Keep little for backward, or with 'cell' a bit more, see
-            :class:`mmvil.layers.ViLBlock`. Default: True.
+        lean (bool | str): What backward keeps, see :class:`mmvil.layers.ViLBlock`. Default: True.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our
             checkpoints (of a backbone, or of a whole model) and the official ones (files, URLs, or
             short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts

@@ -157,14 +157,13 @@ class _Cell:
         """Scalars of the backward pass that need no matrix product."""
         names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
         by_token = {name: self.scalars() for name in names}
-        rows = self.tiling.rows
-        denominators_kernel[(self.programs * self.padded // rows,)](
+        denominators_kernel[(self.programs * self.padded // self.tiling.rows,)](
             **self.in_reading_order(delta=delta, normalizer=normalizer),
             floor=self.floor,
             **by_token,
             **self.sizes,
             padded=self.padded,
-            ROWS=rows,
+            ROWS=self.tiling.rows,
             num_warps=1,
         )
         return by_token
