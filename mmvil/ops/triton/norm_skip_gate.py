@@ -94,8 +94,9 @@ def after_cell_backward_kernel(
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
 
-        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)
-        h_norm, rstd = normalize(h_tile, present[None, :], eps, DH)
+        h_norm, rstd = normalize(
+            _tile(h, row[:, None] + in_head[None, :], inside), present[None, :], eps, DH
+        )
         a_tile = _tile(a, here, inside)
         c = a_tile * sigmoid(a_tile)
         mixed = h_norm * w + b + c * s
@@ -116,6 +117,7 @@ def after_cell_backward_kernel(
 
         dh = normalize_backward(d_mixed * w, h_norm, rstd, DH).to(dtype)
         tl.store(h_grad + here, dh, mask=inside)
+        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)  # again, to spare registers
         to = delta + (batch * NH + head) * length + position
         tl.store(to, tl.sum(dh.to(tl.float32) * h_tile, axis=1), mask=token < tokens)
 
