@@ -51,8 +51,7 @@ class _ViLLayer(torch.autograd.Function):
             refuse_second_derivatives()
         count = len(LayerWeights._fields)
         kept, weights = ctx.saved_tensors[:-count], LayerWeights(*ctx.saved_tensors[-count:])
-        x = kept[0]
-        with without_autocast(x):
+        with without_autocast(x := kept[0]):
             x_grad, grads = _form(ctx.settings).gradients(y_grad, kept, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (

@@ -67,9 +67,7 @@ def after_cell_backward_kernel(
     tokens, length, tokens_per_program, eps,
     E: tl.constexpr, NH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of some tiles of tokens and one head; that of h as (B, N, E), and the
-    sum over channels of both, delta (B, NH, N).
-    """
+    """Compute the gradients of some tiles of tokens and one head, h as (B, N, E), and delta."""
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
     program = tl.program_id(0)
