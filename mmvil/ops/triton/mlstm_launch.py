@@ -86,7 +86,8 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         rows = columns = 32 if padded <= 64 else 16
         warps = 4 if padded < 128 else 8
     elif padded < 128:
-        rows, columns, warps = 64, 64, 4
+        # In float16 products are kept in range, which takes more registers.
+        rows, columns, warps = 64, 64 if dtype == torch.bfloat16 else 32, 4
     else:
         rows, warps = (128, 8) if parts == 1 else (64, 4)
         columns = 16 if few_registers else 32
@@ -101,7 +102,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
         step=16 if few_registers else min(width, 32),
         state=min(triton.next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
-        together=padded < 128 and itemsize == 2,
+        together=padded < 128 and dtype == torch.bfloat16,
     )
 
 
