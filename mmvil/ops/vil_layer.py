@@ -49,9 +49,9 @@ class _ViLLayer(torch.autograd.Function):
     def backward(ctx, y_grad):
         if torch.is_grad_enabled() and not is_compiling():
             refuse_second_derivatives()
-        count = len(LayerWeights._fields)
-        kept, weights = ctx.saved_tensors[:-count], LayerWeights(*ctx.saved_tensors[-count:])
-        with without_autocast(x := kept[0]):
+        saved, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
+        x, kept, weights = saved[0], saved[:-count], LayerWeights(*saved[-count:])
+        with without_autocast(x):
             x_grad, grads = _form(ctx.settings).gradients(y_grad, kept, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (

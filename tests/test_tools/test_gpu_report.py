@@ -157,11 +157,12 @@ def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
         verdict = report.run_part(parts['profile'][0], command, rows.append, file)
     assert verdict == 'passed', log.read_text()
     limits, *timed = rows
-    assert limits['card'] == 'limits' and len(timed) >= 14
+    assert limits['card'] == 'limits' and len(timed) == 13
     assert min(row['us'] for row in timed) > 0
     # One chunk of 4 tokens in 8 heads: 10 pairs each, two products of width 16.
-    products = next(row for row in timed if row['kernel'] == 'query_side_kernel')
-    assert products['TFLOP/s'] * products['us'] * 1e6 == pytest.approx(8 * 10 * 2 * 2 * 16)
+    flops = {x['kernel']: x['TFLOP/s'] * x['us'] * 1e6 for x in timed if x.get('TFLOP/s')}
+    assert flops['query_side_kernel'] == pytest.approx(8 * 10 * 2 * 2 * 16)
+    assert flops['gradients_kernel'] == pytest.approx(3 * flops['query_side_kernel'])
 
 
 @pytest.mark.parametrize('ptxas, wrong', [('default', True), ('13.4', False)])
@@ -176,16 +177,16 @@ def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
         run = mock.Mock()
 
     def check(*_):
-        Kernel()[(1,)](GRAD=False, KEYS=True)
+        Kernel()[(1,)](GRAD=False, OPERAND=2)
         return 'got wrong numbers: h'
 
     monkeypatch.setattr('mmvil.ops.triton.self_test.check', check)
     expected = pytest.raises(stages.WrongNumberError, match='wrong numbers: h')
     with expected if wrong else nullcontext():
         stages.kernels(context, 96, ptxas=ptxas)
-    Kernel.run.assert_called_once_with(grid=(1,), warmup=False, GRAD=False, KEYS=True)
+    Kernel.run.assert_called_once_with(grid=(1,), warmup=False, GRAD=False, OPERAND=2)
     at, row = map(json.loads, capsys.readouterr().out.splitlines())
-    assert at == dict(at='some_kernel KEYS, width 96, bfloat16')
+    assert at == dict(at='some_kernel OPERAND, width 96, bfloat16')
     assert (row['kernels'], row['verdict']) == (1, 'got wrong numbers: h')
 
 

@@ -108,7 +108,7 @@ def watched(note):
         launch = functools.partial(kernel.run, grid=grid, warmup=False)
 
         def call(*args, **kwargs):
-            flags = [name for name in ('GRAD', 'KEYS') if kwargs.get(name)]
+            flags = [name for name in ('GRAD', 'OPERAND') if kwargs.get(name)]
             note(' '.join([kernel.__name__, *flags]), launch, args, kwargs)
             return launch(*args, **kwargs)
 
@@ -253,8 +253,11 @@ def cell_flops(label, kwargs, tokens):
     """Operations of the causal products of one kernel; None for those without."""
     width, chunk, length = (kwargs.get(name, 0) for name in ('DH', 'chunk', 'length'))
     state = 2 * tokens * width**2
-    if label.startswith(('query_side', 'key_side')):
-        return 2 * tokens * (min(chunk, length) + 1) * width + state * (chunk < length)
+    side = 2 * tokens * (min(chunk, length) + 1) * width + state * (chunk < length)
+    if label.startswith('query_side'):
+        return side
+    if label.startswith('gradients'):  # of q, k and v
+        return 3 * side
     return state if label.startswith('chunk_sums') else None
 
 
