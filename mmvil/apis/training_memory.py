@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..engine.config_nodes import dicts
+from ..engine.config_nodes import dicts, type_name
 from ..layers import DropPath
 from .measure import synchronize
-from .swap.probe import MASKED_ALGORITHM, training_size, type_name
+from .swap.probe import MASKED_ALGORITHM, training_size
 
 GIB = 2**30
 BLOCK = 512

@@ -33,6 +33,9 @@ def innermost_datasets(dataset: dict) -> Iterator[dict]:
         yield from innermost_datasets(each)
 
 
-def type_name(node: dict | None) -> str:
-    """Class name of what a node builds, without its module or scope; empty if it says none."""
-    return str((node or {}).get('type') or '').rpartition('.')[2]
+def type_name(node) -> str:
+    """Class name of what a node builds, without its module or scope; empty if it says none. Configs
+    in the new style hold classes.
+    """
+    kind = (node.get('type') if isinstance(node, dict) else None) or ''
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]

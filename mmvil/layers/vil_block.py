@@ -162,13 +162,11 @@ class ViLBlock(nn.Module):
         """
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)
-        if is_exporting() and self._why_not_fused() is None:
-            weights = self._weights()
-            if PLAIN_TENSORS.issuperset(map(type, weights)):  # saves the concatenation below
-                with without_autocast(q):
-                    folded = prepare_projections(weights, self.num_heads, q.dtype).folded_gates
-                    return c, q, k, v, *gate_preactivations(c, x_m, folded)
+        weights = self._plain_weights()[0] if is_exporting() else None
         with without_autocast(q):
+            if weights is not None:  # a graph without the concatenation below
+                folded = prepare_projections(weights, self.num_heads, q.dtype).folded_gates
+                return c, q, k, v, *gate_preactivations(c, x_m, folded)
             qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
             qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # (B, N, 3E)
             gates = (_call_promoted(gate, qkv) for gate in (self.igate, self.fgate))
@@ -207,22 +205,20 @@ class ViLBlock(nn.Module):
             return None
         if is_exporting() or is_tracing() or is_transforming():
             return None
-        reason = self._why_not_fused()
-        if reason is None:
-            weights = self._weights()
-            strange = set(map(type, weights)) - PLAIN_TENSORS
-            if not strange:
-                return weights
-            reason = f'a weight is a {min(kind.__name__ for kind in strange)}'
-        if not is_compiling():
+        weights, reason = self._plain_weights()
+        if weights is None and not is_compiling():
             warn_once(
                 f'ViLBlock calls its submodules one by one, because {reason}. Results are the '
                 'same; the fused layer is faster and keeps less memory for backward.'
             )
-        return None
+        return weights
 
-    def _weights(self) -> LayerWeights:
-        return LayerWeights(
+    def _plain_weights(self) -> tuple[LayerWeights | None, str | None]:
+        """Weights of all submodules; or None, and why the submodules have to be called."""
+        reason = self._why_not_fused()
+        if reason is not None:
+            return None, reason
+        weights = LayerWeights(
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
             up_weight=self.proj_up.weight,
@@ -245,6 +241,10 @@ class ViLBlock(nn.Module):
             down_weight=self.proj_down.weight,
             down_bias=self.proj_down.bias,
         )
+        strange = set(map(type, weights)) - PLAIN_TENSORS
+        if strange:
+            return None, f'a weight is a {min(kind.__name__ for kind in strange)}'
+        return weights, None
 
     def _why_not_fused(self) -> str | None:
         """The first submodule that is not what the constructor made it, and why."""

@@ -53,12 +53,12 @@ def mlstm_traceable(
     dtype = torch.promote_types(out_dtype, torch.float32)
     chunks = (tokens + chunk_size - 1) // chunk_size
     padding = chunks * chunk_size - tokens
+    is_padded = not isinstance(padding, int) or padding > 0
 
     # Batch and heads are flattened to G: runtimes are slow with tensors of five dimensions.
     def to_chunks(x: Tensor) -> Tensor:  # (B, NH, N, DH) -> (G, n, L, DH)
         x = x.to(dtype)
-        if not isinstance(padding, int) or padding > 0:
-            x = F.pad(x, (0, 0, 0, padding))
+        x = F.pad(x, (0, 0, 0, padding)) if is_padded else x
         return x.reshape(-1, chunks, chunk_size, x.shape[3])
 
     cumulative = cumsum(F.logsigmoid(fgate.to(gate_dtype)), reverse)
@@ -92,7 +92,7 @@ def mlstm_traceable(
 
     def to_tokens(x: Tensor) -> Tensor:  # (G, n, L, ...) -> (B, NH, N, ...)
         x = x.reshape(*shape[:2], chunks * chunk_size, *x.shape[3:])
-        return x[:, :, :tokens] if not isinstance(padding, int) or padding > 0 else x
+        return x[:, :, :tokens] if is_padded else x
 
     numerator, normalizer = to_tokens(numerator), to_tokens(normalizer)
     stabilizer = cumulative + to_tokens(running_max)

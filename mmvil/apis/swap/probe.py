@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ...engine.config_nodes import dicts
+from ...engine.config_nodes import dicts, type_name
 
 # Heads that are called with the features and nothing that only their model knows.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
@@ -265,12 +265,6 @@ def as_list(node) -> list:
     if node is None:
         return []
     return list(node) if isinstance(node, (list, tuple, range)) else [node]
-
-
-def type_name(cfg) -> str:
-    """Type of a config without its scope; configs in the new style hold classes."""
-    kind = cfg.get('type', '') if isinstance(cfg, dict) else ''
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
 
 
 def _one_line(error: Exception) -> str:

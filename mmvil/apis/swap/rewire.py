@@ -9,8 +9,8 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor
 
 from ...backbones import MaskedVisionLSTM, VisionLSTM
-from ...engine.config_nodes import dicts
-from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers, type_name
+from ...engine.config_nodes import dicts, type_name
+from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers
 
 # Names of the width of a module's input in configs.
 INPUT_WIDTHS = ('in_channels', 'embed_dim', 'input_features')
