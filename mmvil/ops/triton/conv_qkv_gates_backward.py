@@ -294,7 +294,7 @@ def before_cell_backward(
     a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     single = x.dtype == torch.float32
-    tile, token_tile = channel_tile(channels // heads, x.dtype), 16 if single else 32
+    tile, token_tile = channel_tile(x.dtype), 16 if single else 32
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
     share, programs = split_tokens(tokens, token_tile, channel_tiles)
     sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
