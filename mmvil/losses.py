@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Cross entropy that does not depend on the distribution of a batch over processes."""
+"""Cross entropy that does not depend on how a batch is distributed over processes."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 class GlobalBatchCrossEntropyLoss(nn.Module):
     """Cross entropy, averaged over the labelled pixels of all processes.
 
-    Data parallel training averages the gradients of the processes. With mmsegmentation's
-    ``CrossEntropyLoss(avg_non_ignore=True)``, which divides by the process's own number of labelled
-    pixels, a pixel then counts more the fewer labelled ones its process has. Here a process's sum
-    is divided by the mean number of labelled pixels per process, so that the averaged gradient is
-    that of the mean over all labelled pixels. On one process both losses are equal.
+    Data-parallel training averages gradients over processes. mmsegmentation's
+    ``CrossEntropyLoss(avg_non_ignore=True)`` divides by the labelled pixels of each process, so a
+    pixel weighs more in a process with fewer of them. This loss divides by the mean number of
+    labelled pixels per process, so the averaged gradient is that of the mean over all labelled
+    pixels. With a single process both losses are equal.
 
-    A process's own value depends on its share of the labelled pixels;
-    :class:`mmvil.engine.AverageLogHook` logs the mean, the loss of the whole batch. Accumulated
-    gradients are averaged iteration by iteration.
+    The value in each process depends on its share of the labelled pixels;
+    :class:`mmvil.engine.AverageLogHook` logs the mean, which is the loss of the whole batch. With
+    gradient accumulation, each iteration is averaged separately.
 
     Args:
-        class_weight (Sequence[float], optional): Weight of each class. Pixels then count with the
-            weight of their class, in sum and divisor. Default: None.
+        class_weight (Sequence[float], optional): Weight of each class, applied to both sum and
+            divisor. Default: None.
         loss_weight (float): Default: 1.
-        loss_name (str): Name in the log; names that begin with 'loss' are trained on. Default:
+        loss_name (str): Name in the log; it must start with 'loss' to be trained on. Default:
             'loss_ce'.
     """
 
@@ -52,15 +52,16 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         reduction_override: str | None = None,
         ignore_index: int = -100,
     ) -> Tensor:
-        """Compute the loss, with the arguments of mmsegmentation's heads.
+        """Compute the loss, called with the arguments of mmsegmentation's heads.
 
         Args:
             cls_score (Tensor): Logits, shape (B, K, H, W).
-            label (Tensor): Classes, shape (B, H, W).
+            label (Tensor): Class indices, shape (B, H, W).
             weight (Tensor, optional): Weight of each pixel, shape (B, H, W), from pixel samplers.
             avg_factor (float, optional): Divisor instead of the number of labelled pixels.
-            reduction_override (str, optional): 'none' for the losses (B, H, W) of pixels, or 'sum'.
-            ignore_index (int): Label of pixels that do not count.
+            reduction_override (str, optional): 'none' for the loss of each pixel, (B, H, W), or
+                'sum'.
+            ignore_index (int): Label of pixels to ignore.
         """
         # The sum over an image's pixels exceeds float16's range.
         cls_score = cls_score.to(torch.promote_types(cls_score.dtype, torch.float32))
@@ -78,7 +79,7 @@ class GlobalBatchCrossEntropyLoss(nn.Module):
         if avg_factor is None:
             labelled = label != ignore_index
             if class_weight is None:
-                avg_factor = labelled.sum(dtype=torch.float32)  # a tensor: no wait for the GPU
+                avg_factor = labelled.sum(dtype=torch.float32)  # a tensor: no synchronization
             else:
                 avg_factor = class_weight.float()[label[labelled]].sum()
             all_reduce(avg_factor, op='mean')

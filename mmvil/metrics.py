@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Metrics of ImageNet classifiers on robustness benchmarks."""
+"""Metrics for ImageNet classifiers on robustness benchmarks."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,19 +13,18 @@ from mmengine.registry import METRICS
 
 @METRICS.register_module()
 class SubsetAccuracy(BaseMetric):
-    """Accuracy on a dataset with a subset of the model's classes.
+    """Accuracy on a dataset whose classes are a subset of the model's.
 
-    ImageNet-A and ImageNet-R have 200 of the 1000 classes. By their definition a model chooses
-    among these 200 only: the prediction is the class of the subset with the best score.
+    ImageNet-A and ImageNet-R have 200 of the 1000 classes. By definition, the prediction is the
+    best-scoring of these 200.
 
     Args:
-        classes (Sequence[int]): The model's class for each class of the dataset: label i of the
-            dataset is ``classes[i]`` of the model.
+        classes (Sequence[int]): Label i of the dataset is class ``classes[i]`` of the model.
         topk (Sequence[int]): Default: (1, 5).
         **kwargs: ``collect_device`` and ``prefix`` of ``mmengine.BaseMetric``.
 
     Raises:
-        ValueError: If the dataset has another number of classes.
+        ValueError: If the dataset has a different number of classes.
     """
 
     default_prefix = 'accuracy'
@@ -49,7 +48,7 @@ class SubsetAccuracy(BaseMetric):
             self.results.append((~(scores <= right)).sum().item())  # NaN is never right
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """Compute the percentage of images with the true class among the best k."""
+        """Compute the percentage of images whose true class is among the top k."""
         return {
             f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk
         }
@@ -59,18 +58,18 @@ class SubsetAccuracy(BaseMetric):
 class MeanCorruptionError(BaseMetric):
     """Mean corruption error (mCE) on ImageNet-C.
 
-    The error for a corruption is the mean over its severities, divided by that of a reference
-    model; mCE is the mean over corruptions (Hendrycks and Dietterich, ICLR 2019). The corruption of
-    an image is read from its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
+    The error of a corruption is its mean over severities, relative to that of a reference model;
+    mCE is the mean over corruptions (Hendrycks and Dietterich, ICLR 2019). The corruption of an
+    image is read from its path, ``CORRUPTION/SEVERITY/CLASS/IMAGE``.
 
     Args:
         reference_errors (dict[str, float]): Mean error of the reference model, in percent, for each
-            corruption. mCE is reported if all of them occur at all severities.
+            corruption. mCE is reported only if all of them occur at all severities.
         severities (int): Number of severities. Default: 5.
         **kwargs: ``collect_device`` and ``prefix`` of ``mmengine.BaseMetric``.
 
     Raises:
-        ValueError: If an image has a corruption without reference error.
+        ValueError: If an image has a corruption without a reference error.
     """
 
     default_prefix = 'corruption'
@@ -88,7 +87,7 @@ class MeanCorruptionError(BaseMetric):
             corruption, severity = ('', '', '', *PurePath(sample['img_path']).parts)[-4:-2]
             if corruption not in self.reference_errors:
                 raise ValueError(
-                    f'{sample["img_path"]} is of the corruption {corruption!r}; expected '
+                    f'{sample["img_path"]} has the corruption {corruption!r}; expected '
                     f'CORRUPTION/SEVERITY/CLASS/IMAGE with one of {list(self.reference_errors)}.'
                 )
             wrong = sample['pred_score'].argmax().item() != sample['gt_label'].item()

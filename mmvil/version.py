@@ -12,7 +12,7 @@ from packaging.version import Version
 __version__ = '0.1.0'
 
 # module: {distribution that provides it: supported versions}.
-# OpenMMLab's packages live on in two lines: the classic one and the maintained one ('onedl-').
+# OpenMMLab's packages exist in two lines: the classic and the maintained one ('onedl-').
 SUPPORTED = {
     'torch': {'torch': '>=2.1'},
     'mmengine': {'mmengine': '>=0.10.0,<1.0', 'onedl-mmengine': '>=0.10.8,<1.0'},

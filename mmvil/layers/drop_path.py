@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Stochastic depth that does not compute what it drops."""
+"""Stochastic depth that skips the computation of dropped samples."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,9 @@ class DropPath(nn.Module):
     """Residual connection whose branch is dropped per sample (Huang et al., Deep Networks with
     Stochastic Depth, 2016).
 
-    The branch runs on the kept samples only. Every sample is dropped independently with probability
-    ``drop_prob``, whatever the batch size, so the expected output does not depend on how a batch is
-    spread over devices.
+    The branch runs on the kept samples only. Samples are dropped independently with probability
+    ``drop_prob`` whatever the batch size, so the expected output does not depend on how a batch is
+    distributed over devices.
 
     Args:
         drop_prob (float): Probability in [0, 1) that a sample skips the branch. Default: 0.
@@ -42,10 +42,10 @@ class DropPath(nn.Module):
         keep_prob = 1 - self.drop_prob
         if is_compiling():  # static shapes for the compiler
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
-        # Drawn on the CPU, which needs the number of kept samples and should not wait for a GPU.
+        # Drawn on the CPU, which needs the number of kept samples, to avoid a GPU synchronization.
         kept = torch.rand(x.shape[0]).lt(keep_prob).nonzero().squeeze(1)
         if len(kept) == 0:
-            # Data parallel training waits for gradients of the branch's parameters.
+            # Distributed data parallel expects gradients of the branch's parameters.
             return x + branch(x) * 0
         if len(kept) == x.shape[0]:
             return x.add(branch(x), alpha=1 / keep_prob)

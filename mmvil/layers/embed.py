@@ -9,13 +9,13 @@ from ..ops.compat import is_exporting, is_tracing, static_shape
 
 
 class PatchEmbed(nn.Module):
-    """Patch embedding: cut an image into patches and project them.
+    """Patch embedding: split images into patches and project them.
 
     Args:
         in_channels (int): Channels of the image.
         embed_dims (int): D.
         patch_size (int): Side of a patch in pixels.
-        stride (int): Pixels between patches; below the patch size they overlap.
+        stride (int): Step between patches in pixels; they overlap if it is below ``patch_size``.
     """
 
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int) -> None:
@@ -24,14 +24,14 @@ class PatchEmbed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the projection Xavier-uniformly as a linear map, with a bias of 0."""
+        """Initialize the projection as a linear layer: Xavier uniform, with zero bias."""
         nn.init.xavier_uniform_(self.projection.weight.flatten(1))
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed an image.
 
-        Images that patches do not tile are padded with zeros on the right and at the bottom.
+        Images that patches do not tile are zero-padded on the right and at the bottom.
 
         Args:
             x (Tensor): Shape (B, C, H, W).
@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
         if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
-        # Contiguous: the blocks' outputs take on this layout, which every norm would transpose.
+        # Contiguous: blocks inherit this layout, and every norm would transpose any other.
         return x.flatten(2).transpose(1, 2).contiguous(), static_shape(x)[2:]
 
 
@@ -68,7 +68,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Args:
         pos_embed (Tensor): Shape (1, gh, gw, D).
-        grid (tuple[int, int]): Target rows and columns.
+        grid (tuple[int, int]): Rows and columns of the target grid.
 
     Returns:
         Tensor: Shape (1, rows, columns, D).
@@ -82,7 +82,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """View tokens (B, N, D) as a map (B, D, gh, gw), channels last in memory."""
+    """View tokens (B, N, D) as a feature map (B, D, gh, gw), channels last in memory."""
     maps = x.view(x.shape[0], *grid, x.shape[2]).permute(0, 3, 1, 2)
     return maps.contiguous() if is_exporting() else maps
 
@@ -91,13 +91,13 @@ def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def only_this_size(x: Tensor, height: int, width: int) -> Tensor:
     """Return images (B, C, H, W) unchanged; raise for other sizes, even in a trace.
 
-    torch.jit.trace records the paddings and grids of one image size, but no checks in Python. This
-    one stays in the trace as a script.
+    torch.jit.trace records the padding and grid of one image size, but no Python checks. This one
+    stays in the trace because it is scripted.
     """
     if x.shape[2] != height or x.shape[3] != width:
         raise ValueError(
-            f'This Vision-LSTM was traced for images of {height} x {width} and takes no others, '
+            f'This Vision-LSTM was traced for images of {height} x {width} only, '
             f'but got {x.shape[2]} x {x.shape[3]}. Trace it again for this size, or use '
-            'torch.export, which leaves the size open.'
+            'torch.export, which supports dynamic sizes.'
         )
     return x

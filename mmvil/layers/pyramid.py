@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Feature pyramid from plain feature maps of one stride."""
+"""Feature pyramid from feature maps of a single stride."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 
 class FeaturePyramid(nn.Module):
-    """Rescale each map of a plain backbone to a stride of its own (the necks of the ADE20K recipe,
-    as in BEiT), or the only one to several (the simple feature pyramid of ViTDet).
+    """Rescale each map of a plain backbone to its own stride (as in BEiT and the ADE20K recipe), or
+    a single map to several strides (the simple feature pyramid of ViTDet).
 
-    A map is upsampled by one transposed convolution per doubling, with norm and GELU between two of
-    them, and downsampled by max pooling. Odd sizes are rounded up, as in convolutional backbones.
+    Maps are upsampled by one transposed convolution per doubling, with norm and GELU in between,
+    and downsampled by max pooling. Odd sizes are rounded up, as in convolutional backbones.
 
     Args:
-        channels (int): D, width of all incoming maps.
-        scales (Sequence[float]): Size of each outgoing map relative to the incoming one, powers of
-            two: 4, 2, 1, 0.5.
-        out_channels (Sequence[int | None], optional): Width of each outgoing map, by a 1x1
-            convolution; None leaves a map as it is. Default: D, without one.
-        norm_layer (Callable): Builds the norm for a number of channels. Default:
+        channels (int): D, width of all input maps.
+        scales (Sequence[float]): Scale of each output map, a power of two such as 4, 2, 1 or 0.5.
+        out_channels (Sequence[int | None], optional): Width of each output map after a 1x1
+            convolution; None adds no convolution. Default: None.
+        norm_layer (Callable): Builds the norm from a number of channels. Default:
             ``nn.BatchNorm2d``.
     """
 
@@ -37,7 +36,7 @@ class FeaturePyramid(nn.Module):
             octave = math.log2(scale)
             if octave != int(octave):
                 raise ValueError(
-                    f'Feature maps are rescaled by powers of two only, but {scale:g} was asked for.'
+                    f'Feature maps can only be rescaled by powers of two, but got {scale:g}.'
                 )
             layers: list[nn.Module] = []
             for step in range(int(octave)):

@@ -33,18 +33,18 @@ class ViLBlock(nn.Module):
     """Pre-norm residual mLSTM block (ViL, arXiv 2406.04303, section 3 and figure 2).
 
     Args:
-        embed_dims (int): D, a multiple of 2 * num_heads; the block works E = 2D wide inside.
+        embed_dims (int): D, a multiple of 2 * num_heads; the inner width is E = 2D.
         num_heads (int): NH. Default: 4.
         reverse (bool): Read the tokens from last to first. Default: False.
         version (int): 2 (3x3 convolution over the grid, biases) or 1 (causal convolution, no
             biases). Default: 2.
         drop_path_rate (float): Default: 0.
-        backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
+        backend (str): Backend of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         chunk_size (int, optional): See :func:`mmvil.ops.mlstm`.
-        lean (bool | str): Keep about 7 D values per token for backward and recompute the rest, with
-            equal results. With 'cell' the GPU kernels keep q, k, v and the convolution's output,
-            too, 15 D in all, which saves a tenth of the backward pass's memory traffic; the PyTorch
-            forms take it as True. False is for second derivatives up to the cell. Default: True.
+        lean (bool | str): Save about 7D values per token for backward and recompute the rest, with
+            equal results. With 'cell' the GPU kernels also save q, k, v and the convolution's
+            output, 15D in total, for a tenth less memory traffic in the backward pass; in PyTorch
+            it equals True. False allows second derivatives up to the cell. Default: True.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class ViLBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize as the released models (section 1 of the model's published configuration).
+        """Initialize like the authors' models.
 
-        The down-projection's deviation is Wang's 2 / (L sqrt(D)) with L = 1.
+        The down-projection's standard deviation is Wang's 2 / (L sqrt(D)) with L = 1.
         """
         embed_dims = self.proj_up.in_features
         small = math.sqrt(2 / (5 * embed_dims))
@@ -139,7 +139,7 @@ class ViLBlock(nn.Module):
         return igate, fgate
 
     def _layer(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The layer of the paper: calls every submodule, and autograd keeps what it needs."""
+        """Compute the layer by calling every submodule, with autograd's own backward pass."""
         x_m, z = self.proj_up(self.norm(x)).chunk(2, dim=-1)
         c, q, k, v, igate, fgate = self._cell_inputs(x_m, grid)
         h = mlstm(
@@ -157,8 +157,8 @@ class ViLBlock(nn.Module):
         return self.proj_down((h + self.skip * c) * F.silu(z))
 
     def _cell_inputs(self, x_m: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Convolved tokens (B, N, E); q, k, v (B, NH, N, DH); gates (B, NH, N), never computed in
-        half precision.
+        """Compute convolved tokens (B, N, E); q, k, v (B, NH, N, DH); and gates (B, NH, N), never
+        in half precision.
         """
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)
@@ -174,7 +174,7 @@ class ViLBlock(nn.Module):
         return c, q, k, v, igate, fgate
 
     def _fused_layer(self, x: Tensor, grid: tuple[int, int], weights: LayerWeights) -> Tensor:
-        """The layer as one function of the submodules' weights that keeps little for backward."""
+        """Compute the layer as one function of all weights, which saves little for backward."""
         dtype = autocast_dtype(x)
         settings = LayerSettings(
             grid=grid,
@@ -198,8 +198,8 @@ class ViLBlock(nn.Module):
     def _fusible_weights(self) -> LayerWeights | None:
         """Weights of all submodules, or None if the submodules have to be called.
 
-        The fused layer replaces its submodules only while they are what the constructor made them:
-        one that is replaced, hooked, parametrized, quantized or traced has to be called.
+        The fused layer replaces its submodules only while they are as constructed: one that is
+        replaced, hooked, parametrized, quantized or traced has to be called.
         """
         if not self.lean or self.backend == 'reference':
             return None
@@ -209,12 +209,12 @@ class ViLBlock(nn.Module):
         if weights is None and not is_compiling():
             warn_once(
                 f'ViLBlock calls its submodules one by one, because {reason}. Results are the '
-                'same; the fused layer is faster and keeps less memory for backward.'
+                'same; the fused layer is faster and saves less for backward.'
             )
         return weights
 
     def _plain_weights(self) -> tuple[LayerWeights | None, str | None]:
-        """Weights of all submodules; or None, and why the submodules have to be called."""
+        """Weights of all submodules, or None and the reason to call the submodules instead."""
         reason = self._why_not_fused()
         if reason is not None:
             return None, reason
@@ -247,7 +247,7 @@ class ViLBlock(nn.Module):
         return weights, None
 
     def _why_not_fused(self) -> str | None:
-        """The first submodule that is not what the constructor made it, and why."""
+        """Describe the first submodule that is not as constructed, or return None."""
         for name, kind in FUSED_SUBMODULES.items():
             module = self._modules[name]
             if type(module) is not kind:
@@ -260,12 +260,12 @@ class ViLBlock(nn.Module):
             ):
                 return f'{name} has a hook'
             if 'forward' in module.__dict__:
-                return f'{name} has a forward method of its own'
+                return f'{name} has its own forward method'
         return 'there are hooks on all modules' if has_global_module_hooks() else None
 
 
 class HeadwiseLinear(nn.Module):
-    """Linear map with a block-diagonal weight, returned by head.
+    """Linear layer with a block-diagonal weight, with its output split into heads.
 
     Args:
         channels (int): E, input and output width.
@@ -284,7 +284,7 @@ class HeadwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, E) to (B, NH, N, E / NH)."""
-        if is_tracing():  # without joining blocks, so that FLOP counters count no zeros
+        if is_tracing():  # blocks are not joined, so that FLOP counters count no zeros
             size = self.weight.shape[-1]
             y = torch.einsum('bngi,goi->bngo', x.unflatten(2, (-1, size)), self.weight).flatten(2)
             return by_head(y if self.bias is None else y + self.bias, self.num_heads)
@@ -303,7 +303,7 @@ class TokenConv(nn.Module):
 
     Args:
         channels (int): E.
-        causal (bool): One-dimensional and causal in reading direction, kernel size 4. Default:
+        causal (bool): Use a 1D convolution of kernel size 4, causal in reading direction. Default:
             False.
     """
 
@@ -320,7 +320,7 @@ class TokenConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
-        """Convolve (B, N, E) in row-major order, whatever the direction."""
+        """Convolve tokens (B, N, E), in row-major order for both directions."""
         return token_conv(x, self.weight, self.bias, grid, reverse)
 
     def extra_repr(self) -> str:
@@ -339,10 +339,10 @@ FUSED_SUBMODULES = dict(
     out_norm=nn.GroupNorm,
     proj_down=nn.Linear,
 )
-"""The submodules of a block that the fused layer stands for, with their exact types."""
+"""Submodules of a block that the fused layer replaces, with their exact types."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
-"""Types of weights that the fused layer computes with; other subclasses define operations anew."""
+"""Types of weights that the fused layer supports; other subclasses may override operations."""
 
 
 def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:

@@ -2,30 +2,29 @@
 r"""The chunkwise form of the mLSTM: parallel inside chunks, recurrent from chunk to chunk, linear
 in N.
 
-Token j is written with the weight :math:`e^{g_j - M_t}` into the sums of token t (see
-:mod:`mmvil.ops.gates` for g and M). Inside a chunk with a base c near its M the weight is a
-product,
+Token j has the weight :math:`e^{g_j - M_t}` in the sums of token t (see :mod:`mmvil.ops.gates` for
+g and M). Inside a chunk, with a base c near its M, the weight is a product,
 
 .. math:: e^{g_j - M_t} = e^{g_j - c} \cdot e^{c - M_t},
 
-of a factor of the keys and a factor of the sums, so no matrix of weights is made. Where M rises too
-far inside a chunk for the range of float32 (:data:`MAX_RISE`), the weights are made after all.
+of a factor of the keys and a factor of the sums, so no weight matrix is materialized. It is
+materialized only where M rises too far inside a chunk for the range of float32 (:data:`MAX_RISE`).
 
-The chunks read before leave behind a memory and a normalizer,
+The preceding chunks are summarized by a memory and a normalizer,
 
 .. math:: C = \sum_j e^{g_j - c} k_j v_j^\top, \qquad n = \sum_j e^{g_j - c} k_j,
 
-which the queries of later chunks read as they read the tokens of their own. The chunks of a
-sequence are computed side by side; only the states pass from one to the next. With one chunk this
-is the parallel form. Nothing is flipped for the reverse direction: states go from the last chunk to
-the first, and inside chunks the other triangle is used.
+which the queries of later chunks read like the tokens of their own chunk. The chunks of a sequence
+are computed in parallel; only the states pass from one to the next. With one chunk this is the
+parallel form. The reverse direction flips no tensors: states pass from the last chunk to the first,
+and inside chunks the other triangle is used.
 
-Sequences, one for each sample and head, are processed in tiles that stay in a CPU's cache, and read
-and written where they lie: (B, NH, N, DH) may be a view of tokens (B, N, NH * DH).
+Sequences, one per sample and head, are processed in tiles that fit into a CPU's cache, and are read
+and written in place: (B, NH, N, DH) may be a view of tokens (B, N, NH * DH).
 
-Shapes: a tile of G sequences, cut into n chunks of L tokens, makes (n, G, L, DH), and (n * G, L,
-DH) in matrix products. As chunks come first, those that write states, all but the last one read,
-and those that read them, all but the first one, lie together.
+Shapes: a tile of G sequences, split into n chunks of L tokens, is (n, G, L, DH), and (n * G, L, DH)
+in matrix products. With chunks as the first dimension, both the chunks that write states (all but
+the last one read) and those that read them (all but the first) are contiguous.
 """
 
 import functools
@@ -49,28 +48,27 @@ from .parallel import (
 from .reference import EPS
 
 SEQUENCE_TILE_BYTES = 2**22
-"""Queries of a tile of sequences on a CPU; with all that is made of them they stay in a common L3
-cache."""
+"""Size of a tile's queries on a CPU, such that all its tensors fit into a common L3 cache."""
 
 MAX_RISE = 40.0
-"""Largest rise of M inside a chunk at which weights are taken as products: each factor is at most
-e^20, and what the mask removes at most e^40 times a score."""
+"""Largest rise of M inside a chunk for which weights are factorized: each factor is at most e^20,
+and masked entries are at most e^40 times a score."""
 
 
 @functools.cache
 def keep_some_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB of freed memory for the tensors of the next layer.
+    """Make glibc keep up to 64 MiB of freed memory for the tensors of the next layer.
 
-    By default it returns tensors of some megabytes to the system, and every page of the next one
-    costs a fault, together a third of a small model's time. But its thresholds follow the largest
-    block that was freed, up to 32 MiB. One is allocated and freed here, its pages never touched.
+    By default it returns blocks of a few megabytes to the system, and the page faults of the next
+    ones take a third of a small model's time. Its thresholds adapt to the largest freed block, up
+    to 32 MiB, so this allocates and frees one, without touching its pages.
     """
     torch.UntypedStorage(32 * 2**20 - 2**16)
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
-    """Tokens per chunk: at most ``chunk_size``, and a divisor of the length if that takes less than
-    twice the chunks.
+    """Tokens per chunk: at most ``chunk_size``, and a divisor of the length unless that doubles the
+    number of chunks.
     """
     fewest = math.ceil(length / chunk_size)
     for count in range(fewest, 2 * fewest):
@@ -80,18 +78,17 @@ def chunk_length(length: int, chunk_size: int) -> int:
 
 
 class ChunkGates(NamedTuple):
-    """The gates of a tile of G sequences by chunk. Logarithms stay in float64: far from their
-    chunk's start they are large, and only their differences are small. Weights are in the dtype of
-    the features.
+    """Gates of a tile of G sequences, by chunk. Logarithms stay in float64, because they can be
+    large where their differences are small. Weights have the dtype of the features.
     """
 
-    factorized: bool  # whether weights are products; else they are those of decay_weights
+    factorized: bool  # whether weights are products; otherwise from decay_weights
     source: Tensor  # (n, G, L) g_j
     running_max: Tensor  # (n, G, L) M_t
     write: Tensor  # (n, G, L, 1) exp(g_j - base): factor of token j in the state that it writes
     read: Tensor  # (n, G, L, 1) exp(base - M_t): factor of token t for the state that it reads
-    # (n - 1, G, 1) each, at the next reader of a state: what is left of the part that was written
-    # last, and of the state that was read last.
+    # (n - 1, G, 1) each, factors in the state that a chunk reads: of the part written last, and of
+    # the state read last.
     written: Tensor
     kept: Tensor
 
@@ -99,11 +96,11 @@ class ChunkGates(NamedTuple):
 def chunk_gates(
     stats: GateStatistics, length: int, reverse: bool, dtype: torch.dtype, tile: int
 ) -> list[ChunkGates]:
-    """Cut statistics into chunks of ``length`` tokens and tiles of ``tile`` sequences.
+    """Split statistics into chunks of ``length`` tokens and tiles of ``tile`` sequences.
 
     Args:
-        stats (GateStatistics): Of all sequences, each (B * NH, N).
-        length (int): L. Missing tokens of the last chunk weigh nothing.
+        stats (GateStatistics): Statistics of all sequences, each (B * NH, N).
+        length (int): L. Padding of the last chunk has zero weight.
         reverse (bool): Reading direction.
         dtype (torch.dtype): Dtype of the features.
         tile (int): Largest G; the last tile may be smaller.
@@ -120,11 +117,11 @@ def chunk_gates(
     if reverse:
         lowest, highest = highest, lowest
 
-    # What states are relative to: the base of the chunk, or M when they are written and read.
+    # Reference points of the states: the base of the chunk, or M when they are written and read.
     sequences = source.shape[1]
     factorized = [False] * math.ceil(sequences / tile)
-    if source.device.type == 'cpu':  # elsewhere it would have to be waited for
-        # Not if it is NaN, as where nothing is written at all.
+    if source.device.type == 'cpu':  # a GPU would have to synchronize
+        # False for NaN, which results where nothing is written at all.
         fits = [rise <= MAX_RISE for rise in (highest - lowest).amax((0, 2)).tolist()]
         factorized = [all(fits[first : first + tile]) for first in range(0, sequences, tile)]
     write_base = read_base = (highest + lowest) / 2
@@ -151,7 +148,7 @@ def chunk_gates(
 
 
 def _writers(reverse: bool) -> slice:
-    """Chunks whose state another one reads."""
+    """Chunks that write a state which another one reads."""
     return slice(1, None) if reverse else slice(-1)
 
 
@@ -161,8 +158,8 @@ def _readers(reverse: bool) -> slice:
 
 
 def _sequence_tile_size(q: Tensor) -> int:
-    """Sequences in a tile: on a CPU some samples, or some heads of one, whose tensors stay in its
-    cache; elsewhere all there are.
+    """Sequences per tile: on a CPU several samples, or several heads of one, whose tensors fit into
+    its cache; elsewhere all.
     """
     batch, heads, tokens, head_width = q.shape
     if q.device.type != 'cpu':
@@ -174,7 +171,7 @@ def _sequence_tile_size(q: Tensor) -> int:
 
 
 def _sequence_tiles(x: Tensor, size: int) -> Sequence[Tensor]:
-    """Views (..., N, DH) of (B, NH, N, DH), each of some samples, or of some heads of one."""
+    """Views (..., N, DH) of (B, NH, N, DH), each of several samples, or of several heads of one."""
     batch, heads = x.shape[:2]
     if size >= batch * heads:
         return (x,)
@@ -199,16 +196,17 @@ def _unpad(x: Tensor, length: int) -> Tensor:
 
 
 def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = False) -> Tensor:
-    """Carry what chunks add to the state to the chunks that read it, one after the other.
+    """Accumulate the chunks' contributions into the states that later chunks read.
 
     Args:
-        added (Tensor): Shape ((n - 1) * G, ...), of the chunks that write. May be overwritten.
+        added (Tensor): Contributions of the writing chunks, shape ((n - 1) * G, ...). May be
+            overwritten.
         gates (ChunkGates): Of n chunks.
         reverse (bool): Whether chunks are read from last to first.
         backward (bool): Apply the transposed map, to gradients of the result. Default: False.
 
     Returns:
-        Tensor: Shape ((n - 1) * G, ...), of the chunks that read.
+        Tensor: States of the reading chunks, shape ((n - 1) * G, ...).
     """
     steps = added.view(len(gates.written), -1, added[0].numel())  # (n - 1, G, K)
     if not backward:
@@ -222,8 +220,8 @@ def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = F
 
 
 def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Memory (DH, DH) and normalizer (1, DH) that chunks read, from weighted keys and values
-    ((n - 1) * G, L, DH) of those that write.
+    """Memory (DH, DH) and normalizer (1, DH) that chunks read, from the weighted keys and values
+    ((n - 1) * G, L, DH) of the writing chunks.
     """
     memory, normalizer = torch.bmm(k.transpose(1, 2), v), k.sum(1, keepdim=True)
     return tuple(_pass_on(x, gates, reverse) for x in (memory, normalizer))
@@ -235,7 +233,7 @@ def _chunks(x: Tensor, which: slice, gates: ChunkGates) -> Tensor:
 
 
 def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
-    """exp(-m_t), the least denominator; infinite where nothing was ever written, so that h is 0."""
+    """exp(-m_t), the smallest denominator; infinite where nothing was written, so that h is 0."""
     return torch.exp(-stats.stabilizer).to(dtype)
 
 
@@ -243,8 +241,8 @@ def _operands(q, k, v, gates: ChunkGates, length: int, reverse: bool) -> tuple[T
     """Operands of a tile's matrix products, from features (..., N, DH).
 
     Returns:
-        tuple[Tensor, ...]: q, k, v as :func:`parallel_forward` takes them, its weights, and the
-        keys that write states.
+        tuple[Tensor, ...]: q, k, v and weights for :func:`parallel_forward`, and the keys that
+            write states.
     """
     k = _by_chunk(k, length)
     q, v = (_by_chunk(x, length).reshape(-1, length, x.shape[-1]) for x in (q, v))
@@ -323,7 +321,7 @@ def chunkwise_backward(
     reverse: bool,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    r"""Gradients of :func:`chunkwise_forward`, with scores and states computed again.
+    r"""Compute the gradients of :func:`chunkwise_forward`, recomputing scores and states.
 
     No gradient passes through an exponential or a cumulative sum over pairs of tokens. Because the
     weights enter only through the scores, :math:`\sum_t \partial a_{tj} = k_j \cdot \partial k_j`;
@@ -334,7 +332,7 @@ def chunkwise_backward(
     Args:
         h_grad (Tensor): Gradient of h, shape (B, NH, N, DH), any strides.
         q, k, v, igate, fgate, reverse, chunk_size: As in the forward pass.
-        h, normalizer (Tensor): Its results.
+        h, normalizer (Tensor): Results of the forward pass.
 
     Returns:
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH), in memory (B, N, NH, DH), and of

@@ -42,7 +42,7 @@ def has_global_module_hooks() -> bool:
 
 
 def static_shape(x: Tensor) -> tuple[int, ...]:
-    """Sizes of x as numbers, even where torch.jit.trace would record them as operations."""
+    """Sizes of x as integers, even where torch.jit.trace would record them as operations."""
     if not is_tracing():
         return tuple(x.shape)
     with warnings.catch_warnings():

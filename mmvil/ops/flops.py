@@ -5,8 +5,8 @@
         model(image)
     counter.get_total_flops() / 2  # multiply-adds
 
-As in all of that counter, only matrix products and convolutions count, and a multiplication with
-its addition counts as two.
+As everywhere in that counter, only matrix products and convolutions count, and a multiply-add
+counts as two.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ def mlstm_flops(
 
     Args:
         shape (Sequence[int]): Shape of the queries, (B, NH, N, DH).
-        chunk_size (int): As given to the operator; from N on this is the parallel form.
+        chunk_size (int): As given to the operator; N or more is the parallel form.
         backward (bool): Count the backward pass instead of the forward pass. Default: False.
-        visible_only (bool): Count only unmasked pairs of tokens and no padding. The PyTorch forms
-            compute whole squares. Default: False.
+        visible_only (bool): Count only unmasked pairs of tokens and no padding; the PyTorch forms
+            compute full matrices. Default: False.
 
     Returns:
         int: Twice the number of multiply-adds.
@@ -40,9 +40,9 @@ def mlstm_flops(
         pairs = (tokens // length) * (length * (length + 1) // 2) + rest * (rest + 1) // 2
     else:
         pairs = chunks * length**2
-    # Forward, q with k and scores with v; as many products with the state. In the backward pass,
-    # the scores again and the gradients of two products; likewise the state, beside which is a
-    # vector, the normalizer. The last chunk writes no state that is read, and the first reads none.
+    # Forward: q with k and scores with v, and as many products with the state. Backward: the scores
+    # again and the gradients of two products; likewise for the state, whose normalizer adds a
+    # vector. The last chunk writes no state that is read, and the first reads none.
     products = 5 if backward else 2
     with_state = (chunks - 1) * length * (products * head_width + backward)
     return 2 * batch * heads * head_width * (products * pairs + with_state)

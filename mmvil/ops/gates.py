@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""What the gates of an mLSTM say about a sequence: a few scalars per token and head.
+r"""Gate statistics of an mLSTM: a few scalars per token and head.
 
 With :math:`F_t = \sum_{s \le t} \log\sigma(\tilde f_s)` the weight of token j in the output of
 token t is :math:`\exp(a_{tj} - m_t)`, where :math:`a_{tj} = F_t - F_j + \tilde i_j` and :math:`m_t
@@ -8,8 +8,8 @@ vectors,
 
 .. math:: \exp(g_j - M_t), \qquad g_j = \tilde i_j - F_j, \qquad M_t = \max_{j \le t} g_j,
 
-so the stabilizer costs O(N), and :math:`F_t` is needed for :math:`m_t = F_t + M_t` alone. F grows
-with the sequence while only differences between neighbours matter, hence these scalars (never the
+so the stabilizer costs O(N), and :math:`F_t` is needed only for :math:`m_t = F_t + M_t`. F grows
+with the sequence while only differences between neighbours matter, so these scalars (never the
 features) are kept in float64.
 """
 
@@ -70,7 +70,7 @@ def gate_gradients(
     stats: GateStatistics,
     reverse: bool,
 ):
-    r"""Carry gradients from the weights' logarithms :math:`a_{tj}` to the gate pre-activations.
+    r"""Propagate gradients from the weights' logarithms :math:`a_{tj}` to the gate pre-activations.
 
     Args:
         source_grad (Tensor): :math:`\sum_t \partial a_{tj}` without the stabilizer's part, shape
@@ -87,9 +87,9 @@ def gate_gradients(
         ``stats``.
     """
     dtype = stats.source.dtype
-    # m_t is a copy of the a_tj that is the largest: its gradient goes to that token j.
+    # m_t is the largest a_tj: its gradient goes to that token j.
     igate_grad = source_grad.to(dtype).scatter_add(-1, stats.argmax, stabilizer_grad.to(dtype))
-    # F_t appears in row t with a plus and in column t with a minus, and log f_s in all F_t from s
-    # onwards.
+    # F_t appears in row t with a plus and in column t with a minus, and log f_s in every F_t from s
+    # on.
     log_forget_grad = cumsum(row_grad.to(dtype) - igate_grad, not reverse)
     return igate_grad, log_forget_grad * torch.sigmoid(-fgate.to(dtype))

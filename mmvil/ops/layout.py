@@ -16,27 +16,27 @@ def like_tokens(x: Tensor) -> Tensor:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Copy x if its channels are not side by side."""
+    """Copy x if its channels are not adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """View tokens (B, N, C) of all images as rows (B * N, C) with one stride between them; copy
-    only if they have none.
+    """View tokens (B, N, C) of all images as rows (B * N, C) of one stride, or copy where there is
+    no such view.
     """
     return unit_stride(x).flatten(0, 1)
 
 
 def token_rows_to_write(x: Tensor) -> Tensor:
-    """View as :func:`token_rows`, without a copy.
+    """View tokens as :func:`token_rows` does, without a copy.
 
     Raises:
-        ValueError: If it would be a copy, or rows overlap.
+        ValueError: If that needs a copy, or rows overlap.
     """
     rows = token_rows(x)
     if rows.data_ptr() != x.data_ptr() or (len(rows) > 1 and rows.stride(0) < x.shape[2]):
         raise ValueError(
-            'a gradient can only be written to (B, N, C) with channels side by side and one stride '
+            'a gradient can only be written to (B, N, C) with adjacent channels and one stride '
             f'between tokens, but its shape is {tuple(x.shape)} and its strides are {x.stride()}.'
         )
     return rows

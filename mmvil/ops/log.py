@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The log of the tensor functions and layers, which know no runner."""
+"""Logging of tensor functions and layers, which have no runner."""
 
 import logging
 from functools import lru_cache
@@ -7,5 +7,5 @@ from functools import lru_cache
 
 @lru_cache
 def warn_once(message: str) -> None:
-    """Log a warning, the first time that it comes up in this process."""
+    """Log a warning once per process."""
     logging.getLogger('mmvil').warning(message)

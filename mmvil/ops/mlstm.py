@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The mLSTM operator: one function for all forms, with its own backward pass.
+"""mLSTM operator: one function for all forms, with its own backward pass.
 
-The checks, the dtype of the arithmetic and the form that runs are decided here and nowhere else.
+Input checks, the dtype of the arithmetic and the choice of form are here and nowhere else.
 """
 
 import math
@@ -33,20 +33,20 @@ time, for tests."""
 
 
 class Form(NamedTuple):
-    """The form of the operator: its last arguments."""
+    """Form of the operator: its last arguments."""
 
     chunk_size: int
-    """Tokens in a chunk; from N on this is the parallel form."""
+    """Tokens per chunk; N or more is the parallel form."""
     triton: bool = False
-    """Whether the Triton kernels compute instead of PyTorch."""
+    """Whether Triton kernels run instead of PyTorch."""
 
 
 def default_chunk_size(length: int, head_width: int, on_cpu: bool = False) -> int:
-    """Number of tokens in a chunk that is fastest.
+    """Fastest number of tokens per chunk.
 
-    Short sequences are best as one chunk, the parallel form. Beyond, the work inside chunks,
-    proportional to their length, is balanced against that on the (DH, DH) states between them. A
-    CPU, which waits for no launches, halves sequences first.
+    Short sequences are fastest as one chunk, the parallel form. For longer ones, the work inside
+    chunks, proportional to their length, is balanced against that on the (DH, DH) states between
+    them. On a CPU, which has no launch overhead, two chunks come in between.
     """
     if length > max(256, head_width):
         return max(64, head_width // 2)
@@ -74,8 +74,8 @@ def mlstm(
         S_{tj} = e^{a_{tj} - m_t}\, q_t \cdot k_j / \sqrt{d}, \qquad
         h_t = \frac{\sum_{j \le t} S_{tj} v_j}{\max(|\sum_j S_{tj}|,\, e^{-m_t}) + 10^{-6}}
 
-    In float64 this agrees with :func:`mmvil.ops.reference.mlstm_reference`. Half precision inputs
-    are summed in float32, gate statistics always in float64; the result has the dtype of the
+    In float64 this agrees with :func:`mmvil.ops.reference.mlstm_reference`. Half-precision inputs
+    are accumulated in float32, gate statistics always in float64; the result has the dtype of the
     inputs. First derivatives only.
 
     Args:
@@ -86,15 +86,15 @@ def mlstm(
         reverse (bool): Read the tokens from last to first; nothing is flipped in memory. Default:
             False.
         backend (str): One of :data:`BACKENDS`. Default: 'auto'.
-        chunk_size (int, optional): Tokens in a chunk of the chunkwise form. Default: by sequence
-            and head width.
+        chunk_size (int, optional): Tokens per chunk of the chunkwise form. Default: chosen by
+            sequence length and head width.
 
     Returns:
         Tensor: Hidden states h, shape (B, NH, N, DH).
 
     Raises:
-        ValueError: For shapes or dtypes that do not fit together, an unknown backend, one that
-            cannot run here, or a chunk size below 1.
+        ValueError: If shapes or dtypes do not match, the backend is unknown or cannot run here, or
+            ``chunk_size`` is below 1.
     """
     _check(q, k, v, igate, fgate, backend, chunk_size)
     if backend == 'reference':
@@ -107,13 +107,13 @@ def mlstm(
         with without_autocast(q):
             return mlstm_traceable(q, k, v, igate, fgate, reverse, chunk_size)[0]
     form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
-    # Transforms look for the rules of the autograd function, which dispatching would hide.
+    # Transforms need the rules of the autograd function, which dispatching would hide.
     operator = _MLSTM.apply if is_transforming() else torch.ops.mmvil.mlstm
     return operator(q, k, v, igate, fgate, reverse, *form)[0]
 
 
 def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
-    """Tokens in a chunk of a recorded graph, whose number of tokens may be left open."""
+    """Tokens per chunk of a traced graph, whose number of tokens may be dynamic."""
     _, _, tokens, head_width = static_shape(q)
     if isinstance(tokens, torch.SymInt):
         return chunk_size or max(64, head_width // 2)
@@ -146,7 +146,7 @@ def choose_form(
         problem = triton_unavailable(device, dtype, head_width)
         if problem:
             raise ValueError(
-                f"backend='triton' cannot run: {problem}. Take 'auto', which chooses what can."
+                f"backend='triton' cannot run: {problem}. Use 'auto', which chooses what can."
             )
     triton = backend == 'triton' or (
         backend == 'auto' and device.type == 'cuda' and triton_usable(device, dtype, head_width)
@@ -196,7 +196,7 @@ def refuse_second_derivatives() -> None:
 
 # ------------------------------------------------------------------------------------------------
 # Registration with torch: `torch.ops.mmvil.mlstm` and `torch.ops.mmvil.mlstm_backward`. The low
-# level interface is used because torch.library.custom_op came with torch 2.4 only.
+# level interface is used because torch.library.custom_op requires torch 2.4.
 
 _library = torch.library.Library('mmvil', 'DEF')
 _library.define(
@@ -213,7 +213,7 @@ _library.define(
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums over tokens, for which half precision has neither the range nor the digits."""
+    """Dtype of sums over tokens, for which half precision lacks both range and digits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -262,7 +262,7 @@ def _mlstm_backward_fake(
 
 
 class _MLSTM(torch.autograd.Function):
-    """Both operators as one differentiable function, which keeps inputs, output and normalizer."""
+    """Both operators as one differentiable function, which saves inputs, output and normalizer."""
 
     @staticmethod
     def forward(q, k, v, igate, fgate, reverse, *form):
@@ -290,13 +290,13 @@ class _MLSTM(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(
-            'The mLSTM has no forward-mode derivatives (torch.func.jvp). Take reverse mode '
+            'The mLSTM has no forward-mode derivatives (torch.func.jvp). Use reverse mode '
             "(torch.func.grad or vjp), or backend='reference', which is slow."
         )
 
 
 class _MLSTMBackward(torch.autograd.Function):
-    """The backward pass as a function that refuses to be differentiated."""
+    """Backward pass as a function that raises when differentiated."""
 
     @staticmethod
     def forward(*args):
@@ -332,7 +332,7 @@ def _fold_into_batch(function, size: int, in_dims, args):
 
 
 def _mlstm_autograd(*args):
-    # To apply a function costs more than a short sequence.
+    # Function.apply takes longer than a short sequence.
     return (_MLSTM.apply if torch.is_grad_enabled() else _MLSTM.forward)(*args)
 
 

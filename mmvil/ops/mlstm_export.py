@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-r"""The mLSTM in a few plain operations for exporters: no loop, nothing in place.
+r"""The mLSTM for exporters, in a few plain operations without loops or in-place updates.
 
-The chunkwise form passes states from chunk to chunk in a loop, whose length a graph with dynamic
-shapes does not know. But what reaches a chunk is again a weighted sum over the chunks before it, so
-the parallel form is used twice: between the tokens of a chunk, and between the n chunks. With g, M
-and m as in :mod:`mmvil.ops.gates`, T the largest g in a chunk and :math:`M^-_c` the largest before
-chunk c,
+The chunkwise form passes states from chunk to chunk in a loop, whose length is unknown in a graph
+with dynamic shapes. But the state that a chunk receives is again a weighted sum over the chunks
+before it, so the parallel form is used twice: between the tokens of a chunk, and between the n
+chunks. With g, M and m as in :mod:`mmvil.ops.gates`, T the largest g in a chunk and :math:`M^-_c`
+the largest before chunk c,
 
 .. math:: C_c = \sum_{b < c} e^{T_b - M^-_c} \sum_{j \in b} e^{g_j - T_b} k_j v_j^\top
 
@@ -55,7 +55,7 @@ def mlstm_traceable(
     padding = chunks * chunk_size - tokens
     is_padded = not isinstance(padding, int) or padding > 0
 
-    # Batch and heads are flattened to G: runtimes are slow with tensors of five dimensions.
+    # Batch and heads are flattened to G: runtimes are slow with five-dimensional tensors.
     def to_chunks(x: Tensor) -> Tensor:  # (B, NH, N, DH) -> (G, n, L, DH)
         x = x.to(dtype)
         x = F.pad(x, (0, 0, 0, padding)) if is_padded else x

@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The parallel form of the mLSTM: attention with gate weights instead of a softmax.
 
-The functions work on one stretch of L tokens. Taken alone, with L = N, they are the whole parallel
-form (quadratic in N); :mod:`mmvil.ops.chunkwise` adds to them what a chunk receives from the chunks
-read before it. Batch and heads are flattened to G: features are (G, L, DH), scalars (G, L).
+The functions work on one segment of L tokens. With L = N they are the whole parallel form
+(quadratic in N); :mod:`mmvil.ops.chunkwise` adds the contribution of the preceding chunks. Batch
+and heads are flattened to G: features are (G, L, DH), scalars (G, L).
 """
 
 import torch
@@ -23,11 +23,10 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: tor
         Tensor: Shape (G, L, L), rows t, columns j, all values in [0, 1].
     """
     weights = source.new_empty(*source.shape, source.shape[-1], dtype=dtype)
-    # Rounded after the subtraction: a logarithm of 1000, as after some hundred tokens, has an error
-    # of 1e-4 in float32, and so would the weight have.
+    # Rounded after the subtraction: a logarithm of 1000, reached after a few hundred tokens, has an
+    # error of 1e-4 in float32, and so would the weight.
     torch.sub(source.unsqueeze(-2), running_max.unsqueeze(-1), out=weights)
-    # exp may overflow on the far side of the diagonal; tril_ and triu_ write zeros there, they do
-    # not multiply.
+    # exp may overflow beyond the diagonal; tril_ and triu_ write zeros there and do not multiply.
     weights.exp_()
     return weights.triu_() if reverse else weights.tril_()
 
@@ -39,20 +38,19 @@ def causal_mask(length: int, reverse: bool, like: Tensor) -> Tensor:
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale * a @ b`` with the factor inside the matrix product; shapes (G, L, K) and (G, K,
-    M).
-    """
+    """Compute ``scale * a @ b`` in one product, for shapes (G, L, K) and (G, K, M)."""
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
 
 
 def parallel_forward(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Compute the sums over one stretch of tokens (ViL, arXiv 2406.04303, appendix A).
+    r"""Compute the sums over one segment of tokens (ViL, arXiv 2406.04303, appendix A).
 
     Args:
         q, k, v (Tensor): Shape (G, L, DH). If the weight of token j in the sums of token t is a
-            product, k may have the factor of j already, and the sums can get that of t later.
+            product, k may include the factor of j, and the factor of t may be applied to the sums
+            later.
         weights (Tensor): Shape (G, L, L) or (L, L): :func:`decay_weights` or :func:`causal_mask`.
         scale (float): Factor of the scores, 1 / sqrt(DH).
 
@@ -72,8 +70,7 @@ def parallel_backward(
     weights: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`parallel_forward` with respect to q, k and v; the scores are computed
-    again.
+    """Compute the gradients of :func:`parallel_forward` for q, k and v, recomputing the scores.
 
     Args:
         numerator_grad (Tensor): Shape (G, L, DH).
@@ -85,7 +82,7 @@ def parallel_backward(
     """
     scores = scaled_product(q, k.transpose(1, 2), scale).mul_(weights)
     v_grad = torch.bmm(scores.transpose(1, 2), numerator_grad)
-    scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # in their memory
+    scores_grad = scores.copy_(normalizer_grad.expand_as(scores))  # reuses their memory
     scores_grad = scores_grad.baddbmm_(numerator_grad, v.transpose(1, 2)).mul_(weights)
     return (
         scaled_product(scores_grad, k, scale),

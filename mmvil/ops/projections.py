@@ -13,19 +13,19 @@ from torch import Tensor
 from .compat import is_compiling, is_exporting, is_transforming
 
 DENSE_BLOCK = 32
-"""Width up to which small diagonal blocks are joined into one dense block. Matrix units want that
-much, and multiplying the zeros costs less than many tiny products."""
+"""Width up to which small diagonal blocks are joined into one dense block. Matrix units need that
+width, and multiplying zeros costs less than many tiny products."""
 
 ROW_TILE = 1024
-"""Tokens of a block-diagonal product that a CPU computes together."""
+"""Tokens per block-diagonal product on a CPU."""
 
 
 def dense_blocks(weight: Tensor, head_width: int) -> Tensor:
     """Join diagonal blocks, so that a block-diagonal product becomes a batch of larger products.
 
     Args:
-        weight (Tensor): Shape (blocks, out, in), with out = in = block size. Several weights may
-            follow each other.
+        weight (Tensor): Shape (blocks, out, in), with out = in = block size. Several weights may be
+            concatenated.
         head_width (int): DH, a multiple of the block size; joined blocks do not cross heads.
 
     Returns:
@@ -48,7 +48,7 @@ def diagonal_blocks(dense: Tensor, size: int) -> Tensor:
 
 
 def dense_block_width(size: int, head_width: int) -> int:
-    """Width of the blocks that :func:`dense_blocks` makes of blocks of a size."""
+    """Width of the blocks that :func:`dense_blocks` makes from blocks of width ``size``."""
     width = size
     while head_width % (2 * width) == 0 and 2 * width <= DENSE_BLOCK:
         width *= 2
@@ -61,8 +61,8 @@ def _groups(x: Tensor, width: int) -> Tensor:
 
 
 def _row_tiles(x: Tensor) -> Sequence[Tensor]:
-    """View (B, N, E) as rows; on a CPU as groups of so few that they stay in its cache, as every
-    group of channels passes over all of them.
+    """View (B, N, E) as rows; on a CPU in tiles that fit into its cache, because every group of
+    channels reads all rows.
     """
     rows = x.flatten(0, 1)
     fit = len(rows) <= ROW_TILE or x.device.type != 'cpu'
@@ -82,7 +82,7 @@ def headwise_linear(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
         Tensor: Shape (B, N, E).
     """
     width = dense.shape[1]
-    # Autograd, compilers and transforms take no ``out``.
+    # Autograd, compilers and transforms do not support ``out``.
     if torch.is_grad_enabled() or is_compiling() or is_transforming():
         y = torch.bmm(_groups(x, width), dense).transpose(0, 1).reshape(x.shape)
         return y if bias is None else y + bias
@@ -140,15 +140,15 @@ def _by_group(gates: Tensor, width: int) -> Tensor:
 def fold_gates(
     gates: Tensor, gates_bias: Tensor, dense: Tensor, biases: Tensor | None
 ) -> GateWeights:
-    """Carry the gates' weights for [q, k, v] through the projections.
+    """Fold the projections into the gates' weights for [q, k, v].
 
     The gates are linear in q, k and v, and these in the convolved tokens c and in x. So the gates
-    are linear in c and x, for which two narrow matrix products suffice.
+    are linear in c and x, and two narrow matrix products suffice.
 
     Args:
         gates (Tensor): Weights for the concatenation of q, k and v, shape (2 NH, 3E).
         gates_bias (Tensor): Shape (2 NH, ).
-        dense (Tensor): Weights of the projections to q, k, v, a result of :func:`dense_blocks`.
+        dense (Tensor): Weights of the projections to q, k, v, from :func:`dense_blocks`.
         biases (Tensor, optional): Their biases, shape (3, E).
 
     Returns:
@@ -241,7 +241,7 @@ def token_conv(
 ) -> Tensor:
     """Depthwise convolution over tokens, in their own layout (channels last).
 
-    In the reverse direction the kernel is rotated by 180 degrees; the tokens stay where they are.
+    In the reverse direction the kernel is rotated by 180 degrees; the tokens are not moved.
 
     Args:
         x (Tensor): Tokens in row-major order, shape (B, N, E).
@@ -258,7 +258,7 @@ def token_conv(
     maps, weight, padding = _conv_layout(x, weight, grid)
     if is_exporting():  # the strides of a view would tie the graph to a batch size
         maps = maps.contiguous()
-        if causal:  # padded on one side, so that tracing sees as many tokens come out as go in
+        if causal:  # padded on one side, so that tracing sees N tokens in and N out
             before, padding = padding[0], [0, 0]
             maps = F.pad(maps, (0, 0, 0, before) if reverse else (0, 0, before, 0))
     if reverse:
@@ -269,7 +269,7 @@ def token_conv(
         return y.reshape(x.shape)
     if not causal:
         return y
-    # Padded on both sides, it gives K - 1 outputs too many, behind the last token in reading order.
+    # Padding on both sides gives K - 1 extra outputs, after the last token in reading order.
     return y[:, -x.shape[1] :] if reverse else y[:, : x.shape[1]]
 
 
@@ -287,7 +287,7 @@ def token_conv_backward(
         tuple[Tensor, Tensor, Tensor | None]: Gradients of x (B, N, E), weight and bias.
     """
     shape = weight.shape
-    if weight.dim() == 3:  # the outputs that were cut away have no gradient
+    if weight.dim() == 3:  # the outputs that were cropped have no gradient
         extra = weight.shape[2] - 1
         y_grad = F.pad(y_grad, (0, 0, extra, 0) if reverse else (0, 0, 0, extra))
     maps, weight, padding = _conv_layout(x, weight, grid)

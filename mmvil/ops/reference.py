@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The mLSTM cell as the paper writes it: one token after the other.
+"""The mLSTM cell as in the paper, one token at a time.
 
-This is the oracle that every other form is tested against. It is slow and clear; run it in float64.
+Every other form is tested against this reference, which is slow but clear; run it in float64.
 """
 
 import math
@@ -20,7 +20,7 @@ def mlstm_reference(
     r"""Recurrent mLSTM (xLSTM, arXiv 2405.04517, section 2.3 and appendix A.3).
 
     With the input gate :math:`\exp(\tilde i_t)` and the forget gate :math:`\sigma(\tilde f_t)`, the
-    stabilizer :math:`m_t = \max(\log\sigma(\tilde f_t) + m_{t-1}, \tilde i_t)` is taken out of
+    stabilizer :math:`m_t = \max(\log\sigma(\tilde f_t) + m_{t-1}, \tilde i_t)` is factored out of
     memory and normalizer:
 
     .. math::
@@ -36,7 +36,7 @@ def mlstm_reference(
         reverse (bool): Read the tokens from last to first. Default: False.
 
     Returns:
-        Tensor: Hidden states h, shape (B, NH, N, DH), at the places of their tokens.
+        Tensor: Hidden states h, shape (B, NH, N, DH), in the order of the tokens.
     """
     batch, heads, length, width = q.shape
     q = q / math.sqrt(width)

@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The ViL layer as one differentiable function that keeps little for its backward pass.
+"""The ViL layer as one differentiable function that saves little for its backward pass.
 
-Autograd over the single operations keeps about thirty widths of the model per token. Here the
-backward pass keeps the layer's input (D values per token), both halves of the up-projection (2D
-each), the cell's output (2D) and a few scalars, about 7 D in all. Norm, convolution, SiLU, q, k, v
-and the gated product are cheap next to the matrix products and are computed again; kernels keep q,
-k, v and the convolution's output as well (2D each, 15 D in all) if ``keep_cell`` is set.
+Autograd over the individual operations saves about 30D values per token. This function saves the
+layer's input (D), both halves of the up-projection (2D each), the cell's output (2D) and a few
+scalars, about 7D in total. Norm, convolution, SiLU, q, k, v and the gated product are cheap next to
+the matrix products and are recomputed; with ``keep_cell`` the Triton kernels also save q, k, v and
+the convolution's output (2D each, 15D in total).
 
 The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """
@@ -72,7 +72,7 @@ def _forward(
 
 
 def _form(settings: LayerSettings):
-    """The module whose ``forward`` and ``gradients`` compute."""
+    """The module with ``forward`` and ``gradients`` of the layer."""
     if settings.form.triton:
         from .triton import fused_layer
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Parameters and settings of the ViL layer, and what its PyTorch and Triton forms share."""
+"""Parameters and settings of the ViL layer, and functions for its PyTorch and Triton forms."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .mlstm import Form
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of a ViL layer, D wide outside and E wide inside, with NH heads; biases may be
+    """Parameters of a ViL layer, with outer width D, inner width E and NH heads. Biases may be
     None.
     """
 
@@ -60,7 +60,7 @@ def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def sum_tokens(x: Tensor) -> Tensor:
-    """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens leave float16's range."""
+    """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens exceed float16's range."""
     return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 

@@ -41,8 +41,8 @@ def forward(
         settings (LayerSettings): Token grid, direction, dtype.
 
     Returns:
-        tuple[Tensor, tuple[Tensor, ...]]: The output (B, N, D), and what the backward pass needs
-        besides the input and the weights.
+        tuple[Tensor, tuple[Tensor, ...]]: The output (B, N, D), and the tensors that the backward
+            pass needs besides input and weights.
     """
     x_norm, _, _ = _normalize(x, w, settings)
     # Two products instead of one and a split: both halves come out contiguous at the same cost.
@@ -67,7 +67,8 @@ def gradients(
 
     Args:
         y_grad (Tensor): Gradient of the output, shape (B, N, D).
-        kept (tuple[Tensor, ...]): The input, and what :func:`forward` kept.
+        kept (tuple[Tensor, ...]): The input and the tensors that :func:`forward` returned for
+            backward.
         w, settings: As in the forward pass.
     """
     x, x_m, z, h, igate, fgate, normalizer = kept
@@ -100,7 +101,7 @@ def gradients(
         h_grad, q, k, v, igate, fgate, h, normalizer, settings.reverse, *settings.form
     )
 
-    # Projections and gates, first what goes through the convolution.
+    # Projections and gates, first the part that goes through the convolution.
     gates_grad = torch.cat([igate_grad, fgate_grad], 1).transpose(1, 2).flatten(0, 1)
     folded = projections.folded_gates
     with_bias = w.q_bias is not None
@@ -172,7 +173,7 @@ def gradients(
 
 
 class Projections(NamedTuple):
-    """The weights between the convolution and the cell, as the products take them."""
+    """Weights between the convolution and the cell, in the form that the matrix products use."""
 
     dense: Tensor  # of q, k and v, (groups, width, width), at least float32
     by_operand: tuple[Tensor, ...]  # the same in the dtype of the features
@@ -182,7 +183,7 @@ class Projections(NamedTuple):
 
 
 def prepare_projections(w: LayerWeights, heads: int, dtype: torch.dtype) -> Projections:
-    """Join and fold the weights, for NH heads and features of a dtype."""
+    """Join and fold the weights, for NH heads and features of the given dtype."""
     precise = torch.promote_types(dtype, torch.float32)
     blocks = cast(torch.cat([w.q_weight, w.k_weight, w.v_weight]), precise)
     biases = (
@@ -249,13 +250,13 @@ def _layer_norm_backward(
 
 def _head_norm(h: Tensor, settings: LayerSettings):
     """LayerNorm over each head, (B, NH, N, DH) to (B, N, E), with mean and inverse deviation."""
-    h = h.transpose(1, 2)  # as it lies in memory
+    h = h.transpose(1, 2)  # as laid out in memory
     h_norm, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, settings.out_norm_eps)
     return h_norm.to(settings.dtype).flatten(2), mean, rstd
 
 
 def _mix_(h_norm: Tensor, c: Tensor, w: LayerWeights, settings: LayerSettings) -> Tensor:
-    """Affine map of the norm, and skip: the sum before the output gate, written over ``h_norm``."""
+    """Affine map of the norm, and skip: the sum before the output gate, overwriting ``h_norm``."""
     mixed = h_norm.mul_(cast(w.out_norm_weight, settings.dtype))
     if w.out_norm_bias is not None:
         mixed = mixed.add_(cast(w.out_norm_bias, settings.dtype))

@@ -277,7 +277,7 @@ def test_kernels_pass_in_the_interpreter(which):
 @pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
 def test_backend_triton_says_why_it_cannot_run():
     x, gate = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
-    with pytest.raises(ValueError, match="backend='triton' cannot run: .* Take 'auto'"):
+    with pytest.raises(ValueError, match="backend='triton' cannot run: .* Use 'auto'"):
         mlstm(x, x, x, igate=gate, fgate=gate, backend='triton')
     x = x.double()
     with pytest.raises(ValueError, match='the dtype is torch.float64, not one of'):
