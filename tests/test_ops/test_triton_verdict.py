@@ -91,7 +91,7 @@ def test_self_test_finds_results_that_do_not_repeat(faulty_kernels):
         return results
 
     faulty_kernels(fault, 'cell')
-    assert check_small().startswith('got other bits the second time: output of the cell')
+    assert check_small().startswith('got different bits in a second run: output of the cell')
 
 
 # -- Cached verdicts -------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_kernels_are_tested_only_where_they_would_be_taken(machine, monkeypatch)
     assert not choose_form(CPU, torch.bfloat16, 196, 96, 'auto').triton
     monkeypatch.setenv('MMVIL_TRITON', '0')
     assert not form().triton
-    with pytest.raises(ValueError, match='MMVIL_TRITON switches the kernels off'):
+    with pytest.raises(ValueError, match='MMVIL_TRITON disables the kernels'):
         form('triton')
     assert not machine.runs
 

@@ -14,7 +14,7 @@ import torch
 from ..log import warn_once
 
 MIN_TRITON = (3, 5)
-"""Oldest version that interpreted and compiled the kernels; it came with torch 2.9."""
+"""Oldest version that runs and compiles the kernels; it comes with torch 2.9."""
 MIN_CAPABILITY = (8, 0)
 """Ampere, the first with bfloat16 and asynchronous copies."""
 MAX_HEAD_WIDTH = 512
@@ -26,7 +26,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> st
     """Reason why the kernels cannot run, or None if they can.
 
     Args:
-        device (torch.device): Device of the features; the CPU will do where Triton interprets its
+        device (torch.device): Device of the features; may be the CPU if Triton interprets its
             kernels (``TRITON_INTERPRET=1``).
         dtype (torch.dtype): Dtype of the features.
         head_width (int): DH.
@@ -36,15 +36,15 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> st
     if head_width > MAX_HEAD_WIDTH:
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
     if not _switched_on('MMVIL_TRITON', '1'):
-        return 'MMVIL_TRITON switches the kernels off'
+        return 'MMVIL_TRITON disables the kernels'
     return triton_problem() or device_problem(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
 def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the kernels can run and passed their self-test, which runs now if it has not before.
+    """Whether the kernels can run and pass their self-test, which the first call may run.
 
-    The reason is logged once if not.
+    If not, the reason is logged once.
     """
     problem = unavailable(device, dtype, head_width)
     if not problem and not interpreted():
@@ -63,9 +63,9 @@ def triton_problem() -> str | None:
     try:
         installed = version('triton')
     except PackageNotFoundError:
-        return f'Triton is not installed (it comes with PyTorch on Linux); {needed} is needed'
+        return f'Triton is not installed (it comes with PyTorch on Linux); {needed} is required'
     if tuple(map(int, installed.split('.')[:2])) < MIN_TRITON:
-        return f'Triton is {installed}, and {needed} is needed, which comes with a newer PyTorch'
+        return f'Triton is {installed}, but {needed} or later is required (in newer PyTorch)'
     return None
 
 
@@ -75,7 +75,7 @@ def device_problem(kind: str, index: int | None) -> str | None:
     if interpreted():
         return None
     if torch.version.hip:
-        return 'the kernels compile for AMD GPUs, but never ran on one, and are switched off there'
+        return 'the kernels compile for AMD GPUs, but have never run on one, and are disabled there'
     if kind != 'cuda':
         return f'the device is {kind}, not an NVIDIA GPU (or TRITON_INTERPRET=1 for tests)'
     capability = torch.cuda.get_device_capability(index)

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The logistic function, on which SiLU gates rest."""
+"""Logistic function, for SiLU gates."""
 
 import triton
 import triton.language as tl
@@ -17,8 +17,8 @@ def sigmoid(x):
     """Compute 1 / (1 + exp(-x)) of float32 x in four instructions, two of them approximate to one
     or two units in the last place.
 
-    To the compiler this assembly has effects, so it runs once; `tl.sigmoid` is computed again in
-    every layout of the result that is needed.
+    The compiler assumes side effects of this assembly, so it runs once; it recomputes `tl.sigmoid`
+    in every layout of the result that is needed.
     """
     if INTERPRETED:
         return tl.sigmoid(x)

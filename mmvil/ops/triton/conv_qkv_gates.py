@@ -5,22 +5,21 @@ r"""Convolution, projections to q, k and v, and gates of the ViL layer as fused 
     a = \mathrm{conv}(x), \quad c = \mathrm{SiLU}(a), \quad q = W_q c, \quad k = W_k c, \quad
     v = W_v x, \quad (\tilde i, \tilde f) = W_g [q, k, v] + b_g
 
-All of it is bound by memory traffic, so features make as few trips as possible: one kernel reads x
-and writes a, q, k, v, and a small sum adds the heads' parts of the gates. In units of one (B, N, E)
-tensor these are 5. The backward pass (:mod:`mmvil.ops.triton.conv_qkv_gates_backward`) runs the
-same kernel again, without gates, and needs 12 more.
+All of this is memory-bound, so features are read and written as rarely as possible: one kernel
+reads x and writes a, q, k, v, and a small sum adds the heads' parts of the gates. This moves 5
+tensors of shape (B, N, E). The backward pass (:mod:`mmvil.ops.triton.conv_qkv_gates_backward`) runs
+the same kernel again, without gates, and moves 12 more.
 
-Reading a where c is needed, instead of computing it from x again, costs one unit in the forward
-pass and spares a stencil in each later kernel.
+Storing a costs one tensor in the forward pass, and saves later kernels the convolution to get c.
 
 How this maps to the hardware:
 
-- Tokens of all images form one axis, B * N long, so no tile is padded but the last. The position in
-  its image tells which neighbours a token has.
-- The 4 x 4 blocks are products of a (tokens, 32) tile and a (32, 32) block-diagonal matrix on the
-  tensor cores: 7 of 8 products are with zeros, which is still the cheapest way.
-- Gates need float32 weights. On tensor cores that is the sum of two numbers of half precision,
-  which fill the columns that a tile has in any case.
+- Tokens of all images form one axis of length B * N, so only the last tile is padded. The position
+  of a token in its image determines its neighbours.
+- The 4 x 4 blocks are applied as (32, 32) block-diagonal matrices to (tokens, 32) tiles on tensor
+  cores. 7 of 8 multiplications are with zeros, which is still the cheapest way.
+- Gates need float32 weights. Tensor cores get each as the sum of two half-precision numbers, which
+  fill columns that the tile has anyway.
 """
 
 from collections.abc import Sequence
@@ -107,7 +106,7 @@ def gate_weights(igate, fgate, gate, column, present, NH: tl.constexpr, E: tl.co
 
 @triton.jit
 def high_and_low(x, dtype: tl.constexpr):
-    """Write a float32 (ROWS, GATES) as the sum of two numbers of a dtype, side by side."""
+    """Split a float32 (ROWS, GATES) into two terms of a dtype, side by side."""
     high = x.to(dtype)
     low = (x - high.to(tl.float32)).to(dtype)
     return tl.reshape(tl.join(high, low), (x.shape[0], 2 * x.shape[1]))
@@ -205,18 +204,19 @@ def before_cell(
     """Compute convolution, SiLU, projections to q, k and v, and gates.
 
     Args:
-        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied
-            unless channels are side by side. Float16, bfloat16 or float32, as the results; sums
-            are taken in float32.
+        x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied unless
+            channels are adjacent. Float16, bfloat16 or float32, also the dtype of the results;
+            accumulated in float32.
         weights (BeforeCellWeights): Parameters, of any floating dtype.
-        grid (tuple[int, int]): Rows and columns of the token grid, their product is N.
+        grid (tuple[int, int]): Rows and columns of the token grid, N in all.
         heads (int): NH.
         reverse (bool): Reading direction, as for :func:`mmvil.ops.projections.token_conv`.
-        with_gates (bool): Whether to compute gates, which are kept for backward. Default: True.
+        with_gates (bool): Whether to compute the gates, which backward gets from the forward pass.
+            Default: True.
 
     Returns:
-        tuple: a (B, N, E), the convolution's output; q, k and v, of shape (B, NH, N, DH) and with
-        the memory of (B, N, E); gates (2, B, NH, N) in float32, igate before fgate, or an empty
+        tuple: a (B, N, E), the convolution's output; q, k and v, of shape (B, NH, N, DH) in the
+        memory layout of (B, N, E); gates (2, B, NH, N) in float32, igate before fgate, or an empty
         tensor.
     """
     batch, length, channels = x.shape
@@ -243,7 +243,7 @@ def before_cell(
             WITH_GATES=with_gates,
             GATES=gate_columns(heads),
             PRECISION=dot_precision(x.dtype),
-            T=64,  # with more, blocks are fewer by registers
+            T=64,  # larger tiles take more registers, so that fewer blocks fit
             C=channel_tile(x.dtype),
             num_warps=4,
             num_stages=1,
@@ -268,7 +268,7 @@ def gate_columns(heads: int) -> int:
 def convolution_arguments(
     weights: BeforeCellWeights, grid: Sequence[int], length: int, reverse: bool
 ):
-    """Arguments for grid and kernel of the convolution; a causal one sees a single row."""
+    """Grid and kernel arguments of the convolution; a causal one sees a single row."""
     *kernel_rows, columns = weights.conv_weight.shape[2:]
     kernel_height = kernel_rows[0] if kernel_rows else 1
     height, width = grid if kernel_rows else (1, length)

@@ -1,14 +1,14 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Gradients of convolution, projections and gates (see :mod:`mmvil.ops.triton.conv_qkv_gates`).
 
-In units of one (B, N, E) tensor these are 5 + 3 + 4, in 3 launches: the part of q and k reads the
-gradients of q, k and c, and a, and writes the gradient of a; the part of v reads its gradient and
-x, and writes the gradient of x; the part of the convolution reads the gradient of a, x and its
-gradient, and writes the latter. The last two in one would need twice the registers.
+Three launches move 5 + 3 + 4 tensors of shape (B, N, E): the part of q and k reads the gradients of
+q, k and c, and a, and writes the gradient of a; the part of v reads its gradient and x, and writes
+the gradient of x; the part of the convolution reads the gradient of a, x and its gradient, and
+writes the latter. Fusing the last two would take twice the registers.
 
-Sums over tokens (gradients of weights) are matrix products, too. They stay in registers over many
-tiles; each program writes one partial sum, and these are added in a fixed order. There are no
-atomics, and the same input gives the same bits.
+Sums over tokens (gradients of weights) are matrix products, too. They are accumulated in registers
+over many tiles; each program writes one partial sum, and these are added in a fixed order. Without
+atomics, results are bitwise reproducible.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def projections_backward_kernel(
     GATES: tl.constexpr, GATE_DTYPE: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a projection's source, and partial sums of those of its weights, for
+    """Compute the gradients of a projection's source and partial sums of its weight gradients, for
     some tiles of tokens and one tile of a head's channels.
 
     Either OPERAND is 0, source is a, y and y2 are q and k, or OPERAND is 2, source is x, y is v,
@@ -165,8 +165,8 @@ def _store_gradients(
     """Add the part of the gates, and store a program's sums for one of q, k and v.
 
     Over all tokens, let G be the sum of gate gradients times sources, and s that of gate gradients.
-    The gates' weight W_g has the gradient W G + b s, where W and b are those of the projection, and
-    through the gates W gets W_g G, and b gets W_g s.
+    With W and b of the projection, the gates' weight W_g has the gradient W G + b s; through the
+    gates, W has the gradient W_g G and b has W_g s.
     """
     GATES: tl.constexpr = gate_bias_grad.shape[0] // 2
     gate, column = tl.arange(0, 2 * GATES)[:, None] // 2, operand * E + channel[None, :]
@@ -273,16 +273,16 @@ def before_cell_backward(
         q_grad, k_grad, v_grad (Tensor): Shape (B, NH, N, DH), any strides; copied unless their
             memory is (B, N, E).
         igate_grad, fgate_grad (Tensor): Shape (B, NH, N).
-        c_grad (Tensor): Gradient of c = SiLU(a) without the part of q and k, shape (B, N, E).
+        c_grad (Tensor): Gradient of c = SiLU(a) except through q and k, shape (B, N, E).
         a (Tensor): The convolution's output, shape (B, N, E).
         x, weights, grid, reverse: As in the forward pass.
-        x_grad (Tensor): The gradient of x is written here, shape (B, N, E), any token stride.
+        x_grad (Tensor): Output for the gradient of x, shape (B, N, E), any token stride.
 
     Returns:
         Tensor: Flat sums for :func:`split_gradients`.
 
     Raises:
-        ValueError: If ``x_grad`` cannot be written as rows of channels.
+        ValueError: If ``x_grad`` is not a view of rows of channels.
     """
     batch, length, channels = x.shape
     heads, tokens = igate_grad.shape[1], batch * length
@@ -339,7 +339,7 @@ def before_cell_backward(
             NH=heads,
             WIDTH=w.q_weight.shape[-1],
             GATES=gate_columns(heads),
-            # The range of float32 counts more here than the last digits.
+            # Here the range of float32 matters more than its last digits.
             GATE_DTYPE=tl.float32 if single else tl.bfloat16,
             PRECISION=dot_precision(x.dtype),
             T=token_tile,
@@ -348,7 +348,7 @@ def before_cell_backward(
             num_stages=1,
         )
     tile = min(64, triton.next_power_of_2(channels))
-    # Registers for four blocks on a multiprocessor; Triton for AMD refuses the option.
+    # Registers for four blocks per multiprocessor; Triton for AMD rejects the option.
     four_blocks = {} if single or torch.version.hip else dict(maxnreg=128)
     convolution_backward_kernel[(programs, triton.cdiv(channels, tile))](
         a_grad=a_grad,
@@ -371,7 +371,7 @@ def before_cell_backward(
 
 
 def gradient_sizes(weights: BeforeCellWeights) -> dict[str, int]:
-    """Sizes of the parts of :func:`before_cell_backward`'s result, room for biases included."""
+    """Sizes of the parts of :func:`before_cell_backward`'s result, including space for biases."""
     w = weights
     channels, gates = len(w.conv_weight), w.igate_weight
     return dict(

@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`, which keep
+"""The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`. They save
 the same tensors for backward, and more with ``settings.keep_cell``.
 
-There remain the matrix products of torch, the norm, the cell, and what is fused before and after
-it. Under autocast, casts of weights included, these are 10 launches beside the cell's in the
-forward pass and 18 in the backward pass, where the PyTorch form has about 48 and 105. The parts are
-operators of torch, so a compiler sees one node for each.
+What remains are torch's matrix products, the norm, the cell, and one fused part before and one
+after it. Under autocast, including casts of weights, this takes 10 launches besides the cell's in
+the forward pass and 18 in the backward pass, versus about 48 and 105 in the PyTorch form. Each part
+is a torch operator, so a compiler sees one node for it.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from .norm_skip_gate import after_cell, after_cell_backward
 def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute the layer, as :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
+    """Compute the layer like :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
     norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
     x_norm = torch.ops.mmvil.layer_norm(x, *norm, settings.dtype)
     up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
@@ -50,7 +50,7 @@ def forward(
 def gradients(
     y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
-    """Compute all gradients, as :func:`mmvil.ops.vil_layer_eager.gradients`."""
+    """Compute all gradients like :func:`mmvil.ops.vil_layer_eager.gradients`."""
     x, x_m, z, h, igate, fgate, normalizer, *cell = kept
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
@@ -59,7 +59,7 @@ def gradients(
         *cell, _ = torch.ops.mmvil.before_cell(x_m, weights, grid, heads, reverse, False)
     a, q, k, v = cell
 
-    # Down-projection, and what is between the cell and it.
+    # Down-projection, and the fused part after the cell.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
     gated, h_grad, delta, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
         y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
@@ -68,7 +68,7 @@ def gradients(
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
     del gated_grad, gated
 
-    # The cell, and what is between the up-projection and it.
+    # Cell, and the fused part before it.
     q_grad, k_grad, v_grad, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form, delta
     )

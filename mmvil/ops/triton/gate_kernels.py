@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Kernels of the gate scalars (see :mod:`mmvil.ops.gates`) and their gradients.
 
-One program per sample and head scans its sequence, in blocks if it is very long. Sums run in one
-fixed order without atomics, so results repeat to the bit. All scalars lie in reading order, (B *
-NH, N padded to whole tiles). The logarithms g and M are in bits, and relative to ``base``, the M of
-the first token of every tile of ROWS tokens.
+One program per sample and head scans its sequence, in blocks if it is very long. Sums run in a
+fixed order without atomics, so results are bitwise reproducible. All scalars are in reading order,
+(B * NH, N padded to whole tiles). The logarithms g and M are base 2 and relative to ``base``, the M
+of the first token of every tile of ROWS tokens.
 """
 
 import math
@@ -24,7 +24,7 @@ def _larger(a, b):
 
 @triton.jit
 def _add_within_run(total_a, starts_a, total_b, starts_b):
-    """Combine two stretches of a sum that begins anew wherever ``starts`` is 1."""
+    """Combine two segments of a sum that restarts wherever ``starts`` is 1."""
     return tl.where(starts_b != 0, total_b, total_a + total_b), starts_a | starts_b
 
 
@@ -87,10 +87,10 @@ def gate_gradients_kernel(
 ):  # fmt: skip
     r"""Compute the gradients of the gates from those of the weights' logarithms.
 
-    m_t is a copy of one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j.
-    So the walk from the last token to the first sums the gradients of m, and hands the sum over at
-    every such j. F_t appears in row t with a plus and in column t with a minus, and log f_s in all
-    F_t from s onwards: one more sum in the same direction.
+    m_t equals one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j. So the
+    scan from the last token to the first sums the gradients of m, and assigns the sum at every such
+    j. F_t appears in row t with a plus and in column t with a minus, and log f_s in every F_t from
+    s on: one more sum in the same direction.
     """
     program = tl.program_id(0)
     fgate = matrix(fgate, fgate_strides, program, heads)

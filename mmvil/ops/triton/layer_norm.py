@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""LayerNorm between features of different dtypes, without copies in float32 in memory.
+"""LayerNorm between features of different dtypes, without float32 copies in memory.
 
-The residual stream is often in float32, and matrix products want half precision. The backward
-kernel computes the output again, which the gradient of the next weight needs, so that nothing but
-the input is kept or read twice.
+The residual stream is often in float32, while matrix products need half precision. The backward
+kernel recomputes the output, which the gradient of the next weight needs, so only the input is
+saved.
 """
 
 import torch
@@ -19,7 +19,9 @@ from .tiles import load_row
 
 @triton.jit
 def normalize(x, present, eps, WIDTH: tl.constexpr):
-    """Normalize rows of x, zero outside their WIDTH channels; return the inverse deviation, too."""
+    """Normalize rows of x, zero outside their WIDTH channels, and return the inverse deviation,
+    too.
+    """
     mean = tl.sum(x, axis=1) / WIDTH
     centred = tl.where(present, x - mean[:, None], 0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
@@ -57,8 +59,8 @@ def layer_norm_backward_kernel(
     tokens, tokens_per_program, eps,
     D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Compute y again, the gradient of x, and partial sums of those of weight and bias (2, D), for
-    some tiles of tokens.
+    """Recompute y, and compute the gradient of x and partial sums of those of weight and bias (2,
+    D), for some tiles of tokens.
     """
     program, channel = tl.program_id(0), tl.arange(0, C)
     present = channel < D
@@ -127,7 +129,7 @@ def layer_norm_backward(
         x, weight, bias, eps: As in the forward pass.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The output again; gradients of x, and of weight and bias
+        tuple[Tensor, Tensor, Tensor]: The recomputed output; gradients of x, and of weight and bias
         (2, D) in float32.
     """
     rows, tile, size = token_rows(x), _tile(x, 1024), x.shape[-1]

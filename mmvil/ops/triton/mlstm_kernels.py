@@ -1,16 +1,16 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Matrix products of the chunkwise mLSTM (equations in :mod:`mmvil.ops.triton.mlstm_launch`).
 
-A program works on one tile of tokens or of a state, of one sample and head. Positions count in
-reading order: a reversed cell gets negative strides, so that the kernels know one direction only.
+A program processes one tile of tokens or of a state, of one sample and head. Positions are in
+reading order: a reversed cell has negative strides, so the kernels implement one direction only.
 
-The logarithms g and M count in bits, so that a weight is one exp2. Each is the sum of ``base``, in
-float64 for every tile of ROWS tokens, and of an offset from it in float32: only differences enter
-a weight, and those that matter are between tokens nearby. Rows of scalars are padded to whole
-tiles, with g = -inf and M = inf.
+The logarithms g and M are base 2, so that a weight is one exp2. Each is the sum of ``base``, in
+float64 for every tile of ROWS tokens, and a float32 offset from it: only differences enter a
+weight, and those that matter are between nearby tokens. Rows of scalars are padded to whole tiles,
+with g = -inf and M = inf.
 
-On Hopper, matrix products run beside other instructions only as long as the assembler can follow
-their accumulators. It cannot through a branch, so absent states make loops of no steps instead.
+On Hopper, matrix products overlap with other instructions only if the assembler can track their
+accumulators. It cannot across a branch, so absent states make loops of zero steps instead.
 """
 
 import triton
@@ -39,7 +39,7 @@ def denominators_kernel(
     heads, length, padded,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute 1 / denominator of every token, and the gradients that need no matrix product."""
+    """Compute 1 / denominator of every token and the gradients that need no matrix product."""
     tiles = padded // ROWS
     program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
     token = start + tl.arange(0, ROWS)
@@ -123,7 +123,9 @@ def sum_states_kernel(
     states, state_vectors, running_max, base, length, chunk,
     DH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Turn the chunks' parts into states: sums from the first chunk on or (GRAD) the last back."""
+    """Turn the chunks' parts into states: sums from the first chunk on or (GRAD) from the last
+    back.
+    """
     blocks: tl.constexpr = (DH * DH + BLOCK - 1) // BLOCK
     program, block = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
     running_max += tl.cast(program, tl.int64) * tl.cdiv(length, ROWS) * ROWS
@@ -177,7 +179,7 @@ def _add_state(
 
 @triton.jit
 def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
-    """Load a part of a vector (DH, ) as a row, 0 if it is not present."""
+    """Load a part of a vector (DH, ) as a row; zero if it is not present."""
     column = left + tl.arange(0, WIDTH)
     inside = column < tl.where(present, DH, 0)
     return tl.load(vector + column, mask=inside, other=0.0)[None, :]
@@ -295,9 +297,9 @@ def gradients_kernel(
     """Compute dq, dk, dv, and the gradient of g, of a tile of tokens in one of PARTS of its
     columns.
 
-    Neighbouring programs compute one of these each, at the same time, so that all inputs come from
-    memory once. dk and dv are computed TOGETHER where both fit into registers. The gradient of g
-    is the sum of PARTS, (PARTS, B * NH, N).
+    Neighbouring programs each compute one of these at the same time, so that inputs are read from
+    memory once. dk and dv are computed TOGETHER where both fit into registers. The gradient of g is
+    the sum of PARTS, (PARTS, B * NH, N).
     """
     ROLES: tl.constexpr = 2 if TOGETHER else 3
     role, place = tl.program_id(0) % ROLES, tl.program_id(0) // ROLES

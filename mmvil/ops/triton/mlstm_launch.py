@@ -15,14 +15,14 @@ M_t} / \sqrt{d} \le 1 / \sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t
 
 All four have one form: scores of two features, times weights, times a third feature. One kernel
 computes h, and one all gradients; a program holds one tile of tokens, in full head width or a part
-of it, and walks through its chunk. Other chunks contribute by one product with the incoming (DH,
-DH) state of the chunk, or with the gradient of the state after it. Both are computed as parts of
-all chunks side by side, and a sum of these from chunk to chunk.
+of it, and loops over its chunk. Other chunks contribute by one product with the incoming (DH, DH)
+state of the chunk, or with the gradient of the state after it. Both are computed as contributions
+of all chunks in parallel, followed by a sum from chunk to chunk.
 
-Nothing quadratic is ever written to memory: scores and states are recomputed in the backward pass,
-from the inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are,
-as the matrix units would round them to it in any case, and in float32 otherwise (float16 lacks the
-range for a sum over all tokens).
+Nothing quadratic is written to memory: the backward pass recomputes scores and states from the
+inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are, because
+matrix units would round them anyway, and in float32 otherwise (float16 lacks the range for a sum
+over all tokens).
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ from .mlstm_kernels import (
 from .tiles import dot_precision
 
 GATE_BLOCK = 2048
-"""Tokens of a sequence whose gates are scanned at once."""
+"""Tokens per block of the gate scans."""
 
 
 class Tiling(NamedTuple):
@@ -68,25 +68,26 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
-    """Choose what fits into registers and ``shared`` bytes of memory, instead of autotuning.
+    """Choose tiles that fit into registers and ``shared`` bytes of memory, instead of autotuning.
 
-    The sizes come from compiled code, not from a GPU: ``python -m tests.test_ops.triton_offline``
-    prints it. A warp computes 16 rows; with fewer, warps would share them and repeat each other's
-    scores. At widths 96 and 192 these are the largest tiles without spilled registers (2 blocks and
-    1 on an H100). Beyond, programs split the columns of the output, so that 2 blocks fit again.
+    The sizes are derived from compiled code, which ``python -m tests.test_ops.triton_offline``
+    prints, and were not tuned on a GPU. A warp computes 16 rows; with fewer, warps would repeat
+    each other's scores. At widths 96 and 192 these are the largest tiles without register spills (2
+    blocks and 1 on an H100). Beyond, programs split the columns of the output, so that 2 blocks fit
+    again.
     """
     width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
     tiles = triton.cdiv(head_width, width)
     padded = width * tiles
     parts = tiles if padded > 192 else 1
     itemsize = dtype.itemsize
-    # GPUs before Hopper hold the rows of a tile in registers too.
+    # GPUs before Hopper also hold the rows of a tile in registers.
     few_registers = width == 64 and shared < 200 * 1024
-    if itemsize == 4:  # too many registers for a warp of its own to 16 rows
+    if itemsize == 4:  # one warp per 16 rows would take too many registers
         rows = columns = 32 if padded <= 64 else 16
         warps = 4 if padded < 128 else 8
     elif padded < 128:
-        # In float16 products are kept in range, which takes more registers.
+        # Keeping float16 products in range takes more registers.
         rows, columns, warps = 64, 64 if dtype == torch.bfloat16 else 32, 4
     else:
         rows, warps = (128, 8) if parts == 1 else (64, 4)
@@ -107,7 +108,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
 
 
 class _Cell:
-    """Launches of one call, with the sizes, constants and gate scalars that they share."""
+    """Launches of one call, with their common sizes, constants and gate scalars."""
 
     def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: int | None):
         batch, heads, self.length, self.width = q.shape
@@ -170,7 +171,7 @@ class _Cell:
         return by_token
 
     def states(self, a: Tensor, b: Tensor, by_token: dict[str, Tensor] | None = None):
-        """Incoming states and normalizers of all chunks but the first, or gradients of both."""
+        """Incoming states and normalizers of all chunks except the first, or gradients of both."""
         shape = (self.programs, self.bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
@@ -232,7 +233,7 @@ class _Cell:
         )
 
     def backward_scalars(self, by_token: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        names = ('inverse', 'normalizer_grad')  # in the forward pass any pointer will do
+        names = ('inverse', 'normalizer_grad')  # unused in the forward pass
         return {name: by_token[name] if by_token else self.floor for name in names}
 
     def gate_gradients(self, by_token, source_grad, igate_grad, fgate_grad) -> None:
@@ -267,7 +268,7 @@ def mlstm_forward(
         q, k, v (Tensor): Shape (B, NH, N, DH), any strides; float16, bfloat16 or float32.
         igate, fgate (Tensor): Gate pre-activations, shape (B, NH, N), any strides and float dtype.
         reverse (bool): Read from last to first.
-        chunk_size (int, optional): Tokens in a chunk, rounded up to whole tiles.
+        chunk_size (int, optional): Tokens per chunk, rounded up to whole tiles.
 
     Returns:
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N)
@@ -306,9 +307,9 @@ def mlstm_backward(
     Args:
         h_grad (Tensor): Gradient of h, shape (B, NH, N, DH), any strides.
         q, k, v, igate, fgate, reverse, chunk_size: As in the forward pass.
-        h, normalizer (Tensor): Its results.
+        h, normalizer (Tensor): Results of the forward pass.
         delta (Tensor, optional): Sum over channels of h times its gradient, shape (B, NH, N).
-            Default: computed from both.
+            Computed if None.
 
     Returns:
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH) and of igate, fgate (B, NH, N), in

@@ -3,10 +3,10 @@ r"""Head-wise norm, skip and output gate of the ViL layer as fused kernels, forw
 
 .. math:: y = (\mathrm{norm}(h) \cdot w + b + s \cdot \mathrm{SiLU}(a)) \cdot \mathrm{SiLU}(z)
 
-The norm is over the channels of a head. In units of one (B, N, E) tensor the forward kernel reads
-h, a and z and writes y: 4 units, 1 launch. The backward kernel reads the gradient of y, h, a and z,
-and writes the gradients of h, c = SiLU(a) and z, and y again for the weight gradient of the
-down-projection: 8 units, and a small second launch for the sums over tokens.
+The norm is over the channels of a head. In one launch, the forward kernel reads h, a and z and
+writes y: 4 tensors of shape (B, N, E). The backward kernel reads the gradient of y, h, a and z, and
+writes the gradients of h, c = SiLU(a) and z, and y again for the weight gradient of the
+down-projection: 8 tensors, and a small second launch for the sums over tokens.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def after_cell_backward_kernel(
     tokens, length, tokens_per_program, eps,
     E: tl.constexpr, NH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of some tiles of tokens and one head, h as (B, N, E), and delta."""
+    """Compute gradients and delta of some tiles of tokens and one head, with h as (B, N, E)."""
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = y.dtype.element_ty
     program = tl.program_id(0)
@@ -115,7 +115,7 @@ def after_cell_backward_kernel(
 
         dh = normalize_backward(d_mixed * w, h_norm, rstd, DH).to(dtype)
         tl.store(h_grad + here, dh, mask=inside)
-        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)  # again, to spare registers
+        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)  # again, to save registers
         to = delta + (batch * NH + head) * length + position
         tl.store(to, tl.sum(dh.to(tl.float32) * h_tile, axis=1), mask=token < tokens)
 
@@ -144,8 +144,8 @@ def after_cell(
     Args:
         h (Tensor): Output of the cell, shape (B, NH, N, DH), any strides.
         a (Tensor): Output of the convolution, shape (B, N, E), any strides.
-        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied
-            unless channels are side by side.
+        z (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied unless
+            channels are adjacent.
         weight, skip (Tensor): Shape (E, ), any floating dtype.
         bias (Tensor, optional): Shape (E, ).
         eps (float): Epsilon of the norm.
@@ -179,11 +179,11 @@ def after_cell_backward(
         h, a, z, weight, bias, skip, eps: As in the forward pass.
 
     Returns:
-        tuple: y of the forward pass (B, N, E); gradient of h (B, NH, N, DH), with the memory of
-        (B, N, E); the sum over channels of h times that (B, NH, N), in float32; gradients of c =
-        SiLU(a) (B, N, E) and of both halves of the up-projection's output (B, N, 2E), of which only
-        the second, that of z, is written; gradients of weight, bias and skip, and the sum of that
-        of z over tokens (4, E), in float32.
+        tuple: y of the forward pass (B, N, E); gradient of h (B, NH, N, DH), in the memory layout
+        of (B, N, E); the sum over channels of h times that gradient (B, NH, N), in float32;
+        gradients of c = SiLU(a) (B, N, E) and of both halves of the up-projection's output (B, N,
+        2E), of which only the second, that of z, is written; gradients of weight, bias and skip,
+        and the sum of that of z over tokens (4, E), in float32.
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
     tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]

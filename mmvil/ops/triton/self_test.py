@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Self-test of the kernels: cell and layer, forward and backward, at the sizes of real images.
 
-They must agree with PyTorch, and repeat to the last bit. ``backend='auto'`` runs this in a process
-of its own before it uses the kernels (see :mod:`mmvil.ops.triton.verdict`); by hand::
+They must agree with PyTorch and be bitwise reproducible. ``backend='auto'`` runs this in a separate
+process before it uses the kernels (see :mod:`mmvil.ops.triton.verdict`). To run it manually::
 
     python -m mmvil.ops.triton.self_test --dtype bfloat16 --head-width 96
 """
@@ -25,13 +25,13 @@ from ..vil_layer_common import LayerSettings, LayerWeights
 from .verdict import FAILED, IMPOSSIBLE, TIMEOUT
 
 TILE = 16
-"""Rows of the smallest tile. If a head's part of it is wrong, its error is about 0.5."""
+"""Rows of the smallest tile. If one head's part of it is wrong, its error is about 0.5."""
 SLACK = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""Error of a tile that rounding explains, beside four times the error of PyTorch."""
+"""Tolerance for rounding errors of a tile, in addition to four times the error of PyTorch."""
 
 
 class Case(NamedTuple):
-    """Sizes of an input, and the layer that it is for."""
+    """Input sizes and options of a layer."""
 
     batch: int
     grid: tuple[int, int]
@@ -50,7 +50,7 @@ CASES = (
 def check(
     device: torch.device, dtype: torch.dtype, head_width: int, cases: Sequence[Case] = CASES
 ) -> str | None:
-    """Compare the kernels with PyTorch, and with a second run.
+    """Compare the kernels with PyTorch and with a second run.
 
     Args:
         device (torch.device): Device to run on.
@@ -62,7 +62,7 @@ def check(
         str, optional: Description of the first problem, or None.
     """
     exact = torch.float64 if dtype == torch.float32 else torch.float32
-    tf32 = dtype == torch.float32 and tf32_is_allowed()  # it has as many digits as float16
+    tf32 = dtype == torch.float32 and tf32_is_allowed()  # same precision as float16
     slack = SLACK[torch.float16 if tf32 else dtype]
     for case in cases:
         for name, run in (('cell', _run_cell), ('layer', _run_layer)):
@@ -71,7 +71,7 @@ def check(
             again = run(*inputs, dtype, 'triton')
             plain = run(*inputs, dtype, 'chunkwise')
             expected = run(*inputs, exact, 'chunkwise')
-            # Gradients far below the others are differences of terms as large as they are.
+            # Gradients far below the others are differences of terms as large as the others.
             floor = 1e-2 * max(_row_size(value) for value in expected.values())
             for key, value in expected.items():
                 what = f'{key} of the {name} ({case})'
@@ -79,7 +79,7 @@ def check(
                 if not error <= 4 * usual + slack:
                     return f'got wrong numbers: {what}, error {error:.1e}, PyTorch has {usual:.1e}'
                 if not torch.equal(results[key], again[key]):
-                    return f'got other bits the second time: {what}'
+                    return f'got different bits in a second run: {what}'
     return None
 
 
@@ -102,7 +102,7 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _results(function: Callable[..., Tensor], leaves: dict[str, Tensor | None], randn):
-    """Output of a function and gradients of its leaves that are not None."""
+    """Output of a function and gradients of those leaves that are not None."""
     tensors = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
     output = function(**{**leaves, **tensors})
     seed = randn(*output.shape).to(output.dtype)
@@ -111,22 +111,22 @@ def _results(function: Callable[..., Tensor], leaves: dict[str, Tensor | None], 
 
 
 def _generator(device: torch.device):
-    """Random numbers, the same for every run."""
+    """Random number generator with a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)
 
 
 def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> dict[str, Tensor]:
-    """Run the cell alone: the layer's norm hides errors of the normalizer."""
+    """Run the cell alone, because the layer's norm hides errors of the normalizer."""
     randn = _generator(device)
     batch, tokens = case.batch, case.grid[0] * case.grid[1]
 
-    def features():  # numbers that half precision has, in the layout of tokens
+    def features():  # exact in half precision, in the layout of tokens
         x = randn(batch, tokens, case.heads, head_width).bfloat16().to(dtype)
         return x.transpose(1, 2)
 
     leaves = dict(
-        q=features().abs(),  # so that no sum is near zero and blows up rounding errors
+        q=features().abs(),  # so that no sum near zero amplifies rounding errors
         k=features().abs(),
         v=features(),
         igate=randn(batch, case.heads, tokens),
@@ -140,7 +140,7 @@ def _run_cell(case: Case, head_width: int, device, dtype, backend: str) -> dict[
 
 
 def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> dict[str, Tensor]:
-    """Run the fused layer as under autocast: parameters in float32."""
+    """Run the fused layer with float32 parameters, as under autocast."""
     randn = _generator(device)
     tokens, inner = case.grid[0] * case.grid[1], case.heads * head_width
     width = inner // 2
@@ -197,10 +197,10 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument('--tf32', action='store_true', help='round operands in float32 to TF32')
     args = parser.parse_args(args)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # if nobody waits any more
+    faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # if no process waits any more
     torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')
     torch.backends.cudnn.allow_tf32 = False
-    torch.zeros((), device=args.device)  # a missing device is no fault of the kernels: raise
+    torch.zeros((), device=args.device)  # raise here if the device is missing
     try:
         problem = check(args.device, getattr(torch, args.dtype), args.head_width)
         status = FAILED if problem else 0

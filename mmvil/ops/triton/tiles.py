@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Loads, stores and products of tiles: a head of any width as a row of tiles.
 
-The sides of a tensor in Triton are powers of two, and matrix units want at least 16. ViL's head
-widths are 96, 192 and 384, so a row of features is held as a tuple of TILES tensors, each WIDTH
-columns wide: 3 x 32, 3 x 64, 3 x 128. Columns beyond the head's width are masked.
+Tensor sizes in Triton are powers of two, and matrix units need at least 16. ViL's head widths are
+96, 192 and 384, so a row of features is held as a tuple of TILES tensors, each WIDTH columns wide:
+3 x 32, 3 x 64, 3 x 128. Columns beyond the head's width are masked.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..compat import tf32_is_allowed
 
-# The interpreter multiplies bfloat16 matrices as if they were integers.
+# The interpreter treats bfloat16 as integers in matrix products.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -26,14 +26,14 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 def dot_precision(dtype: torch.dtype) -> str:
     """PRECISION of :func:`dot` by the dtype of the features."""
-    # Beside half precision tf32 will do: it has all the digits of float16.
+    # TF32 suffices next to half precision: it is as precise as float16.
     exact = dtype == torch.float32 and not tf32_is_allowed()
     return 'tf32x3' if exact else 'tf32'
 
 
 @triton.jit
 def load_row(pointer, index, present):
-    """Parameters with an entry per channel as a row in float32; zero where there are none."""
+    """Load parameters with one entry per channel as a float32 row; zero where there are none."""
     if pointer is None:
         return tl.zeros(index.shape, tl.float32)[None, :]
     else:
@@ -80,7 +80,7 @@ def load_tile(
 
 @triton.jit
 def _inside(row, rows, column, DH: tl.constexpr, WIDTH: tl.constexpr):
-    """Mask of what is inside a matrix (rows, DH); no column is outside where WIDTH divides DH."""
+    """Mask of entries inside a matrix (rows, DH); all columns are inside if WIDTH divides DH."""
     inside = (row < rows)[:, None]
     if DH % WIDTH != 0:
         inside = inside & (column < DH)[None, :]
@@ -92,7 +92,7 @@ def store_tiles(
     first, strides, start, length, left, tiles,
     ROWS: tl.constexpr, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Store what :func:`load_tiles` loads, in the dtype of the matrix."""
+    """Store tiles where :func:`load_tiles` loads them, in the dtype of the matrix."""
     row = tl.arange(0, ROWS)
     first += tl.cast(start, tl.int64) * strides[2]
     for i in tl.static_range(TILES):
@@ -106,7 +106,7 @@ def store_tiles(
 def scores(
     a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Compute a @ b^T of two tuples of tiles: (ROWS, COLUMNS) in float32."""
+    """Compute a @ b^T of two tuples of tiles, (ROWS, COLUMNS) in float32."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(TILES):
         total = dot(a[i], tl.trans(b[i]), total, PRECISION)
@@ -124,7 +124,7 @@ def add_product(totals, weights, tiles, TILES: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def scaled(tiles, factor, TILES: tl.constexpr):
-    """Multiply every row by its factor."""
+    """Multiply each row by its factor."""
     products = ()
     for i in tl.static_range(TILES):
         products = products + (tiles[i] * factor[:, None],)
@@ -135,10 +135,11 @@ def scaled(tiles, factor, TILES: tl.constexpr):
 def add_product_in_range(
     totals, scale, weights, tiles, TILES: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Add a product as :func:`add_product`, with weights that may exceed the dtype of the tiles.
+    """Add a product like :func:`add_product`, with weights that may exceed the range of the tiles'
+    dtype.
 
-    Float16 ends at 65504. Rows with larger weights are scaled down, and so are their totals: the
-    sum is totals / scale. Scales start at 1 and never grow.
+    The maximum of float16 is 65504. Rows with larger weights are scaled down, and so are their
+    totals: the sum is totals / scale. Scales start at 1 and never grow.
     """
     dtype: tl.constexpr = tiles[0].dtype
     if dtype == tl.float16:

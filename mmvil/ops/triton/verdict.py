@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Cached verdict on whether the kernels pass their self-test on this machine.
+"""Cached result of the kernels' self-test on this machine.
 
-Versions of Triton and of ptxas, NVIDIA's assembler, have compiled such kernels into code that is
-wrong on one GPU and right on the next, or that crashes or hangs. So on the first use of a
+Some versions of Triton and of ptxas, NVIDIA's assembler, compile such kernels into code that is
+wrong on one GPU and right on another, or that crashes or hangs. So on the first use of a
 combination of GPU model, dtype, head width and these versions, :mod:`mmvil.ops.triton.self_test`
-runs in a process of its own, for which other processes wait. The verdict is kept beside torch's
-other caches, in ``~/.cache/torch/mmvil``, or where ``TORCH_HOME`` or ``XDG_CACHE_HOME`` put it.
+runs in a separate process, for which other processes wait. The result is stored next to torch's
+other caches, in ``~/.cache/torch/mmvil`` unless ``TORCH_HOME`` or ``XDG_CACHE_HOME`` are set.
 """
 
 import fcntl
@@ -31,18 +31,17 @@ from ..compat import tf32_is_allowed
 
 TIMEOUT = 480
 """Seconds after which the self-test counts as hung. Other processes of the node wait for it, and
-those of other nodes perhaps for these, in collective operations that give up after 600 seconds.
+those of other nodes may wait for these, in collective operations that time out after 600 seconds.
 """
 FAILED = 10
 IMPOSSIBLE = 75
-"""Exit statuses of the self-test: the kernels are at fault; nothing is known about them
-(EX_TEMPFAIL)."""
+"""Exit statuses of the self-test: the kernels are faulty; the test could not run (EX_TEMPFAIL)."""
 
 _logger = logging.getLogger('mmvil')
 
 
 class Subject(NamedTuple):
-    """The combination of hardware, software and sizes that a verdict holds for."""
+    """Combination of hardware, software and sizes that a verdict applies to."""
 
     gpu: str
     dtype: str
@@ -51,7 +50,7 @@ class Subject(NamedTuple):
     triton: str
     ptxas: str
     ptxas_variable: str
-    """Environment variable with the path of another ptxas."""
+    """Environment variable for the path of another ptxas."""
     kernels: str
     """Digest of the kernels' source."""
 
@@ -67,7 +66,7 @@ class Verdict(NamedTuple):
 
     problem: str | None
     lasting: bool = True
-    """Whether another test would find the same; if not, nothing is known about the kernels."""
+    """Whether a second test would give the same result; if not, the kernels remain untested."""
 
 
 def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
@@ -86,7 +85,7 @@ def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | 
 def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str | None:
     try:
         subject = _subject(index, dtype, head_width, tf32)
-    except Exception as error:  # a version of Triton that hides its compiler, or lacks it
+    except Exception as error:  # versions of Triton without a compiler, or with another interface
         return f"the compiler's version cannot be read ({type(error).__name__}: {error})"
     digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:16]
     file = Path(torch.hub.get_dir()).parent / 'mmvil' / f'kernels_{digest}.json'
@@ -121,11 +120,11 @@ def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Sub
 
 
 def _ptxas(arch: int) -> tuple[str, str]:
-    """Version of the ptxas that Triton uses for a GPU, and the variable that sets another."""
+    """Version of the ptxas that Triton uses for a GPU, and the variable that selects another."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
-    # Newer versions of Triton have one for older GPUs and one for newer GPUs.
+    # Newer versions of Triton ship one for older and one for newer GPUs.
     tool = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()
     text = subprocess.run([tool.path, '--version'], capture_output=True, text=True).stdout
     full = re.search(r'\bV([\d.]+)', text)
@@ -178,7 +177,9 @@ def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
 
 
 def _acquire(lock: TextIO, timeout: float) -> bool:
-    """Wait for a lock, which ends with its process; return False after ``timeout`` seconds."""
+    """Wait for a lock, which its process releases when it ends; return False after ``timeout``
+    seconds.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -188,7 +189,7 @@ def _acquire(lock: TextIO, timeout: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
-        except OSError:  # a file system without locks: better test twice than not at all
+        except OSError:  # no locks on this file system: test in every process
             return True
 
 
@@ -207,7 +208,7 @@ def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
         _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
 
 
-# -- The test in a process of its own --------------------------------------------------------------
+# -- The test in a separate process ----------------------------------------------------------------
 
 
 def _test(subject: Subject, index: int) -> Verdict:
@@ -254,11 +255,11 @@ def _command(subject: Subject, index: int) -> list[str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a process that hangs or was interrupted, with its children."""
+    """Kill a process that hangs or was interrupted, including its children."""
     if process.poll() is not None:
         return
     os.killpg(process.pid, signal.SIGKILL)
     try:
         process.communicate(timeout=10)
-    except subprocess.TimeoutExpired:  # stuck in a driver, where no signal arrives
+    except subprocess.TimeoutExpired:  # stuck in a driver, out of reach of signals
         pass
