@@ -79,5 +79,5 @@ def test_mean_corruption_error_refuses_paths_of_another_layout():
     metric = MeanCorruptionError(reference_errors=dict(fog=80.0))
     with pytest.raises(ValueError, match="'mist'.*CORRUPTION/SEVERITY"):
         evaluate(metric, corrupted('mist', 1, 1, 0))
-    with pytest.raises(ValueError, match=r'^fog/x\.png is .*expected CORRUPTION/SEVERITY'):
+    with pytest.raises(ValueError, match=r'^fog/x\.png has .*expected CORRUPTION/SEVERITY'):
         evaluate(metric, [sample([0.9, 0.1], 0, 'fog/x.png')])

@@ -13,8 +13,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +26,9 @@ PROBLEM = unavailable(DEVICE, torch.float32, 8)
 if PROBLEM and 'Triton is' in PROBLEM:
     pytest.skip(PROBLEM, allow_module_level=True)
 
+pytest.importorskip('hypothesis')
+from hypothesis import Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
