@@ -253,7 +253,7 @@ def before_cell(
 
 
 def channel_tile(dtype: torch.dtype) -> int:
-    """Channels in a tile of the kernels that multiply matrices.
+    """Channels per tile of the kernels with matrix products.
 
     Products need 16, but Triton 3.9 does not compile 16 of half precision for Hopper and Blackwell.
     """
