@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM for masked image modeling in the manner of SimMIM.
+"""Vision-LSTM for masked image modeling with SimMIM.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu: SimMIM: A Simple Framework for Masked Image Modeling, CVPR
 2022 (arXiv 2111.09886).
@@ -14,14 +14,13 @@ from .vision_lstm import VisionLSTM
 
 @MODELS.register_module()
 class MaskedVisionLSTM(VisionLSTM):
-    """Vision-LSTM with a learned token in place of each masked patch: the backbone of mmpretrain's
-    ``SimMIM``.
+    """Vision-LSTM with a learned token in place of each masked patch, for mmpretrain's ``SimMIM``.
 
-    Arguments and parameters are those of :class:`VisionLSTM`, and ``mask_token`` (1, 1, D), which
-    is used in pre-training only.
+    Arguments and parameters are those of :class:`VisionLSTM`, plus the parameter ``mask_token`` (1,
+    1, D), which is used in pre-training only.
 
     Raises:
-        ValueError: As :class:`VisionLSTM` does, and if patches overlap.
+        ValueError: As :class:`VisionLSTM`, and if patches overlap.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -35,7 +34,7 @@ class MaskedVisionLSTM(VisionLSTM):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Extract features of all patches of masked images, as :meth:`VisionLSTM.forward` does.
+        """Extract features of all patches of masked images, see :meth:`VisionLSTM.forward`.
 
         Args:
             x (Tensor): Images, shape (B, C, H, W).
@@ -44,7 +43,7 @@ class MaskedVisionLSTM(VisionLSTM):
 
         Raises:
             ValueError: If the mask does not have one entry per patch, and as
-                :meth:`VisionLSTM.embed` does.
+                :meth:`VisionLSTM.embed`.
         """
         if mask is None:
             return super().forward(x)
@@ -56,7 +55,7 @@ class MaskedVisionLSTM(VisionLSTM):
                 f'Expected a mask with one entry per patch of {patch} x {patch} pixels for '
                 f'{batch} images of {height} x {width}, but got the shape {tuple(mask.shape)}. '
                 'Images must be a multiple of the patch size, and model_patch_size and input_size '
-                'of the mask generator equal to the sizes of patches and images.'
+                'of the mask generator must equal the sizes of patches and images.'
             )
         masked = mask.flatten(1).unsqueeze(2).bool()
         tokens = torch.where(masked, self.mask_token, tokens)
@@ -69,6 +68,6 @@ class MaskedVisionLSTM(VisionLSTM):
         return super().get_layer_depth(param_name, prefix)
 
     def reset_parameters(self) -> None:
-        """Initialize all parameters as the constructor does."""
+        """Initialize all parameters like the constructor."""
         super().reset_parameters()
         nn.init.trunc_normal_(self.mask_token, std=0.02)

@@ -24,19 +24,19 @@ from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias
 
-torch.fx.wrap('resize_pos_embed')  # symbolic tracing keeps it whole: it depends on sizes
+torch.fx.wrap('resize_pos_embed')  # not traced symbolically, because it depends on sizes
 
 
 @MODELS.register_module()
 class VisionLSTM(BaseModule):
     """Vision-LSTM (ViL).
 
-    A stack of mLSTM blocks over image patches; blocks 0, 2, 4 ... read the tokens from the top left
-    to the bottom right, blocks 1, 3, 5 ... in the opposite direction. Images may have any size of
-    at least one patch: where patches do not tile an image, zeros are added on the right and at the
-    bottom, and the position embedding is resized to the token grid.
+    A stack of mLSTM blocks over image patches. Blocks 0, 2, 4, ... read the tokens from the top
+    left to the bottom right, blocks 1, 3, 5, ... in the opposite direction. Images may have any
+    size of at least one patch: images that patches do not tile are zero-padded on the right and at
+    the bottom, and the position embedding is resized to the token grid.
 
-    Parameter names, which stay: ``patch_embed.projection.*``, ``pos_embed`` (1, gh, gw, D),
+    Parameter names, which are stable: ``patch_embed.projection.*``, ``pos_embed`` (1, gh, gw, D),
     ``layers.{i}.skip`` and ``layers.{i}.{norm, proj_up, conv, q_proj, k_proj, v_proj, igate, fgate,
     out_norm, proj_down}.*``, ``norm.*`` (with ``final_norm``), ``pool_norm.*`` (with a bilateral
     ``out_type``), ``pyramid.levels.{i}.*`` (with ``pyramid``).
@@ -45,42 +45,45 @@ class VisionLSTM(BaseModule):
         arch (str | dict): 'tiny' ('t'), 'small' ('s'), 'base' ('b'), 'tiny_plus' or 'small_plus';
             or a dict with ``embed_dims`` (a multiple of 8) and ``depth`` (number of mLSTM blocks).
             Default: 'base'.
-        version (int): 2, the paper's final model, or 1, its first. Default: 2.
-        img_size (int | tuple[int, int]): Image size, height first, for which position embeddings
-            are made. Default: 224.
+        version (int): 2 for the final model of the paper, or 1 for its first version. Default: 2.
+        img_size (int | tuple[int, int]): Image size, height first, that sets the grid of position
+            embeddings. Default: 224.
         patch_size (int): Side of a patch in pixels. Default: 16.
-        stride (int, optional): Pixels from patch to patch; 8 gives the long-sequence models.
+        stride (int, optional): Step between patches in pixels; 8 for the long-sequence models.
             Default: ``patch_size``.
         in_channels (int): Default: 3.
-        out_indices (int | Sequence[int]): Blocks whose output is returned, ascending, 0-based,
-            negative ones from the end. Blocks after the last one are not built. Default: -1.
-        final_norm (bool): LayerNorm on the last output; off in the UperNet recipe. Default: True.
+        out_indices (int | Sequence[int]): 0-based indices of the blocks whose output is returned,
+            ascending; negative ones count from the end. Later blocks are not built. Default: -1.
+        final_norm (bool): Apply a LayerNorm to the last output; off in the UperNet recipe. Default:
+            True.
         out_type (str): 'featmap' (B, D, gh, gw), 'raw' (B, N, D), 'bilateral_concat' (B, 2D): first
-            and last token side by side, or 'bilateral_avg' (B, D): their mean. On the last output
+            and last token concatenated, or 'bilateral_avg' (B, D): their mean. On the last output,
             the bilateral types end with their own norm, so that a linear head completes the
             classifier (v2 was trained with 'bilateral_concat', v1 with 'bilateral_avg'). Default:
             'featmap'.
         pyramid (dict, optional): Rescale the feature maps to different strides. Keys: ``strides``,
-            one per output, or several for one output, such as (4, 8, 16, 32), powers of two times
-            the stride of the patches; ``out_channels`` (None | int | Sequence[int]), widths of a
+            such as (4, 8, 16, 32), one per output or several for a single output, powers of two
+            times the patch stride; ``out_channels`` (None | int | Sequence[int]), channels after a
             projection; ``norm_cfg``, default ``dict(type='BN')``. Maps are cropped to the image
             size divided by the stride, rounded up. Default: None.
-        drop_path_rate (float): Stochastic depth. Default: 0.
-        drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the rate in the
-            last. Default: 'uniform'.
-        frozen_stages (int): Freeze the embeddings and that many blocks; 0 freezes the embeddings
-            only, -1 nothing. Frozen blocks stay in evaluation mode. Default: -1.
-        with_cp (bool): Activation checkpointing: keep only the inputs of blocks for backward.
+        drop_path_rate (float): Stochastic depth rate. Default: 0.
+        drop_path_mode (str): 'uniform', or 'linear' from 0 in the first block to the full rate in
+            the last. Default: 'uniform'.
+        frozen_stages (int): Freeze the embeddings and this number of blocks; 0 freezes the
+            embeddings only, -1 nothing. Frozen blocks stay in evaluation mode. Default: -1.
+        with_cp (bool): Use activation checkpointing, which saves only the inputs of blocks.
             Default: False.
-        backend (str): Form of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
-        lean (bool | str): What backward keeps, see :class:`mmvil.layers.ViLBlock`. Default: True.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` takes our
-            checkpoints (of a backbone, or of a whole model) and the official ones (files, URLs, or
-            short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts
-            weights of RGB images to ``in_channels``. Default: None.
+        backend (str): Backend of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
+        lean (bool | str): Save memory in training, see :class:`mmvil.layers.ViLBlock`. Default:
+            True.
+        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` loads
+            mmvil's checkpoints (of a backbone or a whole model) and official ones (files, URLs, or
+            short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts RGB
+            weights to ``in_channels``. Default: None.
 
     Raises:
-        ValueError: For unknown choices and sizes that do not fit, with the possible values.
+        ValueError: If a choice is unknown or sizes do not fit; the message lists the possible
+            values.
     """
 
     num_heads = 4
@@ -144,8 +147,7 @@ class VisionLSTM(BaseModule):
             raise ValueError(
                 f'img_size must be at least one patch ({patch_size}), but is {img_size}.'
             )
-        # One embedding per patch of an image cut without overlap, in the models with overlap too:
-        # they resize it.
+        # One embedding per non-overlapping patch, even if patches overlap: these models resize it.
         self.pos_embed = nn.Parameter(
             torch.empty(1, height // patch_size, width // patch_size, self.embed_dims)
         )
@@ -285,8 +287,8 @@ class VisionLSTM(BaseModule):
             tuple[Tensor, tuple[int, int]]: Tokens in row-major order (B, N, D), and the token grid.
 
         Raises:
-            ValueError: If x is not a batch of images of ``in_channels`` channels and at least
-                one patch.
+            ValueError: If x is not a batch of images with ``in_channels`` channels, at least one
+                patch large.
         """
         x, grid = self.patch_embed(x)
         return self.add_positions(x, grid), grid
@@ -303,11 +305,11 @@ class VisionLSTM(BaseModule):
         Args:
             x (Tensor): Tokens with positions, shape (B, N, D), row-major.
             grid (tuple[int, int]): Token grid.
-            image_size (tuple[int, int]): Height and width of the images, to which the maps of a
-                ``pyramid`` are cropped.
+            image_size (tuple[int, int]): Height and width of the images, which determine how the
+                maps of a ``pyramid`` are cropped.
 
         Returns:
-            tuple[Tensor]: As of :meth:`forward`.
+            tuple[Tensor]: Features, as returned by :meth:`forward`.
         """
         outputs = []
         for index, layer in enumerate(self.layers):
@@ -325,8 +327,8 @@ class VisionLSTM(BaseModule):
         return tuple(outputs)
 
     def _format(self, x: Tensor, grid: tuple[int, int], last: bool) -> Tensor:
-        """Convert the tokens (B, N, D) after a block to ``out_type``; norms belong to the last
-        output.
+        """Convert the tokens (B, N, D) after a block to ``out_type``; norms apply to the last
+        output only.
         """
         if last and self.norm is not None:
             x = self.norm(x)
@@ -338,7 +340,7 @@ class VisionLSTM(BaseModule):
         return self.pool_norm(x) if last else x
 
     def pool(self, x: Tensor, out_type: str | None = None) -> Tensor:
-        """Pool tokens (B, N, D) bilaterally: first and last concatenated (B, 2D), or their mean
+        """Pool tokens (B, N, D) bilaterally: concatenate first and last (B, 2D), or average them
         (B, D) with ``out_type='bilateral_avg'``. Default: the backbone's ``out_type``.
         """
         first, last = x[:, 0], x[:, -1]
@@ -349,7 +351,7 @@ class VisionLSTM(BaseModule):
     # ---------------------------------------------------------------- training
 
     def _freeze(self) -> None:
-        """Stop gradients into the frozen part, and keep it in evaluation mode."""
+        """Disable gradients of the frozen part and set it to evaluation mode."""
         if self.frozen_stages < 0:
             return
         self.pos_embed.requires_grad_(False)
@@ -364,8 +366,8 @@ class VisionLSTM(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Return the depth of a parameter for layer-wise learning rate decay, which counts pairs
-        of blocks.
+        """Return the depth of a parameter for layer-wise learning rate decay, counted in pairs of
+        blocks.
 
         Args:
             param_name (str): Name of the parameter.
@@ -373,8 +375,8 @@ class VisionLSTM(BaseModule):
 
         Returns:
             tuple[int, int]: Layer id and number of layers. Embeddings are layer 0, pair p is layer
-            p + 1, all else belongs to the last; a parameter's learning rate is ``decay ** (number -
-            1 - id)`` times the base.
+            p + 1, everything else is in the last layer. The learning rate is scaled by ``decay **
+            (number - 1 - id)``.
         """
         num_layers = (len(self.layers) + 1) // 2 + 2
         if param_name.startswith((f'{prefix}pos_embed', f'{prefix}patch_embed.')):
@@ -385,18 +387,18 @@ class VisionLSTM(BaseModule):
     # ---------------------------------------------------------------- weights
 
     def reset_parameters(self) -> None:
-        """Initialize all parameters as the constructor does, after ``to_empty`` of a model built on
-        the meta device.
+        """Initialize all parameters like the constructor, for instance after ``to_empty`` of a
+        model built on the meta device.
         """
         _, *modules = self.modules()
-        for module in reversed(modules):  # the parts first: a block initializes them in its own way
+        for module in reversed(modules):  # submodules first: blocks reinitialize theirs
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def init_weights(self) -> None:
-        """Load a checkpoint if ``init_cfg`` names one; otherwise the constructor has initialized
-        everything.
+        """Load a checkpoint if ``init_cfg`` names one; otherwise keep the constructor's
+        initialization.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
             load_pretrained(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
@@ -407,16 +409,16 @@ class VisionLSTM(BaseModule):
     def adapt_pretrained(
         self, state_dict: dict[str, Tensor], prefix: str = ''
     ) -> dict[str, Tensor]:
-        """Adapt pre-trained weights of RGB images to ``in_channels``, and log it.
+        """Adapt pre-trained RGB weights to ``in_channels``, and log it.
 
-        ``load_state_dict`` does not: a trained model belongs to images of its own channels.
+        ``load_state_dict`` does not do this, because a trained model has its own input channels.
 
         Args:
-            state_dict (dict[str, Tensor]): Weights to start from; not changed.
-            prefix (str): Prefix of the backbone's weights in it. Default: ''.
+            state_dict (dict[str, Tensor]): Pre-trained weights; not modified.
+            prefix (str): Prefix of the backbone's weights. Default: ''.
 
         Returns:
-            dict[str, Tensor]: The weights; a new dict if one was adapted.
+            dict[str, Tensor]: The weights; a new dict if any was adapted.
 
         Raises:
             ValueError: If the weights have neither 3 nor ``in_channels`` channels.
@@ -424,8 +426,8 @@ class VisionLSTM(BaseModule):
         return adapt_backbone_channels(state_dict, self.in_channels, prefix)
 
     def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
-        """Convert an official checkpoint that is about to be loaded into a whole classifier;
-        mmpretrain's ``ImageClassifier`` calls this.
+        """Convert an official checkpoint before it is loaded into a whole classifier; called by
+        mmpretrain's ``ImageClassifier``.
         """
         source = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
         if not is_official(source):
@@ -439,21 +441,21 @@ class VisionLSTM(BaseModule):
         state_dict.update({prefix + key: value for key, value in converted.items()})
 
     def _check_loaded_channels(self, state_dict: dict, prefix: str, *args) -> None:
-        """Reject weights for other channels: mmengine would only warn, and continue with a random
-        patch embedding.
+        """Reject weights for other input channels: mmengine would only warn and leave the patch
+        embedding random.
         """
         given = input_channels(state_dict, prefix)
         if given in (None, self.in_channels):
             return
         raise ValueError(
-            f'The checkpoint is of images of {given} channels, but the model has '
+            f'The checkpoint has {given} input channels, but the model has '
             f'in_channels={self.in_channels}. Test and resume with the in_channels of the '
             "checkpoint; weights to start from belong in the backbone's init_cfg, or in load_from "
             'with the hook mmvil.engine.AdaptInputChannelsHook, which tools/train.py has.'
         )
 
     def _resize_loaded_pos_embed(self, state_dict: dict, prefix: str, *args) -> None:
-        """Resize the position embedding of another image size."""
+        """Resize a position embedding for another image size."""
         name = prefix + 'pos_embed'
         loaded = state_dict.get(name, self.pos_embed)
         if loaded.shape == self.pos_embed.shape or not fits(name, loaded, self.pos_embed):

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Checkpoint files: official ones, names of tensors, safe loading, atomic saving, resuming.
+"""Checkpoint files: official checkpoints, key conversion, safe loading, atomic saving, resuming.
 
 Importing this registers ``mmvil://`` and the backend 'mmvil_atomic' with mmengine.
 """

@@ -10,10 +10,11 @@ PARTIAL = '.partial'
 
 
 class AtomicLocalBackend(LocalBackend):
-    """Local files that appear under their name only when they are complete and on the disk.
+    """Local file backend whose files appear under their name only once they are complete and on
+    disk.
 
-    mmengine itself leaves half a file as the newest checkpoint when it is killed or the disk is
-    full; with ``CheckpointHook(backend_args=ATOMIC)`` it does not.
+    By default, mmengine leaves a truncated file as the newest checkpoint if it is killed or the
+    disk is full. ``CheckpointHook(backend_args=ATOMIC)`` prevents this.
     """
 
     def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
@@ -31,10 +32,10 @@ class AtomicLocalBackend(LocalBackend):
         except BaseException as error:
             if os.path.exists(partial):
                 os.remove(partial)
-            if isinstance(error, OSError):  # say which file, in words that the caller may show
+            if isinstance(error, OSError):  # name the file, in a message for users
                 raise OSError(error.errno, os.strerror(error.errno or 0), filepath) from error
             raise
-        if os.name == 'posix':  # the new name, too, survives a loss of power
+        if os.name == 'posix':  # so that the new name survives a power failure, too
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -47,7 +48,7 @@ ATOMIC = dict(backend='mmvil_atomic')  # the ``backend_args`` of mmengine's func
 
 
 def replace(source: str, target: str) -> None:
-    """Give a complete file or folder its final name, which an older checkpoint may have."""
+    """Rename a complete file or folder to its final name, replacing an older checkpoint."""
     if os.path.isdir(target):
         shutil.rmtree(target)
     os.replace(source, target)

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Adapt the weights of RGB models to images with other channels."""
+"""Adapt RGB weights to other numbers of input channels."""
 
 from collections.abc import Mapping
 
@@ -11,11 +11,11 @@ _FIRST_WEIGHT = 'patch_embed.projection.weight'
 
 
 def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
-    """Adapt the weight of an RGB model's patch embedding to images with other channels.
+    """Adapt the weight of an RGB model's patch embedding to another number of input channels.
 
-    One channel gets the sum over red, green and blue, so that a gray image yields the same output
-    as its RGB copy. More channels repeat the three in turn, scaled by ``3 / in_channels`` to keep
-    the magnitude of the sum. The rule is that of ``timm.models._manipulate.adapt_input_conv``.
+    A single channel gets the sum over red, green and blue, so that a gray image yields the same
+    output as its RGB copy. More channels repeat the three in turn, scaled by ``3 / in_channels`` to
+    preserve the magnitude of the sum, as in ``timm.models._manipulate.adapt_input_conv``.
 
     Args:
         weight (Tensor): Shape (D, C, P, P).
@@ -32,8 +32,8 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
         return weight
     if given != 3:
         raise ValueError(
-            f'The checkpoint is of images of {given} channels, the model has '
-            f'in_channels={in_channels}: only weights of RGB images, 3 channels, can be adapted. '
+            f'The checkpoint has {given} input channels, but the model has '
+            f'in_channels={in_channels}; only RGB weights (3 channels) can be adapted. '
             f'Choose such a checkpoint, or in_channels={given}.'
         )
     precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -48,8 +48,8 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
 def adapt_backbone_channels(
     state_dict: dict[str, Tensor], in_channels: int, prefix: str = ''
 ) -> dict[str, Tensor]:
-    """Adapt pre-trained weights of a backbone, whose names have a prefix, by
-    :func:`adapt_input_channels`, and log it. Return a new dict if there was something to adapt.
+    """Adapt pre-trained weights of a backbone, whose names have a prefix, with
+    :func:`adapt_input_channels`, and log it. Return a new dict if any weight was adapted.
     """
     given = input_channels(state_dict, prefix)
     if given in (None, in_channels):
@@ -61,6 +61,6 @@ def adapt_backbone_channels(
 
 
 def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> int | None:
-    """Channels of the images for which a backbone's weights are, None if they do not say."""
+    """Input channels of a backbone's weights, or None if there is no patch embedding."""
     weight = state_dict.get(prefix + _FIRST_WEIGHT)
     return weight.shape[1] if weight is not None and weight.dim() == 4 else None

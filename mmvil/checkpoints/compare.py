@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Compare a state dict with the one that a model needs."""
+"""Compare a state dict with that of a model."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -19,11 +19,11 @@ def describe_misfit(
         state_dict (Mapping[str, Tensor]): Tensors to be loaded.
         wanted (Mapping[str, Tensor]): State dict of the model.
         optional (Collection[str]): Names that may be missing.
-        strict (bool): Report names that the model does not have, too. Default: False.
-        limit (int, optional): Tensors to name per kind of misfit. Default: 4.
+        strict (bool): Also report names that the model does not have. Default: False.
+        limit (int, optional): Number of tensors to list per kind of mismatch. Default: 4.
 
     Returns:
-        str: Missing tensors, tensors of other shapes, and unknown ones; empty if all fit.
+        str: Missing tensors, tensors of other shapes, and unknown ones; empty if everything fits.
     """
     total = f'of {len(wanted)} tensors'
     missing = [name for name in wanted if name not in state_dict and name not in optional]
@@ -45,8 +45,8 @@ def describe_misfit(
 
 
 def fits(name: str, given: Tensor, wanted: Tensor) -> bool:
-    """Whether a tensor can be loaded: its shape is equal, or it is a position embedding, whose grid
-    the backbone resizes.
+    """Whether a tensor can be loaded: it has the right shape, or is a position embedding, whose
+    grid the backbone resizes.
     """
     if name.endswith('pos_embed'):
         return given.dim() == wanted.dim() and given.shape[-1] == wanted.shape[-1]

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Convert official Vision-LSTM state dicts to ours, and read the architecture off a state dict."""
+"""Convert official Vision-LSTM state dicts, and infer the architecture from a state dict."""
 
 import re
 from collections import defaultdict
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# The training checkpoints and the standalone models, whose version 2 counts pairs of blocks.
+# Training checkpoints and standalone models, whose version 2 counts pairs of blocks.
 _OFFICIAL_BLOCK = re.compile(
     r'(?:xlstm\.)?blocks\.(?P<number>\d+)\.(?:rowwise_from_(?P<corner>top_left|bot_right)\.)?'
     r'(?:xlstm\.|layer\.)?(?P<rest>.+)'
@@ -31,11 +31,11 @@ def is_official(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Extract the weights of a checkpoint by the names of a plain model of ours.
+    """Extract the weights of a checkpoint, under the names of a plain mmvil model.
 
     Args:
-        checkpoint (Mapping): A checkpoint with ``state_dict``, or a state dict; ours or an official
-            one, see :func:`vil_to_mmvil`.
+        checkpoint (Mapping): A checkpoint with ``state_dict``, or a state dict, of mmvil or
+            official, see :func:`vil_to_mmvil`.
 
     Returns:
         dict[str, Tensor]: A new dict, without the prefix ``module.`` that DDP adds.
@@ -51,8 +51,8 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Both official layouts are supported, in versions 1 and 2: that of the training checkpoints
     (``xlstm.blocks.*``) and that of the standalone models (``blocks.*``, ``norm``,
-    ``legacy_norm``). The norms inside the block stack store their weight minus 1; the 1 is added in
-    float64, so that a float64 model loses no digit (loading rounds to the model's dtype).
+    ``legacy_norm``). The norms inside the blocks store their weight minus 1; the 1 is added in
+    float64, so that float64 models stay exact (loading rounds to the model's dtype).
 
     Args:
         state_dict (Mapping[str, Tensor]): Official names and tensors.
@@ -61,7 +61,7 @@ def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dict[str, Tensor]: Our names and tensors.
 
     Raises:
-        ValueError: If the state dict is not an official one, or names in it are not known.
+        ValueError: If the state dict is not official or contains unknown names.
     """
     names = official_names(state_dict)
     unknown = [key for key, name in names.items() if name is None]
@@ -82,11 +82,11 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
         state_dict (Mapping[str, Tensor]): Official names and tensors.
 
     Returns:
-        dict[str, str | None]: From each official name to ours, or to None where there is no such
-        tensor in a Vision-LSTM. Masks that were stored by accident are left out.
+        dict[str, str | None]: From each official name to ours, or to None if a Vision-LSTM has no
+        such tensor. Masks that were stored by accident are omitted.
 
     Raises:
-        ValueError: If the state dict is not an official one.
+        ValueError: If the state dict is not official.
     """
     if not is_official(state_dict):
         raise ValueError(
@@ -97,7 +97,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
         norm, pool_norm, head = 'xlstm.post_blocks_norm', 'head.0', 'head.1'
     elif any('rowwise_from' in key for key in state_dict):
         norm, pool_norm, head = 'norm', 'legacy_norm', 'head'
-    else:  # the standalone models swapped the roles of their two norms between the versions
+    else:  # the two norms of standalone models swapped roles between versions
         norm, pool_norm, head = 'legacy_norm', 'norm', 'head'
     outside = {
         'patch_embed.proj': 'backbone.patch_embed.projection',
@@ -119,7 +119,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
 
 
 def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
-    """Our name of a parameter of a block, or None."""
+    """Our name for a block's parameter, or None if it is unknown."""
     block = int(number)
     if corner:
         block = 2 * block + (corner == 'bot_right')
@@ -133,7 +133,7 @@ def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
 
 def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if a block of a classifier in our layout is missing, or its tensors differ
-    from those of the first block in names or shapes.
+    in name or shape from those of the first block.
     """
     blocks = defaultdict(set)
     for key, value in state_dict.items():
@@ -148,10 +148,10 @@ def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
-    """Read the sizes of a classifier off its tensors.
+    """Infer the sizes of a classifier from its tensors.
 
-    The stride of the patches cannot be read off: the position embedding has one entry per patch of
-    an image cut without overlap, in the models with overlap too.
+    The patch stride cannot be inferred: the position embedding has one entry per non-overlapping
+    patch, even in models with overlapping ones.
 
     Args:
         state_dict (Mapping[str, Tensor]): A classifier in our layout, see :func:`vil_to_mmvil`.
@@ -161,19 +161,18 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
         width), out_type, num_classes.
 
     Raises:
-        ValueError: If a tensor that is needed for this is missing or has an impossible shape.
+        ValueError: If a required tensor is missing or has an impossible shape.
     """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         if name not in state_dict:
             raise ValueError(
-                f'There is no {name} (as it is called here), which a Vision-LSTM classifier has.'
+                f'There is no {name} (converted name), which a Vision-LSTM classifier needs.'
             )
         found = tuple(state_dict[name].shape)
         if len(found) != dims:
             raise ValueError(
-                f'{name} (as it is called here) has {len(found)} dimensions, {found}, instead of '
-                f'{dims}.'
+                f'{name} (converted name) has {len(found)} dimensions, {found}, instead of {dims}.'
             )
         return found
 

@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Load checkpoints from files, folders of shards, and the web, here and through mmengine.
+"""Load checkpoints from files, folders of shards and the web, directly or through mmengine.
 
-Importing this lets mmengine load the official checkpoints by ``mmvil://NAME`` and by their URL, in
-``init_cfg``, ``load_from`` and wherever else it takes a checkpoint.
+Importing this lets mmengine load the official checkpoints by ``mmvil://NAME`` and by URL, in
+``init_cfg``, ``load_from`` and wherever else it accepts a checkpoint.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def load_safely(path: str | os.PathLike, map_location=None) -> dict:
     """Load a checkpoint without running code that it may contain.
 
     Args:
-        path (str): A file, see :func:`mmvil.checkpoints.safe_load.load_file`; or the folder of a
+        path (str): A file, see :func:`mmvil.checkpoints.safe_load.load_file`, or the folder of a
             sharded checkpoint, whose weights are joined.
         map_location: See :func:`torch.load`. Default: None.
     """
@@ -36,23 +36,23 @@ def load_safely(path: str | os.PathLike, map_location=None) -> dict:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint from any source, without running code, and check that it holds weights.
+    """Read a checkpoint from any source without running code, and check that it contains weights.
 
     Args:
         path (str | Path): The file.
 
     Returns:
-        dict: Its content, on the CPU; under 'state_dict' a dict of tensors.
+        dict: The checkpoint on the CPU, with a dict of tensors as 'state_dict'.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, damaged, or cannot be read without running code.
+        ValueError: If it is not a checkpoint, damaged, or cannot be read without running code.
     """
     try:
         checkpoint = load_safely(path, 'cpu')
     except UntrustedCheckpointError as error:
         raise ValueError(
-            f'{error}. If you trust its source, let PyTorch read it with weights_only=False and '
+            f'{error}. If you trust its source, load it with torch.load(weights_only=False) and '
             "save dict(state_dict=checkpoint['state_dict']) to another file."
         ) from error
     if not (isinstance(checkpoint, Mapping) and 'state_dict' in checkpoint):
@@ -61,12 +61,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not (isinstance(state, Mapping) and state) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
-        raise ValueError(f'{path} holds no state dict, that is, names with tensors.')
+        raise ValueError(f'{path} contains no state dict (a mapping from names to tensors).')
     return checkpoint
 
 
 def register_safe_loaders() -> None:
-    """Make mmengine load checkpoints from local files and from the web by :func:`load_safely`.
+    """Make mmengine load checkpoints from local files and the web with :func:`load_safely`.
 
     This covers ``load_from``, ``--resume``, ``init_cfg``, and OpenMMLab's inference functions.
     """
@@ -82,31 +82,31 @@ def register_safe_loaders() -> None:
 
 
 def cached_path(official: OfficialCheckpoint) -> Path:
-    """Path at which mmengine, PyTorch and timm keep an official file after downloading it."""
+    """Path at which mmengine, PyTorch and timm cache an official file."""
     return _cached(official.url)
 
 
 def fetch_checkpoint(address: str) -> Path:
-    """Download an official checkpoint unless it is in the cache, and return the file. All processes
-    of a distributed run have to call this; process 0 goes first.
+    """Download an official checkpoint unless it is cached, and return its path. A collective call
+    of all processes, in which process 0 goes first.
 
     Args:
         address (str): ``mmvil://NAME`` or the URL, see :func:`mmvil.checkpoints.find_official`.
 
     Raises:
-        ValueError: If there is no official checkpoint of this name.
-        FileNotFoundError: If it cannot be downloaded, with the file to put where.
+        ValueError: If there is no official checkpoint with this name.
+        FileNotFoundError: If it cannot be downloaded; the message says where to put the file.
     """
     return _fetch(find_official(address).url, address)
 
 
 @CheckpointLoader.register_scheme(('mmvil://', re.escape(OFFICIAL_URL)), force=True)
 def load_from_mmvil(filename: str, map_location=None) -> dict[str, Any]:
-    """Load an official checkpoint for mmengine: fetch it, read it safely, convert it.
+    """Load an official checkpoint for mmengine: download, read safely, and convert it.
 
     Returns:
-        dict: ``state_dict``, and in ``meta`` the ``architecture``, the name of the ``source`` file
-        and its SHA-256 (``source_sha256``).
+        dict: ``state_dict``, and ``meta`` with the ``architecture``, the name of the ``source``
+        file and its SHA-256 (``source_sha256``).
     """
     path = fetch_checkpoint(filename)
     try:
@@ -123,7 +123,7 @@ def load_from_mmvil(filename: str, map_location=None) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as a hexadecimal number."""
+    """SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while block := file.read(1 << 20):
@@ -136,11 +136,11 @@ def _cached(url: str) -> Path:
 
 
 def _fetch(url: str, address: str = '') -> Path:
-    """Download a file unless it is in the cache, process 0 first."""
+    """Download a file unless it is cached, process 0 first."""
     path = _cached(url)
     if not is_main_process():
         barrier()
-    if not path.is_file():  # after process 0, on other machines only
+    if not path.is_file():  # in other processes, on other machines only
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Under a temporary name until it is complete.

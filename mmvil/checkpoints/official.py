@@ -8,15 +8,15 @@ OFFICIAL_URL = 'https://ml.jku.at/research/vision_lstm/download/'
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """A published file.
+    """A published checkpoint file.
 
     Args:
-        model (str): Name of the model for ``mmvil.get_model``, the one that the authors use.
+        model (str): Name of the model for ``mmvil.get_model``, as used by the authors.
         file (str): Name of the file.
         version (int): Version of the model.
         arch (str): ``arch`` of :class:`mmvil.VisionLSTM`.
         top1 (float): Published top-1 accuracy on ImageNet-1K in percent.
-        stride (int): Pixels from patch to patch. Patches are 16 x 16, images 224 x 224.
+        stride (int): Step between patches in pixels. Patches are 16 x 16, images 224 x 224.
     """
 
     model: str
@@ -28,7 +28,7 @@ class OfficialCheckpoint:
 
     @property
     def name(self) -> str:
-        """Short name for ``mmvil://NAME``: 'vil2_tiny16' for the model 'vil2-tiny'."""
+        """Short name for ``mmvil://NAME``, such as 'vil2_tiny16' for the model 'vil2-tiny'."""
         version, arch, *variant = self.model.split('-')
         return '_'.join([version, f'{arch}16', *variant])
 
@@ -63,11 +63,11 @@ def find_official(address: str) -> OfficialCheckpoint:
     """Find a published checkpoint by its address.
 
     Args:
-        address (str): ``mmvil://NAME`` with a short name or the name of the file, the URL of the
-            file, or the name of the model.
+        address (str): ``mmvil://NAME`` with a short name or file name, the URL of the file, or the
+            name of the model.
 
     Raises:
-        ValueError: If there is none, with the short names to choose from.
+        ValueError: If there is none; the message lists the short names.
     """
     wanted = address.removeprefix('mmvil://').removeprefix(OFFICIAL_URL)
     for each in OFFICIAL_CHECKPOINTS:

@@ -12,14 +12,13 @@ from .keys import weights_of
 
 
 def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None) -> None:
-    """Load a backbone from a checkpoint of ours or an official one, and log which tensors were
-    loaded.
+    """Load a backbone from an mmvil or official checkpoint, and log which tensors were loaded.
 
     Args:
         backbone (VisionLSTM): The backbone.
         filename (str): File, URL or ``mmvil://NAME``.
-        prefix (str, optional): Prefix of the backbone's weights. Default: 'backbone.' if there are
-            such names, else none.
+        prefix (str, optional): Prefix of the backbone's weights. Default: 'backbone.' if any name
+            has it, else none.
 
     Raises:
         ValueError: If the checkpoint does not fit.
@@ -47,8 +46,8 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
 
 
 def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Raise a ValueError, which names the source, unless a state dict, without prefix, has the
-    embeddings and every block of a backbone in the right shapes.
+    """Raise a ValueError unless a state dict, without prefix, has the embeddings and all blocks of
+    a backbone in the right shapes. The message names the source.
     """
     own = backbone.state_dict()
     trunk = ('patch_embed.', 'pos_embed', 'layers.')

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Find the checkpoint from which a training resumes."""
+"""Find the checkpoint to resume training from."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from .safe_load import DamagedCheckpointError, load_file
 
 
 def verify(path: str | os.PathLike, trusted: bool = False) -> None:
-    """Check that a checkpoint file is complete: its checksums are right, and it loads.
+    """Check that a checkpoint file is complete: its checksums are correct, and it loads.
 
     Args:
         path (str): The file.
@@ -37,18 +37,18 @@ def find_good_checkpoint(
     """Find the newest complete checkpoint in a work dir; checkpoints may run code if ``trusted``.
 
     Returns:
-        tuple[str | None, list[str]]: Its path, or None if there is none; and for each newer one,
-        what is wrong with it.
+        tuple[str | None, list[str]]: Its path, or None; and for each newer checkpoint, the reason
+        why it was skipped.
     """
     paths = {path for path in Path(work_dir).glob('*.pth') if _step(path) >= 0}
-    named = Path(work_dir, 'last_checkpoint')  # where the hook has another out_dir
+    named = Path(work_dir, 'last_checkpoint')  # for hooks with another out_dir
     if named.is_file() and named.read_text().strip():
         paths.add(Path(named.read_text().strip()))
     complaints = []
     existing = filter(Path.exists, paths)
     for path in sorted(existing, key=lambda p: (p.stat().st_mtime, _step(p)), reverse=True):
         try:
-            if path.is_file():  # else the folder that a sharded training writes
+            if path.is_file():  # otherwise the folder of a sharded checkpoint
                 verify(path, trusted)
             return str(path), complaints
         except DamagedCheckpointError as error:

@@ -12,28 +12,28 @@ from mmengine.logging import HistoryBuffer
 
 
 class DamagedCheckpointError(ValueError):
-    """A file that is no checkpoint, or only a part of one."""
+    """A file that is not a checkpoint, or incomplete."""
 
 
 class UntrustedCheckpointError(ValueError):
-    """A checkpoint that asks for more than tensors and numbers, and might run code."""
+    """A checkpoint that needs more than tensors and numbers, and may run code."""
 
 
 def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False) -> dict:
-    """Load a checkpoint file, in either of PyTorch's formats.
+    """Load a checkpoint file in either of PyTorch's formats.
 
-    The pickle inside a checkpoint can name any function for Python to call. Here it may name what
-    checkpoints are made of: tensors, containers, numbers, NumPy arrays, and mmengine's logs, which
-    ``torch.load(weights_only=True)`` cannot be told to take before PyTorch 2.5.
+    The pickle inside a checkpoint can make Python call any function. Here it may only use the
+    contents of usual checkpoints: tensors, containers, numbers, NumPy arrays, and mmengine's logs,
+    which ``torch.load(weights_only=True)`` cannot be configured to accept before PyTorch 2.5.
 
     Args:
         path (str): The file.
         map_location: See :func:`torch.load`. Default: None.
-        trusted (bool): Let it name anything, and thus run code. Default: False.
+        trusted (bool): Allow everything, including running code. Default: False.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UntrustedCheckpointError: If the file names something else.
+        UntrustedCheckpointError: If the file uses anything else.
         DamagedCheckpointError: If it cannot be read.
     """
     if not os.path.exists(path):
@@ -43,17 +43,17 @@ def load_file(path: str | os.PathLike, map_location=None, trusted: bool = False)
         if not trusted and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 files = [name.rpartition('/')[2] for name in archive.namelist()]
-            if 'constants.pkl' in files:  # for torch.jit.load
+            if 'constants.pkl' in files:  # a TorchScript archive
                 raise UntrustedCheckpointError('is TorchScript, which may run code')
         return torch.load(path, map_location, pickle_module=pickle_module, weights_only=False)
     except UntrustedCheckpointError as error:
         raise UntrustedCheckpointError(f'{path} {error}') from None
     except (PermissionError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
-    except Exception as error:  # zip, pickle and torch fail in many ways on half a file
+    except Exception as error:  # truncated files fail in many ways in zip, pickle and torch
         reason = str(error).split('. ')[0].split('\n')[0]
         raise DamagedCheckpointError(
-            f'{path} is damaged or no checkpoint: {type(error).__name__}: {reason}'
+            f'{path} is damaged or not a checkpoint: {type(error).__name__}: {reason}'
         ) from error
 
 
@@ -61,8 +61,8 @@ def check_pickle(path: str | os.PathLike) -> None:
     """Check that a bare pickle can be loaded without running code that it contains.
 
     Raises:
-        UntrustedCheckpointError: If it names what checkpoints are not made of.
-        DamagedCheckpointError: If it is no pickle, or only a part of one.
+        UntrustedCheckpointError: If it uses anything that checkpoints do not need.
+        DamagedCheckpointError: If it is not a pickle, or incomplete.
     """
     try:
         with open(path, 'rb') as file:
@@ -73,7 +73,7 @@ def check_pickle(path: str | os.PathLike) -> None:
         raise DamagedCheckpointError(f'{path} is damaged: {error}') from error
 
 
-# -- What the pickle in a checkpoint may name ------------------------------------------------------
+# -- Names that the pickle in a checkpoint may use -------------------------------------------------
 
 _NUMPY_CORE = ('numpy.core.multiarray', 'numpy._core.multiarray')
 _ALLOWED = {
@@ -84,7 +84,7 @@ _ALLOWED = {
     'collections': {'OrderedDict', 'defaultdict', 'deque'},
     '_codecs': {'encode'},  # bytes, in the protocol that torch.save uses
     'torch': {'Size', 'Tensor', 'device'},
-    'torch._tensor': {'_rebuild_from_type_v2'},  # tensors with attributes: FSDP marks its own
+    'torch._tensor': {'_rebuild_from_type_v2'},  # tensors with attributes, which FSDP sets
     'torch._utils': {'_rebuild_parameter', '_rebuild_tensor', '_rebuild_tensor_v2'},
     'numpy': {'dtype', 'ndarray'},
     **dict.fromkeys(_NUMPY_CORE, {'_reconstruct', 'scalar'}),
@@ -120,7 +120,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _statistics_method(owner, name: str):
-    """The only attributes that checkpoints look up: mmengine's logs hold methods of their own."""
+    """Return one of the methods that mmengine's logs store, the only attributes that checkpoints
+    use.
+    """
     if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(owner, name)
     raise UntrustedCheckpointError(f'asks for the attribute {name!r} of {owner!r}')

@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Sharded checkpoints: a folder to which every process has written its share.
+"""Sharded checkpoints: folders to which every process writes its share.
 
 The tensors are written and read by ``torch.distributed.checkpoint``: any number of processes can
-read what any other number wrote, also a single one without a process group. What is not sharded
-(schedules, logs, the config) is stored beside them in one ordinary checkpoint file.
+read what any other number wrote, including a single one without a process group. Everything that is
+not sharded (schedules, logs, the config) is stored next to them in one ordinary checkpoint file.
 """
 
 import errno
@@ -18,7 +18,7 @@ from mmengine.runner import save_checkpoint
 from .atomic import ATOMIC, PARTIAL, replace
 from .safe_load import DamagedCheckpointError, check_pickle, load_file
 
-INDEX = '.metadata'  # the name that torch gives it
+INDEX = '.metadata'  # torch's name for it
 REST = 'rest.pth'
 WEIGHTS = 'state_dict'
 
@@ -27,8 +27,8 @@ def require_shards() -> None:
     """Raise a ValueError if the installed PyTorch is too old for sharded checkpoints."""
     if torch.__version__ < (2, 7):
         raise ValueError(
-            f'sharded checkpoints need PyTorch 2.7 or later, and this is {torch.__version__}. '
-            "Checkpoints in one file, state_dict_cfg='full', do not."
+            f'sharded checkpoints need PyTorch 2.7 or later, but this is {torch.__version__}. '
+            "Use state_dict_cfg='full', which writes a single file."
         )
 
 
@@ -43,7 +43,7 @@ def save_shards(folder: str, tensors: dict[str, dict], rest: dict) -> None:
     Args:
         folder (str): Target, on a disk that all machines share.
         tensors (dict[str, dict]): Nested dicts of sharded tensors, such as ``state_dict``.
-        rest (dict): Anything else that a checkpoint holds, the same in all processes.
+        rest (dict): The rest of the checkpoint, equal in all processes.
 
     Raises:
         OSError: If it cannot be written, for instance because the disk is full.
@@ -53,7 +53,7 @@ def save_shards(folder: str, tensors: dict[str, dict], rest: dict) -> None:
     folder = os.fspath(folder).rstrip('/')
     partial = folder + PARTIAL
     if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)  # left by a training that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left over from an interrupted run
     barrier()
     try:
         checkpoint.save(tensors, checkpoint_id=partial)
@@ -61,7 +61,7 @@ def save_shards(folder: str, tensors: dict[str, dict], rest: dict) -> None:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
         cause = next(iter(error.failures.values()))[0]
-        if 'inline_container' in str(cause):  # the part of torch that counts the written bytes
+        if 'inline_container' in str(cause):  # torch's check of the written bytes
             cause = OSError(errno.EIO, 'No more could be written (is the disk full?)', folder)
         raise cause from error
     if is_main_process():
@@ -71,17 +71,17 @@ def save_shards(folder: str, tensors: dict[str, dict], rest: dict) -> None:
 
 
 def load_rest(folder: str) -> dict:
-    """Load what is not sharded; raises as :func:`load_file` does."""
+    """Load the part that is not sharded. Raises like :func:`load_file`."""
     return load_file(os.path.join(folder, REST), 'cpu')
 
 
 def load_shards(folder: str, tensors: dict[str, dict]) -> None:
-    """Load the tensors in nested dicts, by the names under which they were saved, in place; a
+    """Load tensors in place into nested dicts, by the names under which they were saved; a
     collective call of all processes.
 
     Raises:
         UntrustedCheckpointError: If the folder's index might run code.
-        DamagedCheckpointError: If the checkpoint lacks a tensor, holds one in another shape, or
+        DamagedCheckpointError: If a tensor is missing or has another shape, or the checkpoint
             cannot be read.
     """
     from torch.distributed import checkpoint
@@ -92,15 +92,15 @@ def load_shards(folder: str, tensors: dict[str, dict]) -> None:
         cause = next(iter(error.failures.values()))[0]
         reason = str(cause).split('\n')[0]
         raise DamagedCheckpointError(
-            f'{folder} is damaged or of another model: {type(cause).__name__}: {reason}'
+            f'{folder} is damaged or from another model: {type(cause).__name__}: {reason}'
         ) from error
 
 
 def join_shards(folder: str) -> dict:
-    """Join a sharded checkpoint into an ordinary one, in one process and without a GPU.
+    """Join a sharded checkpoint into an ordinary one, in a single process without a GPU.
 
     Returns:
-        dict: The checkpoint with whole tensors on the CPU, without the state of the optimizer.
+        dict: The checkpoint with full tensors on the CPU, without optimizer state.
 
     Raises:
         UntrustedCheckpointError, DamagedCheckpointError: See :func:`load_shards`.

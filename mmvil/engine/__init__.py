@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Additions to mmengine's training: hooks, layer-wise learning rates, CPU and sharded training.
+"""Extensions of mmengine's training: hooks, layer-wise learning rates, CPU and sharded training.
 
-Losses, metrics and the functions for checkpoints are exported here, too, because configs and users'
-code name them by this path.
+Losses, metrics and checkpoint functions are also exported here, because configs and users' code
+refer to them by this path.
 """
 
 from ..checkpoints import (

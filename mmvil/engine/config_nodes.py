@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Walk through configs."""
+"""Traverse configs."""
 
 from collections.abc import Iterator
 
@@ -34,8 +34,8 @@ def innermost_datasets(dataset: dict) -> Iterator[dict]:
 
 
 def type_name(node) -> str:
-    """Class name of what a node builds, without its module or scope; empty if it says none. Configs
-    in the new style hold classes.
+    """Name of the class that a config node builds, without module or scope; empty if it has no
+    type. Configs in the new style hold classes.
     """
     kind = (node.get('type') if isinstance(node, dict) else None) or ''
     return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]

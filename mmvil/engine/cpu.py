@@ -20,21 +20,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(AmpOptimWrapper):
-    """mmengine's ``AmpOptimWrapper`` for the CPU, which the original rejects.
+    """mmengine's ``AmpOptimWrapper`` for CPUs, which the original rejects.
 
-    Autocast and loss scaling are PyTorch's own, as on a GPU, but slower than float32: this shows
-    whether training in half precision overflows, not its speed.
+    Autocast and loss scaling are PyTorch's, as on a GPU, but slower than float32. Use it to check
+    for overflows in half precision, not for speed.
 
     Args:
-        dtype (str): 'float16', with dynamic loss scaling, or 'bfloat16', without. Default:
-            'float16'.
-        loss_scale (str | float): Initial loss scale in float16. Default: 'dynamic', that is 65536,
-            as on a GPU.
+        dtype (str): 'float16' with dynamic loss scaling, or 'bfloat16' without. Default: 'float16'.
+        loss_scale (str | float): Initial loss scale for float16. Default: 'dynamic', that is,
+            65536, as on a GPU.
         **kwargs: See :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
-        ValueError: For another ``dtype``, or float16 with a PyTorch that has no loss scaling for
-            the CPU (before 2.3).
+        ValueError: For another ``dtype``, or float16 with PyTorch before 2.3, which has no loss
+            scaling on CPUs.
     """
 
     def __init__(self, dtype: str = 'float16', loss_scale='dynamic', **kwargs) -> None:
@@ -57,16 +56,16 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Forward in half precision."""
+        """Run the forward pass in half precision."""
         with OptimWrapper.optim_context(self, model), torch.autocast('cpu', self.cast_dtype):
             yield
 
 
 @MODELS.register_module()
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of all processes, on CPUs.
+    """Batch norm synchronized over all processes, for CPUs.
 
-    ``SyncBatchNorm`` of torch runs on GPUs only; without one, the tools replace it by this.
+    torch's ``SyncBatchNorm`` requires GPUs; without one, the tools replace it with this.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced, too: each input is part of all the sums."""
+    """All-reduce whose gradient is all-reduced, too, because each input contributes to all sums."""
 
     @staticmethod
     def forward(ctx, x):
@@ -110,10 +109,10 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def fit_to_cpu(cfg: Config) -> list[str]:
-    """Adapt a config, in place, to a machine without GPU.
+    """Adapt a config in place to a machine without a GPU.
 
     Returns:
-        list[str]: Notes on the changes, for the log. Empty on a machine with an accelerator.
+        list[str]: Notes on the changes, for the log; empty on a machine with an accelerator.
     """
     if get_device() != 'cpu':
         return []
@@ -132,16 +131,16 @@ def fit_to_cpu(cfg: Config) -> list[str]:
     for node in sync_norms:
         node.type = 'BN' if cfg.launcher == 'none' else 'mmvil.engine.CPUSyncBatchNorm'
     if sync_norms and cfg.launcher != 'none':
-        notes.append('no GPU: CPUSyncBatchNorm stands in for SyncBN, which torch has for GPUs only')
+        notes.append('no GPU: CPUSyncBatchNorm replaces SyncBN, which needs GPUs')
     for loader in loaders(cfg):
         loader.pin_memory = False
 
     if cfg.launcher == 'pytorch':
-        # Imported after the process group is there, as DDP does, its functions would keep the group
-        # as their default argument, and the end of cli.main.run could not destroy it.
+        # If imported after the process group is created, as by DDP, its functions would hold the
+        # group as a default argument, and cli.main.run could not destroy it.
         from torch.distributed.nn import functional  # noqa: F401
 
-        # mmengine would choose a CUDA device first; it leaves an existing process group alone.
+        # mmengine would choose a CUDA device first; it does not touch an existing process group.
         torch.distributed.init_process_group('gloo')
         if cfg.get('strategy') is None:
             cfg.model_wrapper_cfg = {
@@ -153,17 +152,17 @@ def fit_to_cpu(cfg: Config) -> list[str]:
             }
         elif type_name(cfg.strategy) == 'FSDPStrategy':
             cfg.strategy.model_wrapper.device_id = torch.device('cpu')
-        notes.append('no GPU: the processes communicate by gloo')
+        notes.append('no GPU: the processes communicate with gloo')
     elif cfg.launcher != 'none':
         raise ValueError(f'--launcher {cfg.launcher} needs GPUs; on CPUs use tools/dist_train.sh')
     return notes
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 512 MiB of freed memory for the next layer.
+    """Make glibc keep up to 512 MiB of freed memory for the next layer.
 
-    By default it returns tensors of some megabytes to the system, and every page of the next one
-    costs a fault, a quarter of a small model's time. Settings in the environment have precedence.
+    By default it returns blocks of a few megabytes to the system, and the page faults of the next
+    ones take a quarter of a small model's time. Settings in the environment take precedence.
     Without glibc, this does nothing.
     """
     if any(name.startswith('MALLOC_') for name in os.environ):

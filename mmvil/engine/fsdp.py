@@ -1,7 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """mmengine's FSDP strategy, with resuming and sharded checkpoints.
 
-Configs name it by ``mmvil.engine.fsdp.FSDPStrategy``; it is not imported with mmvil, because
+Configs refer to it as ``mmvil.engine.fsdp.FSDPStrategy``; mmvil does not import it, because
 importing FSDP is slow.
 """
 
@@ -18,13 +18,13 @@ from ..checkpoints.sharded import is_sharded, load_rest, load_shards, require_sh
 
 
 class FSDPStrategy(_FSDPStrategy):
-    """Strategy of fully sharded data parallel training that can be resumed.
+    """Strategy for fully sharded data parallel training that can be resumed.
 
     Args:
         state_dict_cfg (str | dict): Format of checkpoints. 'full': process 0 gathers the weights
-            and writes one file, like plain training. 'sharded': every process writes its share to a
-            folder, from which any number of processes can resume and the tools load the plain model
-            (PyTorch 2.7 or later). Both can be loaded with either setting. Default: 'full'.
+            and writes one file, as in ordinary training. 'sharded': every process writes its share
+            to a folder, from which any number of processes can resume and the tools can load the
+            model (PyTorch 2.7 or later). Either setting loads both. Default: 'full'.
         **kwargs: See :class:`mmengine._strategy.FSDPStrategy`.
 
     Raises:
@@ -35,11 +35,11 @@ class FSDPStrategy(_FSDPStrategy):
         self.sharded = state_dict_cfg == 'sharded'
         if self.sharded:
             require_shards()
-            state_dict_cfg = 'full'  # for other callers that need the model's state
+            state_dict_cfg = 'full'  # for other callers that read the model's state
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
 
     def save_checkpoint(self, filename: str, **kwargs) -> None:
-        """Save a checkpoint atomically, as a file or, sharded, as a folder."""
+        """Save a checkpoint atomically, as a file or, if sharded, as a folder."""
         if self.sharded:
             self._save_shards(filename, **kwargs)
         elif '://' in filename:
@@ -81,7 +81,7 @@ class FSDPStrategy(_FSDPStrategy):
         """Load the model's weights, and return the rest of the checkpoint."""
         if not is_sharded(filename):
             return super().load_checkpoint(filename, callback=callback, **kwargs)
-        self.logger.info(f'Load the shards in {filename}')
+        self.logger.info(f'Load shards from {filename}')
         states = _sharded_states()
         checkpoint = load_rest(filename)
         checkpoint['state_dict'] = states.get_model_state_dict(self.model)
@@ -94,11 +94,11 @@ class FSDPStrategy(_FSDPStrategy):
         return checkpoint
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Distribute the optimizer's state from a checkpoint."""
+        """Distribute the optimizer state of a checkpoint."""
         optimizer = self.optim_wrapper.optimizer
         folder = state_dict.pop('folder', None)
         if folder is None:
-            # mmengine passes the arguments in the order of torch 2.0, which torch 2.1 changed.
+            # mmengine passes the arguments in the order of torch 2.0, which changed in torch 2.1.
             shares = FullyShardedDataParallel.optim_state_dict_to_load(
                 model=self.model, optim=optimizer, optim_state_dict=state_dict
             )
@@ -109,12 +109,12 @@ class FSDPStrategy(_FSDPStrategy):
         load_shards(folder, dict(optimizer=shares['state']))
         shares['param_groups'] = state_dict.pop('param_groups')
         states.set_optimizer_state_dict(self.model, optimizer, shares)
-        # The wrapper's own state, such as the loss scale; the optimizer has been loaded already.
+        # The wrapper's own state, such as the loss scale; the optimizer is loaded already.
         self.optim_wrapper.load_state_dict({**state_dict, **optimizer.state_dict()})
 
 
 def _sharded_states():
-    """Module of torch for the sharded states of models and optimizers."""
+    """torch's module for the sharded states of models and optimizers."""
     require_shards()
     from torch.distributed.checkpoint import state_dict
 
@@ -124,7 +124,7 @@ def _sharded_states():
 def wrap_classes(
     module: nn.Module, recurse: bool, nonwrapped_numel: int, names: Sequence[str]
 ) -> bool:
-    """FSDP policy that wraps every module whose class has one of the names, for ViL ViLBlock: with
-    parts of it wrapped, it calls them one by one, which is slower.
+    """FSDP policy that wraps every module whose class has one of the names. Use 'ViLBlock' for ViL:
+    a block with wrapped submodules calls them one by one, which is slower.
     """
     return recurse or type(module).__name__ in names

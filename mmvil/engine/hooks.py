@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Hooks for training: input channels, reproducible resuming, logging over processes."""
+"""Training hooks: input channels, reproducible resuming, logging over processes."""
 
 import itertools
 
@@ -16,9 +16,9 @@ from .sampling import seed_generators, seed_samples
 
 @HOOKS.register_module()
 class AdaptInputChannelsHook(Hook):
-    """Adapt RGB weights in ``load_from`` to the channels of the training's images, see
-    :func:`mmvil.checkpoints.adapt_input_channels`. In resuming and testing, other channels are a
-    mistake.
+    """Adapt RGB weights in ``load_from`` to the input channels of the model, see
+    :func:`mmvil.checkpoints.adapt_input_channels`. When resuming or testing, other channels are an
+    error.
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -27,30 +27,29 @@ class AdaptInputChannelsHook(Hook):
         state = checkpoint.get('state_dict', checkpoint)
         for name, module in runner.model.named_modules():
             if hasattr(module, 'adapt_pretrained'):
-                for wrapper in ('', 'module.'):  # as mmengine takes them
+                for wrapper in ('', 'module.'):  # as in mmengine
                     prefix = wrapper + plain_name(f'{name}.')
                     state.update(module.adapt_pretrained(state, prefix))
 
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Seed every iteration and every sample, so that a resumed training repeats the uninterrupted
-    one.
+    """Seed every iteration and every sample, so that a resumed run reproduces an uninterrupted one.
 
-    mmengine does not store the state of the random number generators. With this hook the numbers
-    of the model depend on the run's seed, the iteration and the rank alone, those of a sample on
-    the seed and its position in the training, and the order of the images on the seed in the
-    checkpoint. So losses repeat to the last bit on the CPU, and on a GPU as far as its kernels are
+    mmengine does not save the state of random number generators. With this hook, the random numbers
+    of the model depend only on the run's seed, the iteration and the rank; those of a sample on the
+    seed and its position in the training; and the order of images on the seed in the checkpoint.
+    Losses are then bitwise reproducible on the CPU, and on a GPU as far as its kernels are
     deterministic (``randomness.deterministic``).
 
-    Samples that were used before the resume are not loaded again. A sample that cannot be loaded,
-    or whose labels do not fit, stops the training with an error that names its files.
+    Samples used before the resume are not loaded again. A sample that cannot be loaded, or whose
+    labels do not fit, stops training with an error that names its files.
     """
 
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        """Remember the seed that the data loaders were built with."""
+        """Store the seed that the data loaders were built with."""
         self._seed_of_loaders = runner.seed
 
     def before_train(self, runner) -> None:
@@ -63,9 +62,9 @@ class IterationSeedHook(Hook):
         try:
             seed_samples(loader, runner.seed, epoch=runner.epoch, passed=runner.iter)
         except TypeError as error:
-            runner.logger.warning(f'The augmentation will not repeat after a resume: {error}.')
+            runner.logger.warning(f'Augmentation is not reproducible after a resume: {error}.')
             return
-        # Running workers do not know the seeds. mmengine until 0.10.7 starts them early, and loads
+        # Running workers do not know the seeds. mmengine up to 0.10.7 starts them early, and loads
         # all samples from before the resume again.
         loader._iterator = None  # persistent workers
         if hasattr(loop, 'dataloader_iterator'):  # loops over epochs create it later
@@ -75,15 +74,15 @@ class IterationSeedHook(Hook):
             loop.dataloader_iterator = iterator
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Seed the model's random numbers."""
-        torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # the GPU's, too
+        """Seed the random numbers of the model."""
+        torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # also on GPUs
 
 
 @HOOKS.register_module()
 class AverageLogHook(Hook):
     """Log losses and accuracies as means over all processes.
 
-    mmengine logs those of process 0, which has seen only a part of the batch.
+    mmengine logs those of process 0, which sees only a part of the batch.
     """
 
     priority = 'HIGHEST'  # before the values are logged

@@ -13,23 +13,23 @@ from torch import nn
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Give each layer of the backbone its own learning rate.
+    """Assign each layer of the backbone its own learning rate.
 
     A parameter of layer ``i`` out of ``n`` trains with ``lr * layer_decay_rate ** (n - 1 - i)``;
     everything outside the backbone (necks, heads) trains with the full ``lr``. The layer is given
-    by ``backbone.get_layer_depth(name) -> (i, n)``, a method of mmpretrain's transformers, too.
-    Models may be plain or wrapped (DDP, FSDP). Frozen parameters are left out, the others share a
-    group where learning rate and weight decay are equal, for a short log and a fast step.
+    by ``backbone.get_layer_depth(name) -> (i, n)``, which mmpretrain's transformers also have.
+    Models may be plain or wrapped (DDP, FSDP). Frozen parameters are omitted; the others share a
+    group if learning rate and weight decay are equal, for a short log and a fast step.
 
-    A config chooses it by ``optim_wrapper.constructor``, see ``configs/_base_/schedules``. Keys of
+    Select it with ``optim_wrapper.constructor``, see ``configs/_base_/schedules``. Keys of
     ``optim_wrapper.paramwise_cfg``:
 
-    - ``layer_decay_rate`` (float): in (0, 1]. Default: 1, no decay, possible with any backbone.
-    - ``flat_decay_mult`` (float): factor on the weight decay of parameters with at most one
-      dimension, that is biases, norms and scales. Default: 1.
-    - ``custom_keys`` (dict): from a part of a parameter's name to ``dict(lr_mult=…,
+    - ``layer_decay_rate`` (float): in (0, 1]. Default: 1, no decay, which works with any backbone.
+    - ``flat_decay_mult`` (float): factor for the weight decay of parameters with at most one
+      dimension, that is, biases, norms and scales. Default: 1.
+    - ``custom_keys`` (dict): maps a part of a parameter's name to ``dict(lr_mult=…,
       decay_mult=…)``, factors on top of the layer's learning rate and instead of
-      ``flat_decay_mult``. The longest key found in the name wins.
+      ``flat_decay_mult``. The longest matching key wins.
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper. Its ``optimizer`` needs ``lr``.
@@ -54,14 +54,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
         if self.base_lr is None:
-            raise ValueError('the learning rate of each layer derives from optimizer.lr: set it')
+            raise ValueError(
+                'optimizer.lr must be set: the learning rates of all layers derive from it'
+            )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a whole model, plain or wrapped.
 
-        FSDP leaves each process flat shards of the parameters. The groups are made while they are
-        whole, because weight decay depends on shapes, and gradients are clipped at the norm over
-        all shards.
+        FSDP leaves each process flat shards of the parameters. Groups are created before sharding,
+        because weight decay depends on shapes, and gradients are clipped by the norm over all
+        shards.
         """
         if not hasattr(model, 'summon_full_params'):
             return super().__call__(model)
@@ -71,15 +73,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         groups = optim_wrapper.optimizer.param_groups
         if not all(param in own for group in groups for param in group['params']):
             raise ValueError(
-                'FSDP with use_orig_params=False has no parameters that could have learning rates '
-                'of their own. Set strategy.model_wrapper.use_orig_params=True.'
+                'FSDP with use_orig_params=False has no separate parameters to set learning rates '
+                'for. Set strategy.model_wrapper.use_orig_params=True.'
             )
         if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
             optim_wrapper.clip_func = lambda params, **kwargs: model.clip_grad_norm_(**kwargs)
         return optim_wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Append the parameter groups of a whole model, not wrapped, to ``params``."""
+        """Append the parameter groups of a whole, unwrapped model to ``params``."""
         layers_above = self._layers_above(module)
         groups = {}
         for name, param in _named_parameters(module):
@@ -109,18 +111,18 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.layer_decay_rate == 1:
             return {}
         backbone = getattr(model, 'backbone', None)
-        backbone = getattr(backbone, 'module', backbone)  # where only the backbone is wrapped
+        backbone = getattr(backbone, 'module', backbone)  # if only the backbone is wrapped
         if not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(
                 'layer_decay_rate needs a backbone with the method get_layer_depth(param_name), '
                 f'but the backbone of {type(model).__name__} is {type(backbone).__name__}. Use '
-                'mmvil.VisionLSTM, or take layer_decay_rate out of optim_wrapper.paramwise_cfg.'
+                'mmvil.VisionLSTM, or remove layer_decay_rate from optim_wrapper.paramwise_cfg.'
             )
         depths = {param: backbone.get_layer_depth(n) for n, param in _named_parameters(backbone)}
         return {param: layers - 1 - layer for param, (layer, layers) in depths.items()}
 
     def _multipliers(self, name: str, param: nn.Parameter) -> tuple[float, float]:
-        """Factors of a parameter on the learning rate (before layer decay) and weight decay."""
+        """Factors of a parameter for learning rate (before layer decay) and weight decay."""
         found = [key for key in self.custom_keys if key in name]
         if found:
             custom = self.custom_keys[max(found, key=len)]
@@ -133,7 +135,7 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def plain_name(name: str) -> str:
-    """Name of a module or parameter without what DDP, FSDP and activation checkpointing add."""
+    """Name of a module or parameter without prefixes of DDP, FSDP and activation checkpointing."""
     return re.sub(r'^module\.|_(fsdp|checkpoint)_wrapped_module\.', '', name)
 
 
@@ -141,6 +143,6 @@ def _refuse_unknown(where: str, options: dict, known: list[str]) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
-            f'{where} has the unknown option(s) {unknown}, known are {known}. '
-            'flat_decay_mult is the one for the weight decay of norms and biases.'
+            f'{where} has the unknown option(s) {unknown}; choose from {known}. '
+            'flat_decay_mult sets the weight decay of norms and biases.'
         )

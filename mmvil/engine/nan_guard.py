@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Stop on a non-finite loss and report the offending images."""
+"""Stop at a non-finite loss and report the images of its batch."""
 
 from collections import deque
 
@@ -13,21 +13,21 @@ from mmengine.registry import HOOKS
 class NaNGuardHook(Hook):
     """Stop at a non-finite loss, before it reaches a checkpoint.
 
-    The error names the iteration and the files of its batch and of the batch before, whose step
-    made the weights. Non-finite weights are not saved either. With loss scaling (float16),
-    gradients that overflow occasionally are normal: PyTorch skips the step and halves the scale.
-    Each skip is logged as a warning, and counted in ``amp_skips`` beside ``amp_scale``.
+    The error names the iteration, and the files of its batch and of the previous batch, which
+    updated the weights. Non-finite weights are not saved either. With loss scaling (float16),
+    occasional overflows of gradients are normal: PyTorch skips the step and halves the scale. Each
+    skip is logged as a warning and counted in ``amp_skips``, next to ``amp_scale``.
 
     Args:
-        interval (int): Iterations between checks, which make the CPU wait for the GPU; on the CPU,
-            and before a checkpoint, each iteration is checked. Default: 10.
+        interval (int): Iterations between checks, which synchronize with the GPU. On the CPU, and
+            before a checkpoint, every iteration is checked. Default: 10.
 
     Raises:
         ValueError: If ``interval`` is less than 1.
-        FloatingPointError: In training, if the loss or the weights are not finite.
+        FloatingPointError: During training, if the loss or the weights are not finite.
     """
 
-    priority = 'HIGHEST'  # checks the loss of this process, before AverageLogHook averages
+    priority = 'HIGHEST'  # check the loss of this process, before AverageLogHook averages
 
     def __init__(self, interval: int = 10) -> None:
         if interval < 1:
@@ -46,7 +46,7 @@ class NaNGuardHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
-        """Record the loss, and check the recorded ones when it is time."""
+        """Record the loss, and check all recorded losses every ``interval`` iterations."""
         if self._scaler is not None:
             self._watch_scale(runner)
         if not outputs or outputs.get('loss') is None:
@@ -80,19 +80,19 @@ class NaNGuardHook(Hook):
             first = finite.index(False)
             iteration, loss, _ = self._recent[first]
             self._stop(runner, f'the loss is {loss.item()} in iteration {iteration}', first)
-        while len(self._recent) > 1:  # the last one may have made the weights of the next
+        while len(self._recent) > 1:  # the last batch updated the weights of the next
             self._recent.popleft()
 
     def _stop(self, runner, what: str, at: int) -> None:
-        message = f'{what}. Training stops; checkpoints written before are good.'
+        message = f'{what}. Training stops; earlier checkpoints are good.'
         for i, when in ((at, 'Files of its batch'), (at - 1, 'of the batch before')):
             if 0 <= i < len(self._recent):
                 message += f' {when}: {", ".join(self._recent[i][2]) or "unknown"}.'
         message += (
-            ' Check these files (tools/check_dataset.py). A lower learning rate may help, and '
-            'optim_wrapper.clip_grad, and bfloat16 in place of float16.'
+            ' Check these files (tools/check_dataset.py). A lower learning rate may help, or '
+            'optim_wrapper.clip_grad, or bfloat16 instead of float16.'
         )
-        runner.logger.error(message)  # of any rank, to the log
+        runner.logger.error(message)  # on every rank
         raise FloatingPointError(message)
 
     def _watch_scale(self, runner) -> None:
@@ -100,7 +100,7 @@ class NaNGuardHook(Hook):
         if scale < self._scale:
             self._skips += 1
             runner.logger.warning(
-                f'Iteration {runner.iter + 1}: gradients overflowed, their step was skipped; the '
+                f'Iteration {runner.iter + 1}: gradients overflowed and the step was skipped; the '
                 f'loss scale falls from {self._scale:g} to {scale:g} (skips so far: {self._skips}).'
             )
         self._scale = scale
@@ -109,7 +109,7 @@ class NaNGuardHook(Hook):
 
 
 def file_names(data_batch) -> list[str]:
-    """List the image files of a batch, as far as its data samples name them."""
+    """List the image files of a batch that its data samples name."""
     samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
     samples = samples if isinstance(samples, (list, tuple)) else ()
     return [str(sample.img_path) for sample in samples if getattr(sample, 'img_path', None)]

@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Seed each sample by its position in the training, and check its labels.
 
-A sampler yields only the index of the next image. Here the position in the training is attached to
-the index and reaches whichever process loads the image, so that its augmentation does not depend on
-what was loaded before, in this process or in one that was killed.
+A sampler only yields the index of the next image. Here the index carries the position in the
+training to the process that loads the image, so that augmentation does not depend on the samples
+loaded before, in this or an interrupted run.
 """
 
 import functools
@@ -18,32 +18,32 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class SampleError(ValueError):
-    """A sample that cannot be loaded, or whose annotation does not fit. The message names it."""
+    """A sample, named in the message, that cannot be loaded or whose annotation does not fit."""
 
 
 def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0) -> None:
     """Seed the augmentation of each sample by its position in the training.
 
-    The number of workers or processes makes no difference: the position counts the samples of all
-    processes. Call this before the loader is iterated.
+    The number of workers or processes makes no difference: positions count the samples of all
+    processes. Call this before iterating over the loader.
 
     Args:
-        loader (DataLoader): Changed in place: its sampler's indices carry their positions, and its
-            dataset fetches batches by ``__getitems__``, which PyTorch prefers.
+        loader (DataLoader): Modified in place: its sampler's indices carry positions, and its
+            dataset fetches batches with ``__getitems__``, which PyTorch prefers.
         seed (int): Seed of the training.
         epoch (int): Number of finished epochs. Default: 0.
-        passed (int): Batches used before, which an ``InfiniteSampler`` skips. Default: 0.
+        passed (int): Number of batches used before, which an ``InfiniteSampler`` skips. Default: 0.
 
     Raises:
-        TypeError: If the loader's samples have no indices, or a ``__getitems__`` of their own.
+        TypeError: If the samples have no indices, or the dataset has its own ``__getitems__``.
     """
     batches, dataset = loader.batch_sampler, loader.dataset
     if not hasattr(batches, 'sampler') or isinstance(dataset, IterableDataset):
         raise TypeError(
-            f'{type(dataset).__name__} with {type(batches).__name__} has no numbered samples'
+            f'{type(dataset).__name__} with {type(batches).__name__} has no sample indices'
         )
     if hasattr(type(dataset), '__getitems__'):
-        raise TypeError(f'{type(dataset).__name__} fetches its samples by its own __getitems__')
+        raise TypeError(f'{type(dataset).__name__} has its own __getitems__')
     passed_samples = 0
     if isinstance(batches.sampler, InfiniteSampler):
         passed_samples = passed * batches.batch_size
@@ -54,7 +54,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
 
 
 def seed_generators(*numbers: int) -> int:
-    """Seed the random generators of augmentation from a few numbers, and return the seed."""
+    """Seed the random number generators of augmentation from a few numbers, and return the seed."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -63,8 +63,8 @@ def seed_generators(*numbers: int) -> int:
 
 
 class _NumberedSampler:
-    """Sampler of pairs: an index, and its position, that is the epoch and the number of samples
-    drawn before in it by all processes.
+    """Sampler of pairs of an index and its position: the epoch, and the number of samples that all
+    processes drew before in this epoch.
     """
 
     def __init__(self, sampler, epoch: int, start: int) -> None:
@@ -106,13 +106,13 @@ def _name(dataset, index: int) -> str:
     try:
         info = dataset.get_data_info(index)
         files = [info.get(key) for key in ('img_path', 'seg_map_path')]
-    except Exception:  # this is what failed, or the dataset has no such method
+    except Exception:  # this call failed, or the dataset has no such method
         files = []
     return ' with annotation '.join(filter(None, files)) or f'sample {index}'
 
 
 def _check(dataset, sample) -> None:
-    """Raise a ValueError for labels on which the loss crashes, on a GPU without a reason."""
+    """Raise a ValueError for labels that crash the loss, which on a GPU gives no reason."""
     target = sample.get('data_samples') if isinstance(sample, dict) else None
     labels = getattr(target, 'gt_label', None)
     annotation = getattr(target, 'gt_sem_seg', None)
@@ -121,7 +121,7 @@ def _check(dataset, sample) -> None:
         ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
         if ours != images:
             raise ValueError(
-                f'the annotation has {ours} pixels and the image {images}, after the pipeline'
+                f'the annotation has {ours} pixels but the image has {images}, after the pipeline'
             )
         labels = labels[labels != getattr(dataset, 'ignore_index', 255)]
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')

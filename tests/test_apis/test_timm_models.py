@@ -103,7 +103,7 @@ def test_pretrained_weights_follow_one_rule_for_channels(tmp_path):
     expected = adapt_input_channels(data['state_dict']['patch_embed.proj.weight'], 4)
     torch.testing.assert_close(model.backbone.patch_embed.projection.weight, expected)
     torch.save(model.state_dict(), tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='of images of 4 channels, the model has in_channels=8'):
+    with pytest.raises(ValueError, match='has 4 input channels, but the model has in_channels=8'):
         create(in_chans=8, **kwargs)
 
 

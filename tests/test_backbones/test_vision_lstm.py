@@ -411,7 +411,7 @@ def test_init_cfg_adapts_weights_of_rgb_images_and_logs_it(tmp_path, in_channels
 
 def test_init_cfg_says_that_channels_are_the_matter(tmp_path):
     backbone = build(in_channels=8, init_cfg=save(tmp_path, build(in_channels=4).state_dict()))
-    with pytest.raises(ValueError, match='of images of 4 channels, the model has in_channels=8'):
+    with pytest.raises(ValueError, match='has 4 input channels, but the model has in_channels=8'):
         backbone.init_weights()
 
 
@@ -420,9 +420,9 @@ def test_state_dict_of_other_channels_is_not_adapted(strict):
     """A trained model and a mistyped in_channels; mmengine would only warn."""
     state = build().state_dict()
     before = build(in_channels=4)
-    with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
+    with pytest.raises(ValueError, match='has 3 input channels, but the model has in_channels=4'):
         mmengine_load(before, state, strict)
-    with pytest.raises(ValueError, match='of 3 channels, but the model has in_channels=4'):
+    with pytest.raises(ValueError, match='has 3 input channels, but the model has in_channels=4'):
         before.load_state_dict(state, strict=strict)
 
 

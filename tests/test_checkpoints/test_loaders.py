@@ -73,10 +73,10 @@ def test_read_checkpoint_says_what_else_is_wrong(tmp_path):
         read_checkpoint(tmp_path / 'nothing.th')
     page = tmp_path / 'page.th'
     page.write_text('<html>404</html>')
-    with pytest.raises(ValueError, match='page.th is damaged or no checkpoint'):
+    with pytest.raises(ValueError, match='page.th is damaged or not a checkpoint'):
         read_checkpoint(page)
     torch.save([1, 2], tmp_path / 'list.th')
-    with pytest.raises(ValueError, match='list.th holds no state dict'):
+    with pytest.raises(ValueError, match='list.th contains no state dict'):
         read_checkpoint(tmp_path / 'list.th')
 
 

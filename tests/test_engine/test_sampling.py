@@ -86,7 +86,7 @@ def test_data_sets_without_numbers_are_refused():
         def __iter__(self):
             return iter(range(3))
 
-    with pytest.raises(TypeError, match='Stream .* no numbered samples'):
+    with pytest.raises(TypeError, match='Stream .* no sample indices'):
         seed_samples(DataLoader(Stream()), 0)
 
 
@@ -115,7 +115,7 @@ class Broken(Noise):
         (0, 0, None),
         (1, 0, 'cannot load 1.jpg with annotation 1.png: OSError: failed to load the image'),
         (1, 1, 'cannot load 1.jpg with annotation 1.png: OSError: failed to load the image'),
-        (2, 0, '2.jpg with annotation 2.png: the annotation has 4x2 pixels and the image 4x4'),
+        (2, 0, '2.jpg with annotation 2.png: the annotation has 4x2 pixels but the image has 4x4'),
         (3, 0, None),
         (4, 0, '4.jpg with annotation 4.png: its labels run from 0 to 2, but .* classes 0 to 1'),
         (5, 0, '5.jpg .*: its labels run from -1 to 0'),

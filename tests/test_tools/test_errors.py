@@ -114,7 +114,7 @@ def damage(kind, data):
     'kind, words',
     [
         ('corrupt JPEG', 'cannot load'),
-        slow('annotation of the wrong size', 'annotation has 16x32 pixels and the image 32x32'),
+        slow('annotation of the wrong size', 'annotation has 16x32 pixels but the image has 32x32'),
         slow('annotation of the wrong mode', '0.png: '),
         slow('labels beyond num_classes', 'labels run from 11 to 11, but the dataset has classes'),
     ],

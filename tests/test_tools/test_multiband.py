@@ -126,7 +126,7 @@ def test_a_trained_model_is_not_adapted_to_mistyped_channels(fields, trained, tm
         f'load_from={checkpoint}',
         status=2,
     )
-    assert 'error: The checkpoint is of images of 4 channels' in said
+    assert 'error: The checkpoint has 4 input channels' in said
 
 
 def test_trained_model_is_tested_shown_and_exported(fields, trained, tmp_path):

@@ -235,7 +235,7 @@ def test_dist_train_runs_two_processes_and_says_what_stands_in(segmentor, tmp_pa
     assert 'the current batch size is 4' in log  # 2 processes x 2 images
     assert (tmp_path / 'iter_4.pth').exists()
     if 'no GPU' in log:
-        assert 'CPUSyncBatchNorm stands in for SyncBN' in log and 'gloo' in log
+        assert 'CPUSyncBatchNorm replaces SyncBN' in log and 'gloo' in log
 
     # Gloo's would now and then abort a process that has done all its work.
     at_exit = [line for line in log.splitlines() if 'threads of a rank at its end' in line]
