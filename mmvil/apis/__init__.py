@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Functions for users. Only this room and mmvil.cli name mmseg, mmpretrain, mmdet or timm."""
+"""Functions for users. Only this package and mmvil.cli import mmseg, mmpretrain, mmdet or timm."""
 
 from .convert import convert_checkpoint, fetch_checkpoint, read_checkpoint
 from .models import get_model, list_models, register_models

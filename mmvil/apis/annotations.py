@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Annotations whose pixels are not the indices of classes. Configs name this by its dotted path;
-mmvil does not import it, because importing mmseg is slow.
+"""Annotations whose pixels are not class indices. Configs refer to this by its dotted path; mmvil
+does not import it, because importing mmseg is slow.
 """
 
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ IGNORED, UNKNOWN = 255, 254
 
 @TRANSFORMS.register_module()
 class LoadMappedAnnotations(LoadAnnotations):
-    """Load annotations of any values or colors, and map these to the indices of classes.
+    """Load annotations with arbitrary values or colors and map them to class indices.
 
-    mmsegmentation's ``LoadAnnotations`` takes the pixels for indices of classes and keeps the low 8
-    bits: the foreground of a 0/255 mask becomes the ignored label, an RGB mask three label maps.
+    mmsegmentation's ``LoadAnnotations`` treats pixels as class indices and keeps the low 8 bits:
+    the foreground of a 0/255 mask becomes the ignored label, an RGB mask three label maps.
 
     Args:
-        values (Sequence[int | Sequence[int]], optional): The value of each class, or several, in
-            annotations of one channel, of 8 or 16 bits, with or without a palette. Default: None,
-            for the indices of the classes.
-        colors (Sequence[Sequence[int]], optional): The RGB color of each class, in annotations of
-            three channels or four. Default: None.
-        ignore (Sequence[int | Sequence[int]]): Values and RGB colors of pixels without a label.
-            So is the value 255, unless it is that of a class.
+        values (Sequence[int | Sequence[int]], optional): One or several values of each class, in
+            single-channel annotations of 8 or 16 bits, with or without a palette. Default: None,
+            for class indices.
+        colors (Sequence[Sequence[int]], optional): The RGB color of each class, in annotations with
+            three or four channels. Default: None.
+        ignore (Sequence[int | Sequence[int]]): Values and RGB colors of pixels without a label. The
+            value 255 is always ignored, unless it belongs to a class.
         **kwargs: Further arguments of ``mmseg.LoadAnnotations``.
 
     Raises:
-        ValueError: If a value or color stands for two classes.
+        ValueError: If a value or color belongs to two classes.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LoadMappedAnnotations(LoadAnnotations):
         """
         is_colored = mask.ndim == 3 and mask.shape[2] >= 3
         if is_colored and self.colors is None:
-            raise ValueError('has colors, but no colors of classes are declared')
+            raise ValueError('has colors, but no class colors are declared')
         gray = mask if mask.ndim == 2 else mask[..., 0]  # a second channel is opacity
         codes = _pack(mask) if is_colored else gray.astype(np.int32)
         table = self.colors if is_colored else self.values
@@ -81,7 +81,8 @@ class LoadMappedAnnotations(LoadAnnotations):
         return labels
 
     def _load_seg_map(self, results: dict) -> None:
-        # mmseg's inference drops LoadAnnotations by name before it calls a pipeline without labels.
+        # mmseg's inference removes LoadAnnotations by name before it calls a pipeline without
+        # labels.
         if 'seg_map_path' not in results:
             return
         if self.reduce_zero_label or results.get('reduce_zero_label') or results.get('label_map'):
@@ -99,15 +100,15 @@ class LoadMappedAnnotations(LoadAnnotations):
 
 
 def _pack(colors: np.ndarray) -> np.ndarray:
-    """One number for each RGB color (..., 3)."""
+    """Pack each RGB color (..., 3) into one number."""
     red, green, blue = np.moveaxis(colors[..., :3].astype(np.int32), -1, 0)
     return red << 16 | green << 8 | blue
 
 
 def _table(size: int, codes: Sequence[Sequence[int]], ignored: set[int]) -> np.ndarray:
-    """Label by code, (size + 1,) uint8, of the codes of each class."""
+    """Build a lookup table from code to label, (size + 1,) uint8."""
     if len(codes) > UNKNOWN:
-        raise ValueError(f'there may be {UNKNOWN} classes, but {len(codes)} are declared')
+        raise ValueError(f'there may be at most {UNKNOWN} classes, but {len(codes)} are declared')
     table = np.full(size + 1, UNKNOWN, np.uint8)
     for label, group in [*enumerate(codes), (IGNORED, ignored)]:
         for code in group:
@@ -115,6 +116,6 @@ def _table(size: int, codes: Sequence[Sequence[int]], ignored: set[int]) -> np.n
                 raise ValueError(f'values must be 0 to {size - 1}, but one is {code}')
             if table[code] not in (UNKNOWN, label):
                 both = f'{table[code]} and {label}'
-                raise ValueError(f'a value or color stands for two labels, {both} (255: ignored)')
+                raise ValueError(f'a value or color has two labels, {both} (255: ignored)')
             table[code] = label
     return table

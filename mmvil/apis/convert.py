@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Convert official checkpoints of Vision-LSTM to those of mmpretrain's ``ImageClassifier``."""
+"""Convert official Vision-LSTM checkpoints to checkpoints of mmpretrain's ``ImageClassifier``."""
 
 import re
 from collections.abc import Mapping
@@ -28,26 +28,26 @@ __all__ = ['cached_path', 'convert_checkpoint', 'fetch_checkpoint', 'read_checkp
 
 
 def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str, Any]:
-    """Convert an official checkpoint to one of mmpretrain's ``ImageClassifier``.
+    """Convert an official checkpoint to one for mmpretrain's ``ImageClassifier``.
 
-    The architecture is read off the tensors. The stride of the patches is not in them; it is taken
-    from, in this order, ``stride``, the note of the training code in the file, the name of the
-    file, or the patch size.
+    The architecture is inferred from the tensors. The patch stride is not in them; it is taken
+    from, in this order, ``stride``, metadata of the training code in the file, the file name, or
+    the patch size.
 
     Args:
         path (str | Path): An official file, in the layout of the training checkpoints or of the
-            standalone models. It is read without running code that it may contain.
-        stride (int, optional): Pixels from patch to patch.
+            standalone models. It is read without running any code in it.
+        stride (int, optional): Step between patches in pixels.
 
     Returns:
-        dict: ``state_dict``, and in ``meta`` the text of a config with the model (``cfg``), the
-        name of the source file (``source``) and its SHA-256 (``source_sha256``), and the sizes of
-        the model (``architecture``, with the origin of the stride in ``stride_from``).
+        dict: ``state_dict``, and ``meta`` with the text of a model config (``cfg``), the name of
+        the source file (``source``) and its SHA-256 (``source_sha256``), and the sizes of the model
+        (``architecture``, with the origin of the stride in ``stride_from``).
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a Vision-LSTM in an official layout or not safe to read, or
-            has missing, unknown or misshapen tensors; all of them are named.
+        ValueError: If the file is not a Vision-LSTM in an official layout, is not safe to read, or
+            has missing, unknown or misshapen tensors, all of which are listed.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
@@ -71,7 +71,7 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     try:
         architecture = infer_architecture(state_dict)
     except ValueError as error:
-        raise ValueError(f'{path} is no complete Vision-LSTM classifier. {error}') from error
+        raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
     found = (stride, 'as given') if stride is not None else find_stride(checkpoint, path)
     assumed = architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
     architecture['stride'], architecture['stride_from'] = found or assumed
@@ -90,8 +90,8 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
 
 
 def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None:
-    """Stride of the patches, which tensors do not tell, and where it was found: in the notes of our
-    checkpoints or the authors', or in the name of the file; None if nowhere.
+    """Find the patch stride, which the tensors do not contain, and its origin: metadata in our or
+    the authors' checkpoint, or the file name. Return None if neither has it.
     """
     ours = checkpoint.get('meta')
     ours = ours.get('architecture') if isinstance(ours, Mapping) else None
@@ -105,7 +105,7 @@ def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None
 
 
 def _classifier_config(architecture: Mapping) -> dict:
-    """Config of the ``ImageClassifier``."""
+    """Build the config of the ``ImageClassifier``."""
     sizes = {key: architecture[key] for key in ('embed_dims', 'depth')}
     names = [name for name, value in VisionLSTM.arch_settings.items() if value == sizes]
     same = ('version', 'img_size', 'patch_size', 'stride', 'in_channels', 'out_type')
@@ -134,7 +134,7 @@ def _classifier_config(architecture: Mapping) -> dict:
 
 
 def _check_complete(path: Path, state_dict: Mapping[str, Tensor], model: dict) -> None:
-    """Raise a ValueError that names every tensor that is missing, unknown or misshapen."""
+    """Raise a ValueError that lists all missing, unknown or misshapen tensors."""
     kwargs = {key: value for key, value in model['backbone'].items() if key != 'type'}
     head = model['head']
     try:

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Normalization of images with any number of channels. Configs name this by its dotted path;
+"""Normalization of images with any number of channels. Configs refer to this by its dotted path;
 mmvil does not import it, because importing mmseg is slow.
 """
 
@@ -11,8 +11,8 @@ from mmseg.models import SegDataPreProcessor
 
 
 class MultibandSegDataPreProcessor(SegDataPreProcessor):
-    """mmseg's data preprocessor with a mean and a standard deviation for each of any number of
-    channels; mmengine's, on which it is built, takes 1 or 3. mmpretrain's needs no such help.
+    """mmseg's data preprocessor for any number of channels. Its base class in mmengine supports 1
+    or 3; mmpretrain's supports any number.
 
     Args:
         mean (Sequence[float]): One value per channel.
@@ -20,7 +20,7 @@ class MultibandSegDataPreProcessor(SegDataPreProcessor):
         **kwargs: Further arguments of ``mmseg.SegDataPreProcessor``.
 
     Raises:
-        ValueError: If there are not as many values in one as in the other.
+        ValueError: If mean and std differ in length.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs: Any) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Export segmentors and classifiers to ONNX or torch.export, and compare the files with PyTorch.
+"""Export segmentors and classifiers with ONNX or torch.export, and compare the files with PyTorch.
 
 deployed = Deployed(model, output='labels').eval()
 save_onnx(trace(deployed, (512, 512)), 'model.onnx', deployed.names)
@@ -18,7 +18,7 @@ OUTPUTS = ('logits', 'probabilities', 'labels')
 
 
 class Deployed(nn.Module):
-    """A segmentor or classifier from images to scores or labels.
+    """Segmentor or classifier as a module from images to scores or labels.
 
     Args:
         model (nn.Module): An ``EncoderDecoder`` of mmseg or an ``ImageClassifier`` of mmpretrain.
@@ -26,7 +26,7 @@ class Deployed(nn.Module):
         normalize (bool): Subtract the mean and divide by the standard deviation. Default: True.
 
     Raises:
-        ValueError: If the model derives ``output`` by a rule that is not known here.
+        ValueError: If the model derives ``output`` by an unknown rule.
     """
 
     def __init__(self, model, output='logits', normalize=True):
@@ -42,7 +42,7 @@ class Deployed(nn.Module):
 
     def forward(self, images):
         """Map images (B, C, H, W) to scores (B, classes, H, W) or (B, classes), to labels (B, H, W)
-        or (B,), or to multi-label 0 and 1 (B, classes). Several tasks give a dict of these.
+        or (B,), or to multi-label 0 and 1 (B, classes). With several tasks, return a dict of these.
         """
         x = (images - self.mean) / self.std if self.normalize else images
         if hasattr(self.model, 'encode_decode'):
@@ -85,14 +85,14 @@ class Deployed(nn.Module):
 
 # -- Decision rules --------------------------------------------------------------------------------
 #
-# The libraries decide in a loop over images, which no exporter can trace, so their rules stand here
-# once more, for a batch. A rule is used only where the model runs the very methods that it was
-# taken from: a subclass that overrides one of them is refused.
+# The libraries decide in a loop over images, which exporters cannot trace, so their rules are
+# repeated here for a batch. A rule is used only if the model runs the very methods that it
+# reproduces: subclasses that override one of them are rejected.
 
 
 def decision(model, output):
-    """Return the function by which a segmentor or classifier derives an output, one of ``OUTPUTS``,
-    from what its head returns; raises ValueError if its rule is not known here.
+    """Return the function that derives an output, one of ``OUTPUTS``, from what the head of a
+    segmentor or classifier returns. Raises ValueError if its rule is unknown.
     """
     if hasattr(model, 'encode_decode'):
         return segmentor_decision(model, output)
@@ -128,23 +128,23 @@ def segmentor_decision(model, output):
         )
     kinds = BaseDecodeHead, BaseCascadeDecodeHead, DAHead, EncHead
     if output == 'probabilities' and not (
-        _runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are no logits
+        _runs(head, BaseDecodeHead, 'predict_by_feat')  # others return scores that are not logits
         and any(_runs(head, kind, 'predict') for kind in kinds)
     ):
         return _unknown_decision(head, output)
 
-    # As ``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``.
+    # Like ``BaseSegmentor.postprocess_result``, with the probabilities of ``SegTTAModel``.
     if model.out_channels > 1:
         return _rule(output, lambda x: x.softmax(1), lambda x: x.argmax(1))
     return _rule(output, torch.sigmoid, lambda x: (x.sigmoid() > heads.threshold).squeeze(1).long())
 
 
 def head_decision(head, output):
-    """Find the rule for what a head of mmpretrain returns, or a classifier without a head."""
+    """Find the rule for what a head of mmpretrain, or a classifier without a head, returns."""
     from mmpretrain import models
 
     def labels(logits):
-        """As ``MultiLabelClsHead._get_predictions``, as 0 and 1 (B, classes)."""
+        """Like ``MultiLabelClsHead._get_predictions``, but as 0 and 1 (B, classes)."""
         probabilities = logits.sigmoid()
         if head.thr is not None:
             return (probabilities >= head.thr).long()
@@ -152,7 +152,7 @@ def head_decision(head, output):
         return torch.zeros_like(probabilities, dtype=torch.long).scatter(1, highest, 1)
 
     any_labels = _rule(output, torch.sigmoid, labels)
-    # As ``ClsHead._get_predictions``.
+    # Like ``ClsHead._get_predictions``.
     one_label = _rule(output, lambda x: x.softmax(1), lambda x: x.softmax(1).argmax(1))
     for kind, rule in (
         (models.ClsHead, one_label),
@@ -172,11 +172,11 @@ def _rule(output, probabilities, labels):
 
 
 def _unknown_decision(module, output):
-    """Return logits as they are if they are one tensor; raise for any other output."""
+    """Return logits unchanged if they are a single tensor; raise for any other output."""
     name = type(module).__name__
     if output != 'logits':
         raise ValueError(
-            f'output {output!r}: {name} has a rule of its own for what its predict returns, which '
+            f'output {output!r}: {name} has its own rule for what its predict returns, which '
             'export does not know; use logits and apply that rule to them'
         )
 
@@ -189,7 +189,7 @@ def _unknown_decision(module, output):
 
 
 def _runs(module, kind, *methods):
-    """Whether these methods of a module are those that the class ``kind`` has."""
+    """Whether a module uses these methods of the class ``kind`` unchanged."""
     return all(
         getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name)
         for name in methods
@@ -212,17 +212,17 @@ def adaptive_avg_pool2d(x, output_size):
 
 
 DECOMPOSITIONS = {torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d}
-"""Operators that exporters know for fixed sizes only, as operators that they know for all."""
+"""Replacements for operators that exporters support for fixed sizes only."""
 
 
 def trace(model, size, static=False, chunk_size=None):
     """Trace a model.
 
     Args:
-        model (Deployed): Model to trace; not changed.
+        model (Deployed): Model to trace; not modified.
         size (tuple[int, int]): Image size to trace with.
         static (bool): Fix the input to one image of that size. Default: False.
-        chunk_size (int, optional): Tokens in a chunk of the mLSTM.
+        chunk_size (int, optional): Tokens per chunk of the mLSTM.
 
     Returns:
         torch.export.ExportedProgram: Graph without operators of mmvil.
@@ -233,24 +233,24 @@ def trace(model, size, static=False, chunk_size=None):
     for block in model.modules():
         if isinstance(block, ViLBlock) and chunk_size:
             block.chunk_size = chunk_size
-    # Traced with sizes that no rule of thumb fits; these sizes are then forgotten.
+    # Traced with sizes that are unlikely to match special cases; the graph does not keep them.
     height, width = size if static else (size[0] + 5, size[1] + 3)
     example = torch.zeros(1 if static else 2, model.channels, height, width)
     free = torch.export.Dim.DYNAMIC
     dynamic = None if static else ({0: free, 2: free, 3: free},)
-    # With this setting, torch does not tie the graph to what happens to hold for the example's
-    # sizes, such as "more than one image".
+    # With this setting, torch does not restrict the graph to conditions that happen to hold for the
+    # example's sizes, such as "more than one image".
     with torch.no_grad(), shapes.patch(backed_size_oblivious=not static):
         program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
         program = program.run_decompositions(DECOMPOSITIONS)
-    # What is left of such conditions concerns strides, not values; comparing the file tries it.
+    # The remaining conditions concern strides, not values; comparing the file tests them.
     program._guards_code.clear()
     return program
 
 
 def save_onnx(program, out, names, description=None, opset=20):
-    """Write an ONNX file of a traced program, with the names of its outputs and, as metadata, a
-    description by :meth:`Deployed.describe`.
+    """Write a traced program to an ONNX file, with the names of its outputs and, as metadata, the
+    description from :meth:`Deployed.describe`.
     """
     io = dict(input_names=['images'], output_names=names)
     with torch.no_grad():
@@ -267,7 +267,7 @@ def save_pt2(program, out, description=None):
 
 
 def load_exported(path, format='onnx'):
-    """Load an exported file, of the format 'onnx' or 'pt2'.
+    """Load an exported file in the format 'onnx' or 'pt2'.
 
     Returns:
         Callable: Maps images (B, C, H, W) to a tensor, or to a dict of tensors by name.
@@ -289,9 +289,9 @@ def load_exported(path, format='onnx'):
 
 
 def compare_output(actual, expected, are_labels=False):
-    """Compare scores or labels from an exported file with those of PyTorch: return the largest
-    difference relative to the largest score, or the share of labels that differ, and the same in
-    words; raises ValueError if the shapes differ.
+    """Compare scores or labels of an exported file with those of PyTorch. Return the largest
+    difference relative to the largest score, or the fraction of labels that differ, and a text that
+    reports it. Raises ValueError if the shapes differ.
     """
     if actual.shape != expected.shape:
         raise ValueError(

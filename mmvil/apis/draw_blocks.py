@@ -1,9 +1,9 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Draw gates, memory decay, receptive fields and features of a ViL, see inspect_blocks.py.
+"""Plot gates, memory decay, receptive fields and features of a ViL, see inspect_blocks.py.
 
-Each function takes the backbone, images, and the indices of blocks, and returns a figure. Without
-``head``, the mean over heads is drawn; ``at`` is the position (y, x) of a token, as fractions of
-height and width.
+Each function takes the backbone, images and block indices, and returns a figure. Without ``head``,
+the mean over heads is shown; ``at`` is the position (y, x) of a token, as fractions of height and
+width.
 """
 
 import copy
@@ -42,7 +42,7 @@ def draw_gates(backbone, image, blocks, head=None):
     axes[1, 0].axis('off')
     for column, block in zip(axes[:, 1:].T, blocks):
         igate, fgate = (_one_head(gate[0], head).view(grid).cpu() for gate in gates[block])
-        # Each map has its own range: blocks differ more than places do.
+        # Each map has its own range, because blocks differ more than positions.
         for axis, values, colors in zip(column, (igate, fgate.sigmoid()), ('magma', 'viridis')):
             drawn = _show(axis, values, cmap=colors)
             bar = figure.colorbar(drawn, ax=axis, location='bottom', shrink=0.9, pad=0.02)
@@ -57,7 +57,7 @@ def draw_gates(backbone, image, blocks, head=None):
 
 @torch.no_grad()
 def draw_decay(backbone, image, blocks, head=None, at=(0.5, 0.5)):
-    """Draw the weights of all tokens for one token, and half-lives of the memory in all blocks."""
+    """Draw the weights of all tokens for one token, and the half-lives of all blocks' memory."""
     _, grid = backbone.embed(image.x)
     gates = inspect_blocks.block_gates(backbone, image.x)
     panel = 2.3 * image.aspect
@@ -108,7 +108,7 @@ def _draw_half_lives(axis, fgates, grid):
 
 
 def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
-    """Draw receptive fields after some blocks, trained (above) and with random blocks (below),
+    """Draw receptive fields after some blocks, with trained (above) and random blocks (below),
     averaged over images of one size.
     """
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def draw_receptive_field(backbone, images, blocks, at=(0.5, 0.5)):
 
 @torch.no_grad()
 def draw_pca(backbone, images, blocks):
-    """Draw features after some blocks as colors, one row per image, of any sizes."""
+    """Draw features after some blocks as colors, one row per image; image sizes may differ."""
     features = [inspect_blocks.block_features(backbone, image.x) for image in images]
     aspect = max(image.aspect for image in images)
     figure, axes = _figure(len(images), len(blocks) + 1, aspect)
@@ -163,6 +163,6 @@ def _one_head(x, head):
 
 
 def _figure(rows, columns, aspect, extra=0.6):
-    """A grid of panels in the shape of the images."""
+    """Create a grid of panels with the aspect ratio of the images."""
     size = (2.3 * columns + extra, rows * (2.3 * aspect + 0.1) + 0.6)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')

@@ -26,7 +26,7 @@ def knn(
         k (int): Number of neighbours.
         temperature (float, optional): Neighbours vote with weight exp(cosine / temperature).
             Default: None, equal weights.
-        chunk (int): Images at a time. Default: 1024.
+        chunk (int): Number of images processed at once. Default: 1024.
 
     Returns:
         Tensor: Labels, shape (M,).
@@ -36,7 +36,7 @@ def knn(
     predictions = []
     for part in F.normalize(test, dim=1).split(chunk):
         cosine, nearest = (part @ train.T).topk(k, dim=1)
-        # Relative to the nearest, so that no exponential overflows.
+        # Relative to the nearest neighbour, so that no exponential overflows.
         votes = 1 if temperature is None else ((cosine - cosine[:, :1]) / temperature).exp()
         counts = part.new_zeros(len(part), classes)
         counts.scatter_add_(1, train_labels[nearest], votes * torch.ones_like(cosine))
@@ -45,8 +45,8 @@ def knn(
 
 
 def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Fit multinomial logistic regression of labels (N,) on features (N, C) by L-BFGS. Half the
-    penalty times the squared norm of the weight is added to the mean loss.
+    """Fit multinomial logistic regression of labels (N,) on features (N, C) with L-BFGS. The mean
+    loss is regularized by half the penalty times the squared norm of the weight.
 
     Returns:
         tuple[Tensor, Tensor]: Weight (C, classes) and bias (classes,).
@@ -72,8 +72,8 @@ def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> tuple[Tensor, float]:
-    """Classify by logistic regression on standardized features, as :func:`knn`. The penalty on the
-    weight is chosen among ``penalties`` on a held-out fifth of the training images.
+    """Classify by logistic regression on standardized features; arguments as in :func:`knn`. The
+    weight penalty is selected from ``penalties`` on a held-out fifth of the training images.
 
     Returns:
         tuple[Tensor, float]: Labels (M,) and the chosen penalty.

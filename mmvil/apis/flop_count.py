@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Parameters and multiply-adds of a model of OpenMMLab, by part."""
+"""Parameters and multiply-adds of an OpenMMLab model, by part."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,19 +10,20 @@ from ..ops.projections import dense_block_width
 
 
 def count_parameters(model):
-    """Number of parameters by part (backbone, neck, head ...), and in all."""
+    """Count the parameters of each part (backbone, neck, head, ...) and in total."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in _parts(model)}
     return {**parts, 'total': sum(p.numel() for p in model.parameters())}
 
 
 def count_multiply_adds(model, shape, needed=False):
-    """Count the multiply-adds of one forward pass by part, and in all.
+    """Count the multiply-adds of one forward pass, for each part and in total.
 
     Args:
-        model (nn.Module): A model of OpenMMLab on the meta device. Parts that inference skips, such
+        model (nn.Module): An OpenMMLab model on the meta device. Parts that inference skips, such
             as auxiliary heads, count 0.
         shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
-        needed (bool): Count what the equations need instead of what is executed. Default: False.
+        needed (bool): Count the operations that the equations need instead of those executed.
+            Default: False.
     """
     parts = _parts(model)
     counts = {name: 0 for name, _ in parts}
@@ -42,7 +43,7 @@ def count_multiply_adds(model, shape, needed=False):
         return call
 
     def leave_out_zeros(projection, args, _):
-        """Its diagonal blocks are executed joined into wider ones, with zeros between them."""
+        """Count the zeros between diagonal blocks, which are executed joined into wider ones."""
         nonlocal zeros
         x, size = args[0], projection.weight.shape[-1]
         executed = dense_block_width(size, x.shape[-1] // projection.num_heads)

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Features, gates, memory decay and receptive fields of the blocks of a ViL."""
+"""Features, gates, memory decay and receptive fields of ViL blocks."""
 
 import math
 
@@ -11,7 +11,7 @@ from ..ops.gates import gate_statistics
 
 
 def find_backbone(model):
-    """Return the first VisionLSTM inside a model; raises ValueError if there is none."""
+    """Return the first VisionLSTM inside a model. Raises ValueError if there is none."""
     for module in model.modules():
         if isinstance(module, VisionLSTM):
             return module
@@ -19,14 +19,14 @@ def find_backbone(model):
 
 
 def trained_size(backbone):
-    """Image size (height, width) for which the position embedding of a VisionLSTM was made."""
+    """Image size (height, width) of a VisionLSTM's position embedding."""
     return tuple(side * backbone.patch_size for side in backbone.pos_embed.shape[1:3])
 
 
 def default_blocks(backbone, pairs):
-    """Choose blocks that represent a VisionLSTM: ``pairs`` for both reading directions at the
-    beginning, in the middle and at the end; otherwise those whose features are returned, or single
-    ones over the depth.
+    """Choose representative blocks of a VisionLSTM: with ``pairs``, both reading directions at the
+    beginning, in the middle and at the end; otherwise the blocks whose features are returned, or
+    blocks spread over the depth.
     """
     count = len(backbone.layers)
     if not pairs and len(backbone.out_indices) > 1:
@@ -83,14 +83,14 @@ def decay_weights(igate, fgate, reverse, token):
 
 
 def half_life(fgate):
-    """Number of tokens after which half is forgotten at a constant forget gate, elementwise."""
+    """Number of tokens after which half is forgotten at a constant forget gate (elementwise)."""
     return math.log(2) / -F.logsigmoid(fgate.double())
 
 
 def receptive_field(backbone, images, blocks, at):
-    """Compute the effective receptive field of the token :func:`token_at` a place (Luo et al.,
-    2016): the absolute gradient of its features after some blocks with respect to the pixels of
-    images of one size, each (1, C, H, W), summed over channels and averaged over images.
+    """Compute the effective receptive field of the token at a position (Luo et al., 2016; see
+    :func:`token_at`): the absolute gradient of its features after some blocks with respect to the
+    pixels of images of one size, each (1, C, H, W), summed over channels and averaged over images.
 
     Returns:
         Tensor: Shape (blocks, H, W), each map normalized to a maximum of 1.
@@ -109,8 +109,8 @@ def receptive_field(backbone, images, blocks, at):
 
 
 def principal_colors(features):
-    """Project the tokens (N, D) of each image to three principal components, shared by all images,
-    as RGB colors (N, 3) in [0, 1], 2% clipped at both ends.
+    """Project the tokens (N, D) of each image onto three principal components, shared by all
+    images, as RGB colors (N, 3) in [0, 1], with 2% clipped at both ends.
     """
     tokens = torch.cat(features).double()
     tokens = tokens - tokens.mean(0)

@@ -1,8 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Compare time and memory of models that take turns.
+"""Compare time and memory of models in alternating measurements.
 
-In each round every model runs once, and ratios are taken inside the round: what else the machine
-does then affects all models alike, and ratios can be trusted where times cannot.
+Every round runs each model once, and ratios are taken within a round. Other load on the machine
+then affects all models alike, so ratios are reliable even where times are not.
 """
 
 import statistics
@@ -17,23 +17,23 @@ from ..ops.flops import flop_formulas
 
 MODES = ('forward', 'training')
 SECONDS = 0.2
-"""Short steps are repeated for about that long in one measurement."""
+"""Duration of one measurement in seconds; short steps are repeated to fill it."""
 
 
 def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
     """Measure models on the same images.
 
     Args:
-        builders (dict[str, Callable]): Functions from an image size to a model, by name; ratios
-            relate to the first one. Names of compiled models end with ' compiled'.
+        builders (dict[str, Callable]): Functions from an image size to a model, by name; ratios are
+            relative to the first one. Names of compiled models end with ' compiled'.
         image (Tensor): Square images, shape (B, C, S, S).
         modes (Sequence[str]): 'forward' (inference), 'training' (forward and backward pass).
         amp (torch.dtype, optional): Dtype of autocast.
-        rounds (int): Number of measurements. Default: 7.
-        progress (Callable): Called with a line of text before each part. Default: print.
+        rounds (int): Number of rounds. Default: 7.
+        progress (Callable): Called with a line of text before each step. Default: print.
 
     Returns:
-        list[dict]: One record per mode and model; none for models that run out of memory.
+        list[dict]: One record per mode and model, except models that run out of memory.
     """
     if image.device.type == 'cpu':
         keep_freed_memory()  # as training and testing do
@@ -47,7 +47,7 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
                 counts[name] = _count(models[name], image[:1].clone(), modes, amp)
     for mode in modes:
         if any(name.endswith(' compiled') for name in models):
-            torch.compiler.reset()  # else versions of earlier modes and sizes fill its cache
+            torch.compiler.reset()  # otherwise earlier modes and sizes fill its cache
         running, repeats = {}, {}
         for name, model in list(models.items()):
             progress(f'{size} x {size}, {mode}: warming up {name}')
@@ -75,7 +75,7 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
 
 
 def add_ratios(records, base):
-    """Add to each record its :func:`time_ratio` to that of the model ``base``, None if it lacks."""
+    """Add to each record its :func:`time_ratio` to the model ``base``, None if that is missing."""
     other = next((record for record in records if record['model'] == base), None)
     for record in records:
         record['time_ratio'] = other and time_ratio(record, other)
@@ -90,8 +90,8 @@ def time_ratio(record, other):
 
 
 def saved_bytes(model, image, amp=None):
-    """Count the bytes in distinct storages, parameters excluded, that autograd keeps for the
-    backward pass.
+    """Count the bytes that autograd saves for the backward pass, in distinct storages, without
+    parameters.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
@@ -108,7 +108,9 @@ def saved_bytes(model, image, amp=None):
 
 
 def peak_bytes(model, image, mode, amp=None):
-    """Measure the memory of a step beside weights and images, gradients included; None on a CPU."""
+    """Measure the peak memory of a step, without weights and images but with gradients; None on a
+    CPU.
+    """
     if image.device.type != 'cuda':
         return None
     model.zero_grad(set_to_none=True)
@@ -135,7 +137,7 @@ def _backward(outputs):
 
 
 def _seconds(model, image, mode, amp, repeats=1):
-    """Mean time of a step: a forward pass, or a forward and backward pass for training."""
+    """Mean time of a step: a forward pass, for training followed by a backward pass."""
     training = mode == 'training'
     model.train(training)
     synchronize(image.device)
@@ -155,7 +157,8 @@ def _count(model, image, modes, amp):
     """Saved bytes, and multiply-adds by mode."""
     model.train('training' in modes)
     saved = saved_bytes(model, image, amp)
-    # Not at the same time: the counter hooks all modules, so a ViL calls them and saves more.
+    # Not at the same time: the counter hooks all modules, so ViL calls them one by one and saves
+    # more.
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         outputs = _forward(model, image, amp)
         multiply_adds = dict(forward=counter.get_total_flops() // 2)

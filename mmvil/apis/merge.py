@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Merge the shards of a distributed training's checkpoint into one file."""
+"""Merge the shards of a distributed checkpoint into one file."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from ..checkpoints.sharded import is_sharded, join_shards
 
 
 def merge_shards(src: Path, dst: Path) -> int:
-    """Write the weights in a folder of shards, of FSDP (of mmvil) or DeepSpeed, to one file, and
-    return the number of tensors.
+    """Merge the weights of a folder of FSDP (mmvil) or DeepSpeed shards into one file, and return
+    the number of tensors.
 
     Raises:
-        ValueError: If the folder holds no shards, or DeepSpeed is needed and not installed.
+        ValueError: If the folder contains no shards, or DeepSpeed is needed but not installed.
     """
     if is_sharded(src):
         checkpoint = join_shards(src)
@@ -27,8 +27,8 @@ def merge_shards(src: Path, dst: Path) -> int:
 
 
 def join_deepspeed_shards(folder: Path) -> dict:
-    """Read the float32 weights from the optimizer state of DeepSpeed, by DeepSpeed's own reader,
-    which trusts its files. Raises ValueError if DeepSpeed is not installed.
+    """Read the float32 weights from DeepSpeed's optimizer state, with DeepSpeed's own reader, which
+    trusts its files. Raises ValueError if DeepSpeed is not installed.
     """
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -36,6 +36,6 @@ def join_deepspeed_shards(folder: Path) -> dict:
         raise ValueError(f"{folder} needs DeepSpeed: pip install 'deepspeed<0.17'") from error
     state_dict = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     for name in state_dict:
-        if name.endswith('num_batches_tracked'):  # which DeepSpeed makes floating point
+        if name.endswith('num_batches_tracked'):  # which DeepSpeed converts to floating point
             state_dict[name] = state_dict[name].long()
     return dict(state_dict=state_dict)

@@ -21,7 +21,7 @@ def list_models(pattern: str | None = None) -> list[str]:
     """List the names of the published classifiers, which :func:`get_model` builds.
 
     Args:
-        pattern (str, optional): Only names that begin like this; ``*`` stands for anything.
+        pattern (str, optional): Prefix of the names to list; ``*`` matches anything.
 
     Returns:
         list[str]: The names, sorted.
@@ -42,7 +42,7 @@ def get_model(
     out_indices: int | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> BaseModel:
-    """Build a classifier of mmpretrain by name.
+    """Build an mmpretrain classifier by name.
 
     Called with normalized images, shape (B, 3, H, W), it returns logits (B, classes);
     ``extract_feat(images)`` returns the input of the linear layer. ``mmpretrain.inference_model(
@@ -51,13 +51,13 @@ def get_model(
     Args:
         name (str): One of :func:`list_models`.
         pretrained (bool | str | Path): True for the published weights, which are downloaded once
-            and cached, or a checkpoint: ours or an official one, as path, URL or ``mmvil://NAME``.
+            and cached, or an mmvil or official checkpoint as path, URL or ``mmvil://NAME``.
             Default: False, random weights.
         device (str | torch.device, optional): Device of the model.
-        num_classes (int, optional): Another number of classes. The linear layer of a checkpoint
-            with other classes is not loaded.
-        out_indices (int | Sequence[int], optional): Omit the classifier, and return the feature
-            maps (B, D, h, w) after these blocks as a tuple.
+        num_classes (int, optional): Number of classes. The linear layer of a checkpoint with other
+            classes is not loaded.
+        out_indices (int | Sequence[int], optional): Omit the classifier and return the feature maps
+            (B, D, h, w) after these blocks as a tuple.
         **kwargs: Other settings of the model config, such as ``backbone=dict(frozen_stages=24)``.
 
     Returns:
@@ -117,14 +117,14 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
 
 @functools.cache
 def register_models() -> None:
-    """Register ViL's classifiers with mmpretrain and timm, if installed, by name.
+    """Register the ViL classifiers with mmpretrain and timm, where installed.
 
     Afterwards ``mmpretrain.list_models('vil2-*')`` and ``timm.list_models('mmvil*')`` list them.
-    Calling it again does nothing.
+    Further calls have no effect.
 
     Raises:
         ImportError: If neither is installed.
-        FileNotFoundError: If this installation of mmvil lacks the list of models.
+        FileNotFoundError: If the list of models is missing in this installation of mmvil.
 
     Example:
         >>> mmvil.register_models()
@@ -148,7 +148,7 @@ def _register_mmpretrain(caller: str) -> None:
         ) from error
     root = package_root()
     if not ModelHub.has(OFFICIAL_CHECKPOINTS[0].model):
-        # The other list in model-index.yml is of segmentors, which mmpretrain cannot build.
+        # The other list in model-index.yml contains segmentors, which mmpretrain cannot build.
         index = root / 'configs' / 'metafile_imagenet.yml'
         ModelHub.register_model_index(index, config_prefix=root)
 
@@ -158,7 +158,9 @@ def _installed(library: str) -> bool:
 
 
 def package_root() -> Path:
-    """The folder that holds configs/: ``mmvil/.mim`` of an installed package, else the checkout."""
+    """Folder that contains configs/: ``mmvil/.mim`` of an installed package, otherwise the
+    checkout.
+    """
     package = Path(__file__).resolve().parents[1]
     for root in (package / '.mim', package.parent):
         if (root / 'configs' / 'metafile_imagenet.yml').is_file():

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM as models of timm, registered on import, as by :func:`mmvil.register_models`.
+"""Vision-LSTM as timm models, registered on import, for instance by :func:`mmvil.register_models`.
 
 ``timm.list_models('mmvil*')`` lists them: 'mmvil_base_patch16_224' is version 2, 'mmvil1_…' the
 paper's first version.
@@ -32,7 +32,7 @@ from ..ops.compat import static_shape
 
 try:
     from timm.models._input import update_model_input_size
-except ImportError:  # timm < 1.0.31 saves no arguments of models, and so no changed sizes
+except ImportError:  # timm < 1.0.31 does not save model arguments, and thus no changed sizes
 
     def update_model_input_size(model: nn.Module, img_size: Any, **kwargs: Any) -> None:
         pass
@@ -42,36 +42,36 @@ __all__ = ['TimmVisionLSTM']
 
 POOLS = ('bilateral_concat', 'bilateral_avg', 'avg', '')
 
-# Leaves of symbolic traces (torch.fx): what they compute depends on the image size.
+# Leaves of symbolic traces (torch.fx), because they depend on the image size.
 register_notrace_module(PatchEmbed)
 register_notrace_module(ViLBlock)
 register_notrace_function(tokens_to_map)
 
 
 class TimmVisionLSTM(nn.Module):
-    """A :class:`mmvil.VisionLSTM` under the interface of timm's models. Features are maps
-    (B, D, h, w).
+    """:class:`mmvil.VisionLSTM` with the interface of timm's models. Features are maps (B, D, h,
+    w).
 
     Args:
         arch, img_size: As in :class:`mmvil.VisionLSTM`.
         in_chans (int): Default: 3.
         num_classes (int): 0 for no classifier. Default: 1000.
-        global_pool (str, optional): 'bilateral_concat' (first and last token side by side),
+        global_pool (str, optional): 'bilateral_concat' (first and last token concatenated),
             'bilateral_avg' (their mean), 'avg' (mean of all) or '' (none). Default: as published,
-            the first for version 2 and the second for version 1.
+            'bilateral_concat' for version 2 and 'bilateral_avg' for version 1.
         drop_rate (float): Dropout before the classifier. Default: 0.
-        strict_img_size (bool, optional): Refuse images of another size than ``img_size``. Default:
-            False, unless ``dynamic_img_size`` is False.
-        dynamic_img_size (bool, optional): Accept images of any size; True outweighs
+        strict_img_size (bool, optional): Only accept images of size ``img_size``. Default: False,
+            unless ``dynamic_img_size`` is False.
+        dynamic_img_size (bool, optional): Accept images of any size; True overrides
             ``strict_img_size``, as in timm. Default: not ``strict_img_size``.
-        dynamic_img_pad (bool): Where patches do not tile an image, add zeros on the right and at
-            the bottom; False refuses such images, and such an ``img_size``. Default: True.
+        dynamic_img_pad (bool): Zero-pad images that patches do not tile, on the right and at the
+            bottom; False rejects such images, and such an ``img_size``. Default: True.
         device, dtype: Of the parameters.
         **kwargs: Further arguments of :class:`mmvil.VisionLSTM`, such as version, patch_size,
             stride, drop_path_rate and backend.
 
     Raises:
-        ValueError: For unknown choices and sizes that do not fit, here and in ``forward``.
+        ValueError: If a choice is unknown or sizes do not fit, here and in ``forward``.
     """
 
     output_fmt = 'NCHW'
@@ -99,7 +99,7 @@ class TimmVisionLSTM(nn.Module):
             strict_img_size = dynamic_img_size is False
         self.dynamic_img_size = bool(dynamic_img_size or not strict_img_size)
         self.dynamic_img_pad = dynamic_img_pad
-        self._traits = dict(fixed_input_size=not self.dynamic_img_size)  # timm reads it
+        self._traits = dict(fixed_input_size=not self.dynamic_img_size)  # read by timm
         self.img_size = to_2tuple(img_size)
         self._check_tiling(self.img_size, self.backbone.patch_size, self.backbone.stride)
         self.in_chans = in_chans
@@ -124,7 +124,7 @@ class TimmVisionLSTM(nn.Module):
         size; the stride changes with the patch size in proportion.
 
         Raises:
-            ValueError: For sizes that do not fit. Nothing has changed then.
+            ValueError: If sizes do not fit. The model is then unchanged.
         """
         backbone = self.backbone
         img_size = self.img_size if img_size is None else to_2tuple(img_size)
@@ -179,7 +179,7 @@ class TimmVisionLSTM(nn.Module):
         return self.num_features * (2 if self.global_pool == 'bilateral_concat' else 1)
 
     def _new(self, kind: type[nn.Module], *sizes: int, **options: Any) -> nn.Module:
-        """Create a module on the device and in the dtype and mode of the model."""
+        """Create a module with the device, dtype and mode of the model."""
         weight = self.backbone.pos_embed
         module = kind(*sizes, device=weight.device, **options)
         return module.to(weight.dtype).train(self.training)
@@ -190,7 +190,7 @@ class TimmVisionLSTM(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling if another one is named."""
+        """Replace the classifier, and the pooling if one is given."""
         if global_pool not in (None, self.global_pool):
             if global_pool not in POOLS:
                 raise ValueError(f'Unknown global_pool {global_pool!r}; choose from {POOLS}.')
@@ -242,11 +242,12 @@ class TimmVisionLSTM(nn.Module):
 
         Args:
             x (Tensor): Images, shape (B, C, H, W).
-            indices (int | Sequence[int], optional): Blocks, or the last so many. Default: all.
+            indices (int | Sequence[int], optional): Indices of blocks, or the number of last
+                blocks. Default: all.
             norm (bool): Apply the final norm to all of them. Default: False.
             stop_early (bool): Do not run the blocks after the last index. Default: False.
             output_fmt (str): 'NCHW' maps or 'NLC' tokens. Default: 'NCHW'.
-            intermediates_only (bool): Leave out the final features. Default: False.
+            intermediates_only (bool): Do not return the final features. Default: False.
 
         Returns:
             list[Tensor] | tuple[Tensor, list[Tensor]]: The features, preceded by the final ones.
@@ -287,7 +288,7 @@ class TimmVisionLSTM(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features after these blocks do not need."""
+        """Remove everything that the features after these blocks do not need."""
         take, last = feature_take_indices(len(self.backbone.layers), indices)
         self.backbone.layers = self.backbone.layers[: last + 1]
         if prune_norm:
@@ -298,12 +299,12 @@ class TimmVisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set activation checkpointing, which keeps only the inputs of blocks for backward."""
+        """Set activation checkpointing, which saves only the inputs of blocks for backward."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
-        """Return the parameters without weight decay, beside those of one dimension."""
+        """Return the parameters without weight decay, in addition to one-dimensional ones."""
         return {'backbone.pos_embed'}
 
     @torch.jit.ignore
@@ -316,11 +317,11 @@ class TimmVisionLSTM(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename weights of official checkpoints and of our classifiers for timm's model. The norm of
-    another pooling is left out: it starts anew, as the classifier behind it does.
+    """Rename weights of official checkpoints and of our classifiers for the timm model. The norm of
+    another pooling is omitted: it is reinitialized like the classifier after it.
 
     Raises:
-        ValueError: If they are of neither 3 channels nor the model's.
+        ValueError: If the weights have neither 3 input channels nor those of the model.
     """
     norm = model.fc_norm.state_dict(prefix='fc_norm.')
     renamed = {}
@@ -330,7 +331,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             renamed[name] = value
     weight = renamed.get('backbone.patch_embed.projection.weight')
     if weight is not None:
-        # timm adapts RGB weights by the same rule after this, others it may leave at random.
+        # timm adapts RGB weights by the same rule after this, but may leave others random.
         adapt_input_channels(weight, model.in_chans)
     return renamed
 
@@ -361,8 +362,8 @@ def _register(name: str, official: OfficialCheckpoint) -> None:
     globals()[name] = register_model(build)
 
 
-# Several checkpoints of one model differ by the tag, as in 'mmvil_tiny_patch16_224.e400_in1k'; the
-# first is the default.
+# Several checkpoints of one model differ in their tag, as in 'mmvil_tiny_patch16_224.e400_in1k';
+# the first is the default.
 default_cfgs = generate_default_cfgs(
     {
         f'{_model_name(official)}.e{official.epochs}_in1k': dict(

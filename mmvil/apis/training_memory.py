@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Predict the memory of a training from shapes alone, and measure it on a GPU."""
+"""Predict the memory of training from shapes alone, and measure it on a GPU."""
 
 import copy
 import sys
@@ -24,28 +24,29 @@ from .swap.probe import MASKED_ALGORITHM, training_size
 
 GIB = 2**30
 BLOCK = 512
-"""torch's CUDA allocator hands out memory in blocks of that many bytes."""
+"""Block size of torch's CUDA allocator in bytes."""
 BATCHES = 64, 128
-"""Two batches whose difference is the cost of an image. In small batches the gradients outweigh the
-activations, and a step takes the most memory at its end.
+"""Batch sizes whose difference gives the cost of an image. In smaller batches gradients outweigh
+activations, and the peak is at the end of a step.
 """
 
 
 class TrainingMemory:
-    """Bytes of a training, as far as they follow from shapes.
+    """Memory of training in bytes, as far as it follows from shapes.
 
     Args:
-        cfg (Config): Config of the training, of mmseg or mmpretrain.
-        gpus (int): With more than one, data parallel training buffers the gradients. Default: 1.
-        size (tuple[int, int], optional): Height and width of training images. Default: as
-            :func:`training_size` reads it from the config.
+        cfg (Config): Training config of mmseg or mmpretrain.
+        gpus (int): With more than one, data-parallel training buffers the gradients. Default: 1.
+        size (tuple[int, int], optional): Height and width of training images. Default: read from
+            the config by :func:`training_size`.
 
     Attributes:
-        always (dict[str, int]): Bytes that do not depend on the batch, by purpose.
-        accumulates (bool): Whether gradients of earlier steps stay during a step; False at first.
+        always (dict[str, int]): Bytes that do not depend on the batch size, by purpose.
+        accumulates (bool): Whether gradients of earlier steps are kept during a step; initially
+            False.
 
     Raises:
-        ValueError: If the config is of neither, or lacks a size.
+        ValueError: If the config is of another library, or has no image size.
     """
 
     def __init__(self, cfg, gpus=1, size=None):
@@ -67,7 +68,7 @@ class TrainingMemory:
         self.accumulates, self._steps = False, {}
         self._mode = FakeTensorMode()
         with FakeCopyMode(self._mode):
-            self.model = copy.deepcopy(self.model)  # of shapes
+            self.model = copy.deepcopy(self.model)  # on the meta device
 
     def step(self, batch):
         """Peak bytes of a step of ``batch`` images: input, activations, temporaries, gradients."""
@@ -84,7 +85,7 @@ class TrainingMemory:
         return self._steps[key]
 
     def total(self, batch):
-        """Bytes of the training with ``batch`` images on a GPU."""
+        """Bytes of training with ``batch`` images per GPU."""
         return sum(self.always.values()) + self.step(batch)
 
     def per_image(self):
@@ -93,7 +94,7 @@ class TrainingMemory:
         return (self.step(large) - self.step(small)) / (large - small)
 
     def largest_batch(self, limit):
-        """Largest number of images whose training fits into ``limit`` bytes."""
+        """Largest number of images per batch whose training fits into ``limit`` bytes."""
         batch = int((limit - self.total(BATCHES[0])) / self.per_image()) + BATCHES[0]
         while batch > 0 and (excess := self.total(max(batch, 2)) - limit) > 0:
             batch -= max(1, int(excess / self.per_image()))
@@ -101,8 +102,8 @@ class TrainingMemory:
 
 
 def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
-    """Train on batches of random images of a size, see :class:`TrainingMemory`, and measure
-    ``rounds`` steps after ``warmup`` ones, the first of which makes the optimizer's state.
+    """Train on batches of random images, with arguments as in :class:`TrainingMemory`, and measure
+    ``rounds`` steps after ``warmup`` steps, the first of which creates the optimizer state.
 
     Returns:
         tuple[float, float]: Peak bytes allocated by torch (0 on a CPU), and images per second.
@@ -127,7 +128,7 @@ def build_training_model(cfg):
     """Build the model of a config in training mode, without stochastic depth in ViL."""
     init_default_scope(cfg.default_scope)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the libraries' own deprecations
+        warnings.simplefilter('ignore')  # deprecations inside the libraries
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     for module in model.modules():
         if isinstance(module, DropPath):
@@ -136,7 +137,7 @@ def build_training_model(cfg):
 
 
 def train_step(model, cfg, batch, device='cpu', size=None):
-    """Run forward and backward pass of a batch of random images, in the precision of the config."""
+    """Run the forward and backward pass of a batch of random images, in the config's precision."""
     inputs, samples = random_batch(cfg, batch, device, size)
     with _autocast(cfg, device):
         losses = model.loss(inputs, samples)
@@ -144,8 +145,9 @@ def train_step(model, cfg, batch, device='cpu', size=None):
 
 
 def random_batch(cfg, batch, device='cpu', size=None):
-    """Make a batch of the training size as the data preprocessor passes it to a model of mmseg or
-    mmpretrain: normalized images (B, C, H, W), or a list of their views; and labels or masks.
+    """Create a batch of the training size in the form that the data preprocessor passes to a model
+    of mmseg or mmpretrain: normalized images (B, C, H, W), or a list of their views; and labels or
+    masks.
     """
     size = size or training_size(cfg)
     shape = batch, cfg.model.backbone.get('in_channels', 3), *size
@@ -185,7 +187,7 @@ def amp_dtype(cfg):
 
 
 def optimizer_state(cfg):
-    """Number of values that the optimizer of a config keeps per weight."""
+    """Number of values that the optimizer of a config stores per weight."""
     weight = torch.nn.Parameter(torch.zeros(1000))
     weight.grad = torch.ones_like(weight)
     optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': [weight]})
@@ -195,7 +197,7 @@ def optimizer_state(cfg):
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """Count the bytes that results of operations hold at most, beside the ``ignored`` tensors."""
+    """Track the peak bytes held by results of operations, except ``ignored`` tensors."""
 
     def __init__(self, ignored):
         super().__init__()
@@ -215,7 +217,7 @@ class _AllocationCounter(TorchDispatchMode):
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         self._alive[storage._cdata] = StorageWeakRef(storage), size
         self._now += size
-        if self._now > self.peak:  # only then does it matter what was freed
+        if self._now > self.peak:  # frees only matter at a new peak
             for address, (reference, size) in list(self._alive.items()):
                 if reference.expired():
                     del self._alive[address]
@@ -224,7 +226,7 @@ class _AllocationCounter(TorchDispatchMode):
 
 
 def _autocast(cfg, device):
-    """Mixed precision as on a GPU. A CPU's autocast differs in two things that count: it knows
+    """Mixed precision as on a GPU. Autocast on CPUs differs in two relevant ways: it supports
     bfloat16 (as many bytes as float16), and leaves the loss in half precision.
     """
     dtype, stack = amp_dtype(cfg), ExitStack()
@@ -240,7 +242,7 @@ def _autocast(cfg, device):
 
 
 def _without_accuracy():
-    """Leave out mmseg's accuracy, for the log: it selects pixels, a shape that depends on data."""
+    """Disable mmseg's logged accuracy, which selects pixels and so has a data-dependent shape."""
     decode_head = sys.modules.get('mmseg.models.decode_heads.decode_head')
     if decode_head is None:
         return nullcontext()

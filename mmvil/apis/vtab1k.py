@@ -36,8 +36,8 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training: of phase 'tune' (train800, evaluated on val200) or 'final' (train800val200,
-    evaluated on test).
+    """A training run of the phase 'tune' (train800, evaluated on val200) or 'final'
+    (train800val200, evaluated on test).
     """
 
     dataset: str
@@ -54,12 +54,11 @@ class Job:
 
 
 class Protocol:
-    """The runs, their states, and what follows from their results: for each dataset, every learning
-    rate is tuned with every seed; the best one is trained again with every seed and evaluated on
-    test.
+    """Runs of the protocol and their results: for each dataset, every learning rate is tried with
+    every seed; the best one is trained again with every seed and evaluated on test.
 
     Args:
-        claims (mmvil.cli.run_queue.Claims): Knows states and results of runs by name.
+        claims (mmvil.cli.run_queue.Claims): States and results of runs by name.
         datasets (Sequence[str]): Names from ``DATASETS``.
         lrs (Sequence[float]): Learning rates to choose from.
         seeds (int): Number of seeds.
@@ -75,8 +74,8 @@ class Protocol:
         self._results = {}
 
     def runs(self) -> dict[Job, str]:
-        """States of all runs that are known by now. The final runs of a dataset are known when its
-        search has ended.
+        """States of all runs known so far. The final runs of a dataset are known once its search
+        has ended.
         """
         choices = self.datasets, ('tune', 'final'), self.lrs, self.seeds
         jobs = [Job(*choice) for choice in itertools.product(*choices)]
@@ -88,14 +87,14 @@ class Protocol:
         }
         best = {each: self.best_lr(each) for each in self.datasets if each not in searching}
         known = [job for job in jobs if job.phase == 'tune' or job.lr == best.get(job.dataset)]
-        # By dataset, so that complete rows of the table come early; what has failed before, last.
+        # By dataset, so that table rows are completed early; failed runs come last.
         order = {dataset: i for i, dataset in enumerate(self.datasets)}
         known.sort(key=lambda job: (order[job.dataset], states[job.name] == 'again'))
         return {job: states[job.name] for job in known}
 
     def best_lr(self, dataset: str) -> float | None:
-        """Learning rate with the best mean accuracy on val200, the smallest of equal ones. One that
-        lacks a seed, because its run failed, is not considered.
+        """Learning rate with the best mean accuracy on val200, the smallest in case of a tie.
+        Learning rates with a failed run are not considered.
         """
         found = {lr: self.accuracies(dataset, 'tune', lr) for lr in self.lrs}
         means = {lr: statistics.mean(each) for lr, each in found.items() if None not in each}
@@ -107,7 +106,7 @@ class Protocol:
         return [result and result['accuracy'] for result in results]
 
     def progress(self) -> str:
-        """How far all processes together are, and how long it will take."""
+        """Progress of all processes together, with the estimated remaining time."""
         states = self.runs()
         count = Counter(states.values())
         seconds = [self._result(job)['seconds'] for job in states if states[job] == 'done']
@@ -144,20 +143,22 @@ class Protocol:
 
 def read_architecture(checkpoint: str) -> dict:
     """Read the sizes of the classifier in a checkpoint (file, URL or ``mmvil://NAME``), see
-    :func:`mmvil.checkpoints.infer_architecture`, and its stride, the patch size if neither notes
-    nor name tell; raises ValueError if there is none.
+    :func:`mmvil.checkpoints.infer_architecture`, and its stride, which defaults to the patch size
+    if neither metadata nor file name contain it. Raises ValueError if there is no classifier.
     """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     try:
         architecture = infer_architecture(weights_of(loaded))
     except ValueError as error:
-        raise ValueError(f'{checkpoint} is no Vision-LSTM classifier: {error}') from error
+        raise ValueError(f'{checkpoint} is not a Vision-LSTM classifier: {error}') from error
     stride, _ = find_stride(loaded, checkpoint) or (architecture['patch_size'], None)
     return dict(architecture, stride=stride)
 
 
 def identify(checkpoint: str) -> dict[str, str]:
-    """Settings by which processes agree on a checkpoint: its address, or its file's SHA-256."""
+    """Settings that identify a checkpoint across processes: its address, or the SHA-256 of its
+    file.
+    """
     if '://' in checkpoint:
         return dict(checkpoint=checkpoint)
     return dict(checkpoint_sha256=sha256(Path(checkpoint)))
@@ -167,8 +168,8 @@ def identify(checkpoint: str) -> dict[str, str]:
 
 
 def check_data(folder: str | Path, num_classes: int) -> list[str]:
-    """Check that lists and images of a dataset exist and that labels are in range; return warnings
-    of lists whose length is not the published one.
+    """Check that lists and images of a dataset exist and that labels are in range. Return warnings
+    for lists whose length differs from the published one.
 
     Raises:
         FileNotFoundError: If a list, or the first or last image in it, is missing.
@@ -199,7 +200,7 @@ def check_data(folder: str | Path, num_classes: int) -> list[str]:
 
 
 def summarize(protocol: Protocol, name: str) -> tuple[dict, dict]:
-    """Compute means over seeds and datasets of what has finished, under the name of the model.
+    """Compute means over seeds and datasets of the finished runs, under the name of the model.
 
     Returns:
         tuple[dict, dict]: {row: {column: number or None}} of the groups, ours and published; and
@@ -230,7 +231,7 @@ def as_markdown(rows: dict, details: dict) -> str:
     lines.append('|---|' + '---:|' * len(columns))
     lines += [_row(name, *(numbers[key] for key in columns)) for name, numbers in rows.items()]
     if any(numbers[key] is None for numbers in rows.values() for key in columns):
-        lines += ['', '– : not all datasets of the group are complete.']
+        lines += ['', '– : the group has incomplete datasets.']
     if details:
         lines += ['', _row('dataset', 'group', 'learning rate', 'val200', 'test', 'std of test')]
         lines.append('|---|---|---:|---:|---:|---:|')

@@ -70,7 +70,7 @@ def test_load_mapped_annotations_leaves_opacity_and_palettes_aside(tmp_path):
         (np.int32([[-2, 70000]]), dict(values=[0, 65535]), r'values of no class: \[-2, 70000\]'),
         (np.arange(9, dtype=np.uint8)[None], dict(values=[0, 1]), r'\[2, 3, 4, 5, 6, …\]'),
         (np.uint8([[RED, (1, 2, 3)]]), dict(colors=[RED, GREEN]), r'no class: \[\(1, 2, 3\)\]'),
-        (np.uint8([[RED]]), dict(values=[0, 1]), 'no colors of classes are declared'),
+        (np.uint8([[RED]]), dict(values=[0, 1]), 'no class colors are declared'),
     ],
 )
 def test_load_mapped_annotations_names_unknown_values_and_file(tmp_path, mask, options, message):

@@ -322,7 +322,7 @@ def test_swap_brings_the_imagenet_recipe_at_the_batch_size_of_the_config():
 
 
 def test_swap_has_no_recipe_for_self_supervised_training():
-    with pytest.raises(ValueError, match='no recipe of ours to train SimSiam'):
+    with pytest.raises(ValueError, match='mmvil has no recipe for training SimSiam'):
         swap_backbone(
             load('mmpretrain/simsiam/simsiam_resnet50_8xb32-coslr-100e_in1k.py'), TINY, optim=True
         )

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Vision-LSTM in place of the backbone of an existing config."""
+"""Replace the backbone of an existing config with Vision-LSTM."""
 
 from .swap import swap_backbone
 

@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the networks of a config on shapes alone, on the meta device: number, widths and strides of a
-backbone's outputs, and which of them necks and heads read, are measured, not looked up by type.
+"""Run the networks of a config on the meta device, without values. The number, widths and strides
+of a backbone's outputs, and which of them necks and heads read, are measured, not looked up by
+type.
 """
 
 import copy
@@ -19,31 +20,31 @@ from torch.utils._pytree import tree_flatten
 
 from ...engine.config_nodes import dicts, type_name
 
-# Heads that are called with the features and nothing that only their model knows.
+# Heads that can be called with the features alone.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
-# The algorithm of masked image modeling that reads maps of all patches from its backbone.
+# The masked image modeling algorithm that reads maps of all patches from its backbone.
 MASKED_ALGORITHM = 'SimMIM'
 
 
 class BackboneProbe:
-    """Outputs of the backbone of a model's config, for images of a size, and which of them are
-    read. ``outputs`` gives channels and strides instead of measuring.
+    """Measure the outputs of the backbone in a config, for images of a given size, and which of
+    them are read. ``outputs`` gives channels and strides instead of measuring them.
 
     Attributes:
-        shapes (list[tuple]): Shape of each output: (2, C, h, w) of a map, (2, C) of a vector.
+        shapes (list[tuple]): Shape of each output: (2, C, h, w) for a map, (2, C) for a vector.
         widths (list[int]): Channels of each output.
-        in_channels (int): Channels of the images.
-        frozen (bool): Whether no parameter is trained.
-        masked (bool): Whether it is given a mask beside the images.
+        in_channels (int): Input channels.
+        frozen (bool): Whether no parameter is trainable.
+        masked (bool): Whether it takes a mask in addition to the images.
         pooled (bool): Whether the features are pooled, by the backbone or by the neck.
-        to_pool (bool): Whether its single map is pooled in the end.
+        to_pool (bool): Whether its single map is pooled later.
         read (set[int]): Indices of the outputs that are read.
         maps (list[Tensor] | None): Input of the heads; None if the neck cannot be run.
-        failure (str | None): Why the heads cannot be run on shapes alone, if so.
+        failure (str | None): Why the heads cannot be run on the meta device, if so.
         results (dict[str, list[int]]): Channels of the heads' outputs.
 
     Raises:
-        ValueError: If VisionLSTM cannot replace the backbone, or nothing is known of its outputs.
+        ValueError: If VisionLSTM cannot replace the backbone, or its outputs are unknown.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class BackboneProbe:
         self.neck_pools = type_name(model.get('neck')) == 'GlobalAveragePooling'
         self.pooled = len(self.shapes) == 1 and (len(self.shapes[0]) == 2 or self.neck_pools)
         self._check_shapes()
-        # mmpretrain's necks and heads pool a single map, whatever its size.
+        # mmpretrain's necks and heads pool a single map of any size.
         self.to_pool = scope == 'mmpretrain' and len(self.shapes) == 1
         self.widths = [shape[1] for shape in self.shapes]
         self.has_neck = bool(model.get('neck'))
@@ -72,11 +73,11 @@ class BackboneProbe:
         features = [torch.empty(shape, device='meta', requires_grad=True) for shape in self.shapes]
         self.maps, results, self.failure = run_readers(model, features)
         self.results = {key: channels(tensors) for key, tensors in results.items()}
-        if self.maps is None:  # not even the neck runs here, so nothing is known of its input
+        if self.maps is None:  # not even the neck runs here, so its input is unknown
             self.read = set(range(len(features)))
         elif results or self.has_neck:
             self.read = outputs_read(results or self.maps, features)
-        else:  # heads with compiled operators, say, do not run on shapes alone
+        else:  # for instance, heads with compiled operators do not run on the meta device
             self.read = _configured_to_read(model, len(features))
         main = {key: tensors for key, tensors in results.items() if key != 'auxiliary_head'}
         if main and not self.has_neck:
@@ -142,9 +143,9 @@ class BackboneProbe:
 
 
 def run_readers(model: dict, features: Sequence[Tensor]):
-    """Run the neck and the heads of a model on features. Returns the heads' input (list[Tensor],
+    """Run the neck and the heads of a model on features. Returns the heads' input (list[Tensor], or
     None if the neck cannot be run), the outputs of each kind of head (dict[str, list[Tensor]]), and
-    why the heads cannot be run (str | None).
+    the reason why the heads cannot be run (str | None).
     """
     try:
         maps = list(_build(model['neck'])(tuple(features))) if model.get('neck') else features
@@ -166,27 +167,27 @@ def run_readers(model: dict, features: Sequence[Tensor]):
 
 
 def outputs_read(results, features: Sequence[Tensor]) -> set:
-    """Indices of the features on which tensors, nested in any way, depend."""
+    """Indices of the features that arbitrarily nested tensors depend on."""
     total = sum(tensor.sum() for tensor in _tensors(results) if tensor.requires_grad)
     grads = torch.autograd.grad(total, features, allow_unused=True, retain_graph=True)
     return {index for index, grad in enumerate(grads) if grad is not None}
 
 
 def readers(node, name: str) -> Iterator[tuple[str, dict]]:
-    """Iterate over the configs in a neck or head that read its input, with their names."""
+    """Iterate over the configs inside a neck or head that read its input, with their names."""
     if isinstance(node, (list, tuple)):
-        # Of several necks the first one reads the backbone, of several heads each one does.
+        # The first of several necks reads the backbone; all of several heads do.
         for number, each in enumerate(node[:1] if name == 'neck' else node):
             yield from readers(each, f'{name}[{number}]')
     elif isinstance(node, dict):
         yield name, node
-        for key, child in node.items():  # heads made of heads, such as K-Net's
+        for key, child in node.items():  # heads that contain heads, such as K-Net's
             if isinstance(child, dict) and 'in_index' in child:
                 yield from readers(child, f'{name}.{key}')
 
 
 def _configured_to_read(model: dict, number: int) -> set:
-    """Indices of a number of features that the heads read according to their configs."""
+    """Indices of the features that the heads read according to their configs."""
     read = set()
     for _, node in (reader for key in HEADS for reader in readers(model.get(key), key)):
         if 'in_channels' in node:
@@ -197,18 +198,18 @@ def _configured_to_read(model: dict, number: int) -> set:
 
 
 def _build(cfg) -> nn.Module:
-    """Build a part of a model with shapes but without values."""
+    """Build a part of a model on the meta device."""
     try:
         with torch.device('meta'):
             module = MODELS.build(copy.deepcopy(cfg))
-    except Exception:  # constructors that read values, such as rates of stochastic depth
+    except Exception:  # constructors that read values, such as stochastic depth rates
         module = MODELS.build(copy.deepcopy(cfg)).to('meta')
-    # torch's SyncBatchNorm refuses other devices than GPUs.
+    # torch's SyncBatchNorm runs on GPUs only.
     return revert_sync_batchnorm(module)
 
 
 def _samples(feature: Tensor) -> list:
-    """Stand-ins for data samples, from which some heads read the image size."""
+    """Dummy data samples, from which some heads read the image size."""
     shape = tuple(4 * side for side in feature.shape[2:])
     meta = dict(img_shape=shape, batch_input_shape=shape, pad_shape=shape)
     return [BaseDataElement(metainfo=meta) for _ in feature]
@@ -239,8 +240,8 @@ def _tensors(node) -> list[Tensor]:
 
 
 def training_size(cfg: Config, default: int | None = None) -> tuple[int, int]:
-    """Height and width of the training images of a config; raises ValueError if neither it nor
-    ``default`` says.
+    """Height and width of the training images of a config. Raises ValueError if neither the config
+    nor ``default`` specifies them.
     """
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     crops = [
@@ -252,16 +253,16 @@ def training_size(cfg: Config, default: int | None = None) -> tuple[int, int]:
         sides = as_list(size)
         if sides and all(type(side) is int for side in sides):  # not fractions
             return sides[0], sides[-1]
-    raise ValueError('the config has no size of training images; add --shape HEIGHT WIDTH')
+    raise ValueError('the config has no training image size; add --shape HEIGHT WIDTH')
 
 
 def channels(tensors) -> list[int | None]:
-    """Channels of each tensor (B, C, ...); None for what is no such tensor."""
+    """Channels of each tensor (B, C, ...); None for anything else."""
     return [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in tensors]
 
 
 def as_list(node) -> list:
-    """A sequence as a list, another value as a list of one, None as an empty one."""
+    """Convert a sequence to a list, None to an empty list, and any other value to a list of one."""
     if node is None:
         return []
     return list(node) if isinstance(node, (list, tuple, range)) else [node]

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Weights, optimizer and schedule of a config whose backbone is replaced."""
+"""Adapt weights, optimizer and schedule of a config whose backbone is replaced."""
 
 import copy
 
@@ -11,7 +11,7 @@ from .probe import HEADS, as_list
 
 
 def drop_old_weights(cfg: Config) -> list[str]:
-    """Drop the old network's weights, in place, and return notes on what was dropped."""
+    """Remove the old network's weights in place, and return notes on what was removed."""
     notes, model = [], cfg.model
     for node, name in ((cfg, 'load_from'), (model, 'pretrained')):
         if node.get(name):
@@ -21,7 +21,7 @@ def drop_old_weights(cfg: Config) -> list[str]:
     if isinstance(old, dict) and old.get('checkpoint'):
         notes.append(f'the checkpoint {old.checkpoint!r} of the old backbone is dropped')
     if blanket := model.pop('init_cfg', None):
-        why = "it would initialize ViL's layers anew, gates included"
+        why = "it would reinitialize ViL's layers, including gates"
         notes.append(f'model.init_cfg is dropped: {why}')
         pretrained = any(each.get('type') == 'Pretrained' for each in as_list(blanket))
         # A head that relied on it keeps it.
@@ -32,14 +32,14 @@ def drop_old_weights(cfg: Config) -> list[str]:
     if isinstance(frozen, int) and frozen >= 0:
         notes.append(
             f'frozen_stages={frozen} of the old backbone: ViL is frozen if all of it was, '
-            'else not at all; frozen_stages=... chooses'
+            'otherwise not at all; set frozen_stages=... to choose'
         )
     return notes
 
 
 def replace_constructor(cfg: Config) -> list[str]:
-    """Replace a layer decay of mmseg or mmdet, which know their own backbones only, by ours at the
-    same rate.
+    """Replace a layer decay of mmseg or mmdet, which only support their own backbones, by ours at
+    the same rate.
     """
     wrapper = cfg.get('optim_wrapper') or {}
     constructor = str(wrapper.get('constructor', ''))
@@ -53,15 +53,15 @@ def replace_constructor(cfg: Config) -> list[str]:
 
 
 def use_recipe(cfg: Config) -> list[str]:
-    """Set our optimizer and schedule, over as many iterations or epochs as the config has.
+    """Set mmvil's optimizer and schedule, with the config's number of iterations or epochs.
 
     Raises:
-        ValueError: If the model is a self-supervised one of mmpretrain.
+        ValueError: If the model is a self-supervised mmpretrain model.
     """
     scope, kind = cfg.get('default_scope'), type_name(cfg.model)
     if scope == 'mmpretrain' and not kind.endswith('Classifier'):
         raise ValueError(
-            f'There is no recipe of ours to train {kind} with: leave optim (--backbone-optim) out.'
+            f'mmvil has no recipe for training {kind}: leave optim (--backbone-optim) out.'
         )
     loop = cfg.train_cfg
     by_epoch = 'max_epochs' in loop

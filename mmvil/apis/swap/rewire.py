@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Fit ViL, necks and heads to each other."""
+"""Connect ViL with necks and heads."""
 
 import copy
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from ...backbones import MaskedVisionLSTM, VisionLSTM
 from ...engine.config_nodes import dicts, type_name
 from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers
 
-# Names of the width of a module's input in configs.
+# Config keys for the width of a module's input.
 INPUT_WIDTHS = ('in_channels', 'embed_dim', 'input_features')
-# Nothing in ViL is finer than its patches; heads resize to the labels themselves.
+# ViL has no details finer than its patches; heads resize to the labels themselves.
 FINEST_STRIDE = 4
 
 
 class RewireError(Exception):
-    """A way to connect ViL does not work; the message says why."""
+    """ViL cannot be connected in one of the ways; the message says why."""
 
 
 def rewire(
     model: ConfigDict, old: BackboneProbe, backbone: dict, keep_channels: bool
 ) -> tuple[ConfigDict, list[str]]:
-    """Connect ViL with the neck and the heads of a model, whose backbone was ``old``: by rewritten
-    ``in_channels`` or, with ``keep_channels`` or where that fails, by the old widths. The options
-    in ``backbone``, ViL's config, win over what fits the old backbone.
+    """Connect ViL with the neck and the heads of a model whose backbone was ``old``: by rewriting
+    ``in_channels`` or, with ``keep_channels`` or if that fails, by keeping the old widths. Options
+    in ``backbone``, ViL's config, take precedence over those derived from the old backbone.
 
-    Returns the new model and the changes; raises ValueError if neither way works.
+    Returns the new model and the changes. Raises ValueError if neither way works.
     """
     notes, reason = [], 'leave keep_channels out'
     if not keep_channels:
@@ -53,7 +53,7 @@ def rewire(
 
 
 def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
-    """Connect ViL with mmpretrain's SimMIM, in place: set decoder, head and masks to its patches,
+    """Connect ViL with mmpretrain's SimMIM in place: adapt decoder, head and masks to its patches,
     and return the changes.
     """
     model, network = cfg.model, _build_vil(backbone, MaskedVisionLSTM)
@@ -74,7 +74,7 @@ def rewire_simmim(cfg: Config, old: BackboneProbe, backbone: dict) -> list[str]:
 
 
 def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
-    """The model with ``in_channels`` of necks and heads set to ViL's widths."""
+    """Set ``in_channels`` of necks and heads to ViL's widths, and return the model."""
     new, notes = copy.deepcopy(model), []
     if old.pooled:
         concat = backbone.get('version', 2) == 2
@@ -82,7 +82,7 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
         if old.neck_pools:
             new.neck = None
             notes.append(
-                f'neck {type_name(model.neck)} is gone: ViL pools itself, '
+                f'neck {type_name(model.neck)} is removed: ViL pools itself, '
                 f'as its classifiers were trained (out_type={backbone["out_type"]!r})'
             )
     else:
@@ -108,11 +108,11 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
 
 
 def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) -> list[str]:
-    """Change the input widths of a neck or head in place, and return the changes."""
+    """Rewrite the input widths of a neck or head in place, and return the changes."""
     notes = []
     for where, node in readers(neck_or_head, name):
         expected = {key: node.get('in_index') for key in INPUT_WIDTHS if key in node}
-        if node.get('c1_in_channels'):  # DeepLabV3+ takes its details from the first map
+        if node.get('c1_in_channels'):  # DeepLabV3+ reads details from the first map
             expected['c1_in_channels'] = 0
         for key, index in expected.items():
             value = node[key]
@@ -131,24 +131,24 @@ def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) ->
 
 
 def count_blocks(backbone: dict) -> int:
-    """Number of blocks that ViL of a config has; raises ValueError if it cannot be built."""
+    """Number of blocks of the ViL in a config. Raises ValueError if it cannot be built."""
     return len(_build_vil(backbone).layers)
 
 
 def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = False) -> dict:
-    """Options of ViL for as many maps as the old backbone has, at the same strides.
+    """Options of ViL for the same number of maps as the old backbone, at the same strides.
 
-    Maps that nobody reads stay at the stride of the patches, without parameters of their own,
-    which would never get a gradient. Batch norms are synchronized if the old model has such.
+    Unread maps stay at the patch stride, without their own parameters, which would never get a
+    gradient. Batch norms are synchronized if those of the old model are.
     """
     plain = backbone.get('stride') or backbone.get('patch_size', 16)
     strides = [
         max(stride, FINEST_STRIDE) if index in old.read else plain
         for index, stride in enumerate(old.strides)
     ]
-    if old.to_pool:  # averages over all patches lose nothing
+    if old.to_pool:  # pooling over all patches loses nothing
         strides = [plain]
-    if not old.has_neck:  # blocks behind the last map that is read would be in vain
+    if not old.has_neck:  # blocks after the last map that is read would be unused
         strides = strides[: max(old.read, default=0) + 1]
     options = {}
     if len(strides) > 1:
@@ -165,7 +165,9 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
 
 
 def choose_out_indices(number: int, depth: int) -> tuple[int, ...]:
-    """Blocks to tap: the published ones for four maps, else evenly spaced; after whole pairs."""
+    """Choose output blocks: the published ones for four maps, otherwise evenly spaced after whole
+    pairs.
+    """
     marks = (2, 3, 4, 6) if number == 4 else range(1, number + 1)
     ends = [depth * mark / marks[-1] for mark in marks]
     pairs = [2 * round(end / 2) for end in ends[:-1]] + [depth]
@@ -182,11 +184,11 @@ def _describe(old: BackboneProbe, backbone: dict) -> str:
         outputs = f'{backbone["out_type"]} features'
     else:
         outputs = 'maps at the stride of its patches'
-    return f'VisionLSTM {backbone["arch"]!r} stands in for {old.name}, with {outputs}'
+    return f'VisionLSTM {backbone["arch"]!r} replaces {old.name}, with {outputs}'
 
 
 def _run_vil(backbone: dict, size: tuple[int, int]) -> list[Tensor]:
-    """ViL's features, on shapes alone."""
+    """Compute ViL's features on the meta device."""
     network = _build_vil(backbone).eval()
     with torch.device('meta'), torch.no_grad():
         features = network(torch.zeros(2, network.in_channels, *size))
@@ -194,14 +196,14 @@ def _run_vil(backbone: dict, size: tuple[int, int]) -> list[Tensor]:
 
 
 def _build_vil(backbone: dict, cls: type[VisionLSTM] = VisionLSTM) -> VisionLSTM:
-    """ViL of a config, with shapes but without weights."""
+    """Build the ViL of a config on the meta device."""
     options = {key: value for key, value in backbone.items() if key not in ('type', 'init_cfg')}
     with torch.device('meta'):
         return cls(**options)
 
 
 def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> None:
-    """Raise if necks and heads do not run on the new features as they did on the old ones."""
+    """Raise if necks and heads do not run on the new features like on the old ones."""
     if old.maps is None:
         return
     maps, results, failure = run_readers(new, features)
@@ -209,7 +211,7 @@ def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> No
         raise RewireError(failure)
     read = outputs_read(results, features) if results else old.read
     if read != old.read:
-        raise RewireError(f'outputs {sorted(read)} are read, before it was {sorted(old.read)}')
+        raise RewireError(f'outputs {sorted(read)} are read instead of {sorted(old.read)}')
     widths = {key: channels(tensors) for key, tensors in results.items()}
     if not old.failure and widths != old.results:
         raise RewireError(f'heads output {widths} channels instead of {old.results}')

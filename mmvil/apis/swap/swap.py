@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Replace the backbone of an existing config by Vision-LSTM."""
+"""Replace the backbone of an existing config with Vision-LSTM."""
 
 import copy
 from collections.abc import Sequence
@@ -23,40 +23,40 @@ def swap_backbone(
     outputs: Sequence[tuple[int, int]] | None = None,
     **options,
 ) -> Config:
-    """Replace the backbone of a config by Vision-LSTM.
+    """Replace the backbone of a config with Vision-LSTM.
 
     ViL outputs as many feature maps as the old backbone, at the same strides (not finer than 4); a
     classifier that pools its features gets ViL's own pooling, with which its checkpoints were
-    trained. ``in_channels`` of the necks and heads that read them becomes ViL's width. Where a head
-    expects more than its config says, ViL's maps are projected to the old widths instead
-    (``pyramid.out_channels``). Either way necks and heads are run on the new features, on shapes
-    alone. SimMIM gets :class:`mmvil.MaskedVisionLSTM`; its masks, decoder and head are set to
+    trained. ``in_channels`` of the necks and heads that read them is set to ViL's width. If a head
+    expects more than its config states, ViL's maps are projected to the old widths instead
+    (``pyramid.out_channels``). Either way, necks and heads are run on the new features on the meta
+    device. SimMIM gets :class:`mmvil.MaskedVisionLSTM`; its masks, decoder and head are adapted to
     ViL's patches.
 
-    Data, crop size, losses, batch size and schedule stay. Weights and a blanket initialization of
-    the old network are dropped. An optimizer constructor that knows the old backbone's layers is
-    replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Each change is logged.
+    Data, crop size, losses, batch size and schedule are kept. Weights and a global initialization
+    of the old network are removed. An optimizer constructor for the old backbone's layers is
+    replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Every change is logged.
 
     Args:
         cfg (str | Path | Config): A config of mmsegmentation, mmpretrain or mmdetection, or its
-            file. It is not changed.
-        arch (str | dict): As for :class:`mmvil.VisionLSTM`, or 'vil-s' and the like. Default:
+            file. Not modified.
+        arch (str | dict): As for :class:`mmvil.VisionLSTM`, or a name such as 'vil-s'. Default:
             'small'.
-        checkpoint (str, optional): Weights of ViL, ours or the authors'. Default: None.
-        optim (bool): Replace optimizer and learning rate schedule by ours: the ADE20K recipe, or
-            for classifiers the ImageNet recipe. The number of iterations or epochs stays, and the
+        checkpoint (str, optional): Weights for ViL, from mmvil or the authors. Default: None.
+        optim (bool): Use mmvil's optimizer and learning rate schedule: the ADE20K recipe, or the
+            ImageNet recipe for classifiers. The number of iterations or epochs is kept, and the
             learning rate is scaled to the batch size in ``auto_scale_lr``. Default: False.
-        keep_channels (bool): Always project ViL's maps to the old widths, and leave necks and
-            heads alone. Default: False.
-        outputs (Sequence[tuple[int, int]], optional): Channels and stride of each map that the old
-            backbone outputs. Only needed where it cannot be built. Default: measured.
-        **options: Further options of :class:`mmvil.VisionLSTM`, which win over those chosen here.
+        keep_channels (bool): Always project ViL's maps to the old widths, and keep necks and heads
+            unchanged. Default: False.
+        outputs (Sequence[tuple[int, int]], optional): Channels and stride of each output map of the
+            old backbone. Only needed if it cannot be built. Default: measured.
+        **options: Further options of :class:`mmvil.VisionLSTM`, which override those chosen here.
 
     Returns:
         Config: The new config.
 
     Raises:
-        ValueError: If the model has no backbone that ViL can replace, with the reason.
+        ValueError: If the model has no backbone that ViL can replace; the message gives the reason.
 
     Example:
         >>> cfg = mmvil.swap_backbone('pspnet_r50-d8_4xb4-80k_ade20k-512x512.py', 'tiny')
@@ -99,8 +99,8 @@ def swap_backbone(
     elif 'optim_wrapper' in cfg:
         optimizer = cfg.optim_wrapper.get('optimizer', {})
         notes.append(
-            f'optimizer and schedule are still those made for {old.name} '
-            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True takes ours'
+            f'optimizer and schedule are still those for {old.name} '
+            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True selects ours'
         )
     for note in notes:
         print_log(f'swap_backbone: {note}', logger='current')
