@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Check every file of a config's datasets before training.
+"""Check all files of a config's datasets before training.
 
 python tools/check_dataset.py configs/upernet_vil_t_ade20k.py -j 8
 
-Finds files that are missing, empty, damaged or cut off; annotations that do not fit their image or
-the classes; images whose channels do not fit the model. Exit status: 1 if something was found.
+Finds missing, empty, damaged or truncated files, annotations that do not fit their image or the
+classes, and images whose channels do not fit the model. Exit status: 1 if there are problems.
 """
 
 import os
@@ -23,7 +23,7 @@ from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
 
 SPLITS = ('train', 'val', 'test')
-Image.MAX_IMAGE_PIXELS = None  # large images are no attack here
+Image.MAX_IMAGE_PIXELS = None  # large images are not an attack here
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     for split, dataset_cfg in distinct_datasets(cfg, args.splits):
         check_folders(cfg, f'{split}_dataloader')
         images, classes, found, counts = check_dataset(dataset_cfg, cfg, max(args.jobs, 1))
-        if has_labels:  # a small split may show nothing but the background
+        if has_labels:  # small splits may contain only background
             found = [problem for problem in found if problem[0] != BINARY_MASKS]
         has_labels |= counts is not None and counts[:, 1:].any()
         print(f'{split}: {images} images, {len(classes)} classes')
@@ -45,7 +45,7 @@ def main():
 
     if args.out:
         Path(args.out).write_text(''.join(f'{file}: {what}\n' for what, file in problems))
-    print(f'\n{len(problems)} problems.' if problems else '\nAll is well.')
+    print(f'\n{len(problems)} problems.' if problems else '\nNo problems found.')
     sys.exit(1 if problems else 0)
 
 
@@ -53,16 +53,16 @@ def make_check_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_config_arguments(parser)
-    add('--data-root', help="folder of the data, instead of the config's")
-    add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all that differ')
+    add('--data-root', help="data folder, instead of the config's")
+    add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all distinct ones')
     jobs = os.cpu_count()
     add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
-    add('--out', help='text file for the names of all files that were found')
+    add('--out', help='text file for the list of all problems')
     return parser
 
 
 def distinct_datasets(cfg, splits):
-    """Name of the split and config of each dataset that differs by more than its pipeline."""
+    """Split name and config of each dataset that differs in more than its pipeline."""
     found, seen = [], []
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
@@ -77,10 +77,10 @@ def distinct_datasets(cfg, splits):
 
 
 def print_problems(problems):
-    """Print the kinds of problems, and the first files of each kind with their values, if any."""
+    """Print each kind of problem with its first files, and their values, if any."""
     kinds = defaultdict(list)
     for what, file in problems:
-        kind = re.sub(r': \[.*\]$', '', what)  # the values in a file are the end
+        kind = re.sub(r': \[.*\]$', '', what)  # the values in a file come last
         kinds[kind].append(file + what.removeprefix(kind))
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
@@ -91,7 +91,7 @@ def print_problems(problems):
 
 
 def print_classes(classes, counts):
-    """Print the share of each class, and in how many images it occurs."""
+    """Print the share of each class and the number of images in which it occurs."""
     shares, images = counts.sum(0) / max(counts.sum(), 1), (counts > 0).sum(0)
     few = len(classes) <= 30
     print('  share, images, class' + ('' if few else ' (the 10 rarest)'))

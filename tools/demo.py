@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Predict images, a folder of images, a video or a webcam, and draw the predictions.
+"""Run a model on an image, a folder of images, a video or a webcam, and draw the predictions.
 
 python tools/demo.py street.jpg configs/upernet_vil_t_ade20k.py checkpoint.pth --out-dir pictures
 python tools/demo.py drive.mp4 configs/upernet_vil_t_ade20k.py checkpoint.pth --every 5
@@ -60,11 +60,11 @@ def make_demo_parser():
     add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
     add('--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)')
-    add('--opacity', type=float, default=0.5, help='opacity of the classes over the image, 0 to 1')
-    add('--no-legend', action='store_true', help='do not write names of classes')
-    add('--every', type=int, default=1, metavar='N', help='take every Nth frame of a video')
-    add('--max-frames', type=int, help='stop a video or webcam after that many')
-    add('--show', action='store_true', help='show video or webcam in a window too; q stops')
+    add('--opacity', type=float, default=0.5, help='opacity of the class colors, 0 to 1')
+    add('--no-legend', action='store_true', help='do not write class names')
+    add('--every', type=int, default=1, metavar='N', help='use every Nth frame of a video')
+    add('--max-frames', type=int, help='stop a video or webcam after this many frames')
+    add('--show', action='store_true', help='also show video or webcam in a window; q stops')
     add('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
     return parser
 
@@ -75,7 +75,7 @@ def keep_input(path, out_file):
 
 
 def draw_images(images, load, draw, out_dir):
-    """Draw every image into a PNG of the same name."""
+    """Draw every image to a PNG with the same name."""
     stems = Counter(image.stem for image in images)
     names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
     out_files = [out_dir / f'{name}.png' for name in names]
@@ -93,13 +93,13 @@ def draw_images(images, load, draw, out_dir):
 
 
 def draw_video(source, draw, out_file, every=1, max_frames=None, show=False):
-    """Draw every Nth frame of a video, or of a webcam by its number, into a video."""
+    """Draw every Nth frame of a video, or of a webcam given by its number, to a video."""
     capture = cv2.VideoCapture(source)
     if not capture.isOpened():
         kind = 'webcam' if isinstance(source, int) else 'video'
         raise UserError(f'cannot open the {kind} {source}')
     fps = capture.get(cv2.CAP_PROP_FPS)
-    fps = fps if 0 < fps < 1000 else 25  # webcams and some files do not know
+    fps = fps if 0 < fps < 1000 else 25  # unknown for webcams and some files
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) // every
     if max_frames:
         total = min(total, max_frames) or max_frames

@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Evaluate frozen features by k-nearest neighbours and a linear probe, on any folder of images.
+"""Evaluate frozen features with k-nearest neighbours and a linear probe, on any image folder.
 
 python tools/eval_features.py configs/vil_t_imagenet.py vil2_tiny16_e800_in1k.th --data-root flowers
 
-The data root holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features are the input of the
-classifier's linear layer; the images are prepared by the config's test pipeline.
+The data root contains train/CLASS/IMAGE and val/CLASS/IMAGE. Features are the input of the
+classifier's linear layer; images pass through the config's test pipeline.
 """
 
 import os
@@ -27,7 +27,7 @@ from mmvil.cli.preflight import check_checkpoint
 def main():
     args = parse_args(make_eval_parser())
     if args.data_root is None:
-        raise UserError('name the folder with train/CLASS and val/CLASS by --data-root')
+        raise UserError('specify the folder with train/CLASS and val/CLASS with --data-root')
     kept = get_features(args)
     if kept is None:
         print('Config, data and checkpoint are in place.')
@@ -54,15 +54,15 @@ def make_eval_parser():
     add('--k', type=int, default=20, help='number of neighbours (default: 20)')
     weight = 'neighbours have the weight exp(cosine / temperature) (default: 0.07)'
     add('--temperature', type=float, default=0.07, help=weight)
-    add('--batch-size', type=int, default=128, help='images at a time')
+    add('--batch-size', type=int, default=128, help='images per batch')
     add('--workers', type=int, default=8, help='processes that read images')
     add('--amp', action='store_true', help='extract features in mixed precision')
-    add('--features', metavar='FILE.pt', help='file to keep the features in, or to read them from')
+    add('--features', metavar='FILE.pt', help='file to save features to, or to load them from')
     return parser
 
 
 def get_features(args):
-    """Features and labels of both splits, from the file of --features or from the images."""
+    """Get features and labels of both splits, from the file of --features or from images."""
     check_checkpoint(args.checkpoint)
     source = dict(
         config=os.path.abspath(args.config),
@@ -120,7 +120,7 @@ def make_dataloader(cfg, args, split):
 
 @torch.no_grad()
 def extract(backbone, preprocessor, dataloader, amp):
-    """Features (images, channels) in float32, and labels (images,)."""
+    """Extract features (images, channels) in float32 and labels (images,)."""
     device = get_device().split(':')[0]
     features, labels = [], []
     for batch in track(dataloader, f'{len(dataloader.dataset)} images', transient=True):

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Evaluate a checkpoint of a segmentor, a classifier or a detector.
+"""Evaluate a checkpoint of a segmentor, classifier or detector.
 
 python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade20k/iter_160000.pth
 """
@@ -45,23 +45,23 @@ def make_test_parser():
     add('--tta', action='store_true', help='multi-scale and flip, or flip only')
     types = dict(choices=['float32', 'float16', 'bfloat16'], default='float32')
     add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
-    add('--amp', action='store_true', help='the same as --precision float16')
+    add('--amp', action='store_true', help='same as --precision float16')
     add('--show', action='store_true', help='show the predictions in a window')
-    add('--show-dir', help='folder for pictures; but for classifiers, in vis_data/vis_image in it')
-    add('--interval', type=int, default=1, help='draw each n-th image only')
+    add('--show-dir', help='folder for pictures (for classifiers, in its vis_data/vis_image)')
+    add('--interval', type=int, default=1, help='draw only every n-th image')
     add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser
 
 
 def read_config(args):
-    """The config with what the command line changes."""
+    """Read the config and apply the command line."""
     cfg = read_runner_config(args)
     require(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg.load_from = args.checkpoint
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
     if precision != 'float32':
-        cfg.test_cfg.fp16 = True  # mmengine's name for autocast, which has the dtype of PyTorch
+        cfg.test_cfg.fp16 = True  # mmengine's name for autocast in PyTorch's default dtype
         torch.set_autocast_gpu_dtype(getattr(torch, precision))
     if args.show or args.show_dir is not None:
         draw(cfg, args, is_classifier)
@@ -89,20 +89,20 @@ def read_config(args):
 
 
 def check_suffix(what, path, *suffixes):
-    """Refuse before the test a file that could not be written after it."""
+    """Reject files before testing that could not be written afterwards."""
     if Path(path).suffix not in suffixes:
         raise UserError(f'{what} written to a {suffixes[0]} file, but {path} was asked for')
 
 
 def draw(cfg, args, is_classifier):
-    """Let the hook of the library draw the predictions."""
+    """Draw predictions with the library's hook."""
     if 'visualization' not in cfg.default_hooks:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     hook = cfg.default_hooks.visualization
     hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
     if is_classifier:
         if args.tta:
-            raise UserError('--tta and --show-dir do not go together for classifiers')
+            raise UserError('--tta and --show-dir cannot be combined for classifiers')
         hook.update(enable=True, out_dir=args.show_dir)
     else:
         hook.draw = True
@@ -111,7 +111,7 @@ def draw(cfg, args, is_classifier):
 
 
 def use_tta(cfg, is_classifier):
-    """Test each image several times: as tta_pipeline says, or flipped and not."""
+    """Test each image several times: according to tta_pipeline, or flipped and not flipped."""
     is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
     if not is_described and not is_classifier:
         raise UserError('--tta needs tta_pipeline and tta_model in the config')

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Train a segmentor, a classifier or a detector from a config.
+"""Train a segmentor, classifier or detector from a config.
 
 python tools/train.py configs/upernet_vil_t_ade20k.py
 """
@@ -34,7 +34,7 @@ def main():
         if cfg.get('resume'):
             notes += choose_checkpoint(cfg, args.resume == 'auto', args.trust_checkpoint)
         runner = build_runner(cfg, notes)
-        # A resumed checkpoint has to fit; others are adapted to the channels of the images.
+        # A resumed checkpoint has to fit; others are adapted to the input channels.
         adapt = dict(type='mmvil.engine.AdaptInputChannelsHook')
         runner.register_hook(CheckFitHook() if cfg.get('resume') else adapt)
         runner.train()
@@ -47,24 +47,24 @@ def make_train_parser():
     add('--checkpoint', help="with --backbone: weights to start from, ours or the authors'")
     recipe = "with --backbone: replace the config's optimizer and schedule by ViL's recipe"
     add('--backbone-optim', action='store_true', help=recipe)
-    resume = 'continue from a checkpoint, or by default from the newest good one in the work dir'
+    resume = 'continue from a checkpoint (default: the newest complete one in the work dir)'
     add('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=resume)
     amp = 'train in mixed precision, float16 unless optim_wrapper.dtype says bfloat16'
     add('--amp', action='store_true', help=f'{amp}; slow on a CPU')
     types = ['float32', 'float16', 'bfloat16']
     add('--precision', choices=types, help="train in this precision instead of the config's")
     for package in LOGGERS:
-        add(f'--{package}', action='store_true', help=f'log to {package}, too')
+        add(f'--{package}', action='store_true', help=f'also log to {package}')
     add('--no-validate', action='store_true', help='do not evaluate during training')
     scale = "scale the learning rate by the batch size over all processes / the config's"
     add('--auto-scale-lr', action='store_true', help=scale)
-    anew = 'start the worker processes of the dataloaders anew for each epoch'
+    anew = 'restart the worker processes of the dataloaders for each epoch'
     add('--no-persistent-workers', action='store_true', help=anew)
     return parser
 
 
 def read_config(args):
-    """The config with what the command line changes."""
+    """Read the config and apply the command line."""
     if args.backbone is None and (args.checkpoint or args.backbone_optim):
         raise UserError('--checkpoint and --backbone-optim need --backbone')
     cfg = read_runner_config(args, checkpoint=args.checkpoint, optim=args.backbone_optim)
@@ -92,15 +92,15 @@ def read_config(args):
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
-                '--auto-scale-lr needs to know for which batch size lr was written: add '
-                '--cfg-options auto_scale_lr.base_batch_size=16, or as the case may be'
+                '--auto-scale-lr needs the batch size of the learning rate: add, for example, '
+                '--cfg-options auto_scale_lr.base_batch_size=16'
             )
         cfg.auto_scale_lr.enable = True
     return cfg
 
 
 def log_to(cfg, package):
-    """Let the visualizer of a config log to a package, too."""
+    """Make the visualizer of a config also log to a package."""
     module, backend = LOGGERS[package]
     with as_user_error(f'--{package} needs pip install {package}', ImportError):
         import_module(module)

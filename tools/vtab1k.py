@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the VTAB-1K benchmark: the published protocol on 19 datasets.
+"""Run the VTAB-1K benchmark with the published protocol on 19 datasets.
 
 python tools/vtab1k.py data/vtab-1k vil2_tiny16_e800_in1k.th
 
 For each dataset, 5 learning rates x 5 seeds train on train800; the learning rate with the best
 mean accuracy on val200 then trains on train800val200 with 5 seeds, and the accuracy on test is
-reported. Start the same command on as many GPUs and machines as you like, if they share the work
-folder. After a kill or a stop, start it again: each run is done once.
+reported. The same command can run on any number of GPUs and machines that share the work folder. If
+it is interrupted, start it again: each run is done only once.
 """
 
 import gc
@@ -57,7 +57,7 @@ def main():
     for job in failed_runs(protocol) if args.retry else ():
         claims.forget_attempts(job.name)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # give the run back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # release the run
     screen = Screen()
     screen.say(f'{protocol.progress()}; {args.work_dir}')
 
@@ -69,7 +69,7 @@ def main():
     try:
         work(claims, protocol.runs, do, describe, screen.say)
     except KeyboardInterrupt:
-        screen.say('stopped; the same command continues from here')
+        screen.say('stopped; run the same command to continue')
         sys.exit(130)
     if not report(protocol, args):
         sys.exit(1)
@@ -87,12 +87,12 @@ def make_vtab_parser():
     add('--lrs', help='learning rates to choose from (default: the published five)', **lrs)
     add('--seeds', type=int, default=5, help='number of seeds (default: 5)')
     add_cfg_options(parser)
-    add('--check', action='store_true', help='only check that all is in place')
+    add('--check', action='store_true', help='only check data and checkpoint')
     add('--status', action='store_true', help='only show the progress')
     add('--retry', action='store_true', help='try failed runs again')
     add('--max-attempts', type=int, default=3, help='attempts at a run (default: 3)')
     stale = dict(type=float, default=300, metavar='SECONDS')
-    add('--stale-after', help='take a run over after so long a silence (default: 300)', **stale)
+    add('--stale-after', help='take over runs silent for this long (default: 300)', **stale)
     add_trust_checkpoint(parser)
     return parser
 
@@ -105,7 +105,9 @@ def config_of(dataset) -> Config:
 
 
 class Watch(Hook):
-    """Show the epochs, keep the final accuracy, end a run that another process has taken over."""
+    """Show the progress, store the final accuracy, and stop if another process has taken over the
+    run.
+    """
 
     def __init__(self, job, claim, show):
         self.job, self.claim, self.show = job, claim, show
@@ -125,7 +127,7 @@ class Watch(Hook):
 
 
 def make_config(job, args, architecture) -> Config:
-    """The config of a run: that of its dataset, adapted to run and checkpoint."""
+    """Build the config of a run: that of its dataset, adapted to run and checkpoint."""
     cfg = config_of(job.dataset)
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
@@ -143,7 +145,7 @@ def make_config(job, args, architecture) -> Config:
     cfg.randomness = dict(seed=job.seed)
     cfg.train_cfg.val_interval = cfg.train_cfg.max_epochs
     cfg.default_hooks.checkpoint = None
-    # mmengine accepts each name once.
+    # mmengine accepts each name only once.
     cfg.experiment_name = f'{job.name}_{os.getpid()}_{time.time_ns()}'
     cfg.launcher = 'none'
     cfg.work_dir = os.path.join(args.work_dir, 'logs', job.name)
@@ -174,7 +176,7 @@ def train(job, claim, args, architecture, show) -> dict:
 
 
 def agree_on_settings(folder, settings):
-    """Raise unless the processes that share a folder have the same settings."""
+    """Raise unless all processes that share a folder have the same settings."""
     path, text = Path(folder, 'settings.json'), json.dumps(settings, indent=1)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,7 @@ def agree_on_settings(folder, settings):
     for key, value in json.loads(text).items():
         if noted.get(key) != value:
             raise UserError(
-                f'{folder} was begun with {key} {noted.get(key)}, not {value}. Give the same '
+                f'{folder} was started with {key} {noted.get(key)}, not {value}. Use the same '
                 'options, or another --work-dir.'
             )
 
@@ -193,7 +195,7 @@ def failed_runs(protocol):
 
 
 def report(protocol, args) -> bool:
-    """Write and print the tables, and name failed runs. Returns whether there are none."""
+    """Write and print the tables, and list failed runs. Returns whether there are none."""
     rows, details = vtab1k.summarize(protocol, Path(args.checkpoint).stem)
     table = vtab1k.as_markdown(rows, details)
     write(Path(args.work_dir, 'results.md'), table)
@@ -208,7 +210,7 @@ def report(protocol, args) -> bool:
 
 
 class Screen:
-    """Lines of a log, and on a terminal a status line below that is overwritten."""
+    """Print log lines and, on a terminal, a status line below that is overwritten."""
 
     def __init__(self):
         self.print = partial(print, file=sys.stdout, flush=True)  # in runs, stdout is discarded

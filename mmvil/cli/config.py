@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Read a config, merge the command line into it, build its datasets."""
+"""Read configs, merge the command line into them, and build their datasets."""
 
 import argparse
 import difflib
@@ -19,10 +19,10 @@ from .own_data import describe_own_data
 
 
 def configs_of(library: str) -> Path:
-    """Folder of the configs of an installed library.
+    """Folder with the configs of an installed library.
 
-    ``mmengine.hub.get_config`` looks for the distribution mmsegmentation where the maintained
-    onedl-mmsegmentation is installed, and would install it over that one.
+    ``mmengine.hub.get_config`` requires the distribution mmsegmentation even if the maintained
+    onedl-mmsegmentation is installed, and would install it on top.
     """
     return Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'configs'
 
@@ -36,7 +36,7 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
     Args:
         path (str): The file, or ``LIBRARY::PATH`` for a config of an installed library.
         options (dict): Settings to merge, by dotted name.
-        backbone (str, optional): ViL that replaces the config's backbone first.
+        backbone (str, optional): ViL that first replaces the config's backbone.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
     """
     if '::' in path:
@@ -48,9 +48,10 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
         hint = f'Did you mean {os.path.relpath(known[close[0]])}?' if close else 'See configs/.'
         raise UserError(f'config not found: {path}. {hint}')
-    with as_user_error(f'cannot read {path}'):  # a config is Python
+    with as_user_error(f'cannot read {path}'):  # configs run Python code
         cfg = Config.fromfile(path)
-    # Classes that a config in mmengine's new style imports become their names, as in a dumped one.
+    # Replace classes, which configs in mmengine's new style import, by their names, as in a dumped
+    # config.
     cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
@@ -74,7 +75,7 @@ def _require(libraries: Iterable[str], path: str) -> None:
 
 
 def read_runner_config(args: argparse.Namespace, **swap) -> Config:
-    """Read the config that the arguments of ``add_runner_arguments`` describe; see
+    """Read the config specified by the arguments of ``add_runner_arguments``; see
     :func:`load_config`.
     """
     cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
@@ -98,8 +99,8 @@ def require(cfg: Config, *names: str) -> None:
 
 
 def set_data_root(cfg: Config, data_root: str | None) -> None:
-    """Let all datasets of a config, and metrics that read their annotations, read from a folder,
-    unless it is None, and describe a dataset of the user's own there: see
+    """Set the data root of all datasets of a config and of metrics that read their annotations,
+    unless it is None, and describe a user's own dataset: see
     :func:`mmvil.cli.own_data.describe_own_data`.
     """
     if data_root is not None:
@@ -116,11 +117,11 @@ def set_data_root(cfg: Config, data_root: str | None) -> None:
 
 
 def build_lazily(dataset_cfg: dict, scope: str | None):
-    """Dataset object with ``lazy_init`` and no ``pipeline``: it knows its paths, but has not read
-    its list of files.
+    """Build a dataset with ``lazy_init`` and without ``pipeline``: it has its paths, but has not
+    read its list of files.
 
     Returns:
-        The dataset, or None where its class does not have these two options.
+        The dataset, or None if its class does not have these two options.
     """
     with DATASETS.switch_scope_and_registry(scope) as registry:
         try:
@@ -134,7 +135,7 @@ def build_lazily(dataset_cfg: dict, scope: str | None):
 
 
 def list_files(dataset_cfg: dict, scope: str | None):
-    """Dataset object that has read its list of files, without a pipeline."""
+    """Build a dataset without a pipeline that has read its list of files."""
     with (
         DATASETS.switch_scope_and_registry(scope) as registry,
         as_user_error(f'cannot list the files of {dataset_cfg["type"]}'),

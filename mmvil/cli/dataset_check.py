@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Check every file of a dataset, its labels, and whether images fit the model."""
+"""Check all files of a dataset, their labels, and whether images fit the model."""
 
 import copy
 import functools
@@ -34,12 +34,12 @@ def check_dataset(
 
     Args:
         dataset_cfg (dict): Config of the dataset, with its pipeline.
-        cfg (Config): Config that it belongs to, with the model.
+        cfg (Config): The whole config, including the model.
         jobs (int): Number of processes. Default: 1.
 
     Returns:
-        tuple: Number of images; names of the classes, maybe none; problems; pixels (images of a
-        classifier, objects of a detector) of each class in each sound image, (N, classes), or None
+        tuple: Number of images; names of the classes, possibly none; problems; pixels (images for
+        classifiers, objects for detectors) of each class in each valid image, (N, classes), or None
         without classes.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -74,13 +74,14 @@ def check_dataset(
     return count, classes, problems, counts
 
 
-# -- One sample; a ValueError says what is wrong with a file ---------------------------------------
+# -- One sample; a ValueError describes the problem of a file
+# ---------------------------------------
 
 
 def _check_sample(sample, classes, ignore, load, to_labels):
-    """Problems of an image and its label or annotation; pixels per class, then those of label 255,
-    or None; number of channels if ``load`` reads the image rather than Pillow, which is faster and
-    stricter.
+    """Check an image and its label or annotation. Returns problems; pixels per class, followed by
+    those of label 255, or None; and the number of channels if ``load`` reads the image instead of
+    Pillow, which is faster and stricter.
     """
     problems, size, counts, channels = [], None, None, None
     path, annotation, label = map(sample.get, ('img_path', 'seg_map_path', 'gt_label'))
@@ -106,7 +107,9 @@ def _check_sample(sample, classes, ignore, load, to_labels):
 
 
 def _special_loader(pipeline):
-    """The loading part of a pipeline, or None if it loads photographs, of three channels or one."""
+    """The loading part of a pipeline, or None if it loads ordinary images with three channels or
+    one.
+    """
     steps = [step for step in pipeline if loads(step)]
     is_usual = all(
         type_name(step) == 'LoadImageFromFile'
@@ -118,26 +121,26 @@ def _special_loader(pipeline):
 
 
 def _label_mapping(pipeline):
-    """The method by which a pipeline maps the pixels of annotations to labels, or None."""
+    """The method of a pipeline that maps annotation pixels to labels, or None."""
     steps = [step for step in pipeline if loads(step, 'annotation')]
     transforms = build_pipeline(steps).transforms
     return next((step.to_labels for step in transforms if hasattr(step, 'to_labels')), None)
 
 
 def _read_size(sample, load):
-    """Size (width, height) of an image and, where ``load`` reads it, its number of channels."""
+    """Size (width, height) of an image and, if ``load`` reads it, its number of channels."""
     path = sample['img_path']
     if load is None:
         with _opened(path) as file:
-            # Loaders turn a picture as its camera noted.
+            # Loaders apply the orientation that the camera recorded.
             size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
-            file.draft('RGB', (file.width // 8, file.height // 8))  # to the end, but quickly
+            file.draft('RGB', (file.width // 8, file.height // 8))  # decode everything, but quickly
             file.load()
         return size, None
     _check_not_empty(path)
     try:
         image = load(dict(sample))['img']
-    except Exception as error:  # any loader's own
+    except Exception as error:  # loaders raise anything
         raise ValueError(f'cannot be read by the config: {one_line(error)}') from error
     if not np.isfinite(image).all():
         raise ValueError('has values that are not finite')
@@ -181,12 +184,14 @@ def _read_annotation(path, image_size, to_labels):
     if to_labels is not None:
         labels = to_labels(labels)
     elif labels.max() > 255:
-        raise ValueError('has labels beyond 255, which the loading cuts off')
+        raise ValueError('has labels beyond 255, which loading truncates')
     return labels.astype(np.int64)
 
 
 def _count(labels, sample, classes, ignore):
-    """Pixels per class, after the mapping that the loading applies to labels, then of label 255."""
+    """Count the pixels per class, after the label mapping of the pipeline, followed by those of
+    label 255.
+    """
     shift = 1 if sample.get('reduce_zero_label') else 0
     label_map = sample.get('label_map') or {}
     pixels = np.bincount(labels.ravel(), minlength=256)
@@ -210,7 +215,7 @@ def _count(labels, sample, classes, ignore):
 
 
 def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
-    """Pass one image of each number of channels as loaded through the whole pipeline."""
+    """Pass one image for each number of loaded channels through the whole pipeline."""
     kinds = {}
     for channels, sample in samples if pipeline else ():
         kinds.setdefault(channels, []).append(sample)
@@ -221,7 +226,7 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
         try:
             results = next(filter(None, transformed), None)  # as in training, None drops an image
             inputs = results and results['inputs']
-        except Exception as error:  # any transform's own
+        except Exception as error:  # transforms raise anything
             yield f'image cannot pass the pipeline of the config: {one_line(error)}', file
             continue
         if inputs is None:
@@ -235,22 +240,22 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
 
 
 def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
-    """Settings of the model that imply a number of channels, and the number."""
+    """Settings of the model that imply a number of channels, with that number."""
     backbone = cfg.model.get('backbone') or {}
     if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
         channels = backbone.get('in_channels', 3)
         yield f'the backbone has in_channels={channels}', channels
     for name in ('mean', 'std'):
         values = data_preprocessor(cfg).get(name)
-        if values is not None and len(values) != 1:  # one is for all channels
+        if values is not None and len(values) != 1:  # a single value applies to all channels
             yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
 
 
 def _class_misfits(classes, cfg) -> Iterator[Problem]:
-    """Heads that predict another number of classes than the dataset has."""
+    """Heads whose number of classes differs from that of the dataset."""
     for head in dicts(cfg.model):
         kind, number = type_name(head), head.get('num_classes')
-        # The RPN's heads have one class, of all objects.
+        # RPN heads have a single class for all objects.
         is_judged = kind.endswith('Head') and not kind.endswith('RPNHead')
         if classes and is_judged and number not in (None, len(classes)):
             what = f'num_classes={number} in {head.type}, but the dataset has {len(classes)}'

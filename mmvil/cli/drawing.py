@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Draw predictions over images."""
+"""Draw predictions on images."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,24 +9,24 @@ from torch import nn
 
 from .inference import ImageReader, predict
 
-MIN_SCORE = 0.5  # of detections that are drawn
+MIN_SCORE = 0.5  # for drawn detections
 
 
 def make_artist(
     model: nn.Module, reader: ImageReader, opacity: float = 0.5, legend: bool = True
 ) -> Callable:
-    """Build a function that predicts an image and draws the prediction.
+    """Build a function that runs the model on an image and draws the prediction.
 
     Args:
         model (nn.Module): Segmentor, classifier or detector from
             :func:`mmvil.cli.inference.build_model`.
-        reader (ImageReader): Reads images as its config does.
-        opacity (float): Opacity of the classes over the image. Default: 0.5.
+        reader (ImageReader): Reads images like the test pipeline.
+        opacity (float): Opacity of the class colors. Default: 0.5.
         legend (bool): Write the names of classes. Default: True.
 
     Returns:
         Callable: Takes a result of ``reader.load``, or a frame (H, W, 3) uint8 in BGR; returns the
-        drawn frame in BGR and a line on the classes that were found.
+        frame with the drawing in BGR, and a line on the predicted classes.
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     if palette is None:
@@ -61,7 +61,7 @@ def make_artist(
 
 
 def _draw_instances(frame, instances, colors, opacity):
-    """Draw boxes and, where there are some, masks of detections, which are arrays."""
+    """Draw boxes and, if there are any, masks of detections, given as arrays."""
     drawn = frame.copy()
     for label, mask in zip(instances.labels, instances.get('masks', ())):
         drawn[mask] = drawn[mask] * (1 - opacity) + colors[label] * opacity
@@ -71,12 +71,12 @@ def _draw_instances(frame, instances, colors, opacity):
 
 
 def write_legend(frame: np.ndarray, entries: list[tuple[str, Sequence[int] | None]]) -> np.ndarray:
-    """Write names, each with a patch of its color, into the lower left corner.
+    """Write names, each with a color patch, into the lower left corner.
 
     Args:
-        frame (ndarray): (H, W, 3) uint8, BGR; not changed.
-        entries (list[tuple]): Name and BGR color, or None for no patch. Those that do not fit are
-            left out.
+        frame (ndarray): (H, W, 3) uint8, BGR; not modified.
+        entries (list[tuple]): Name and BGR color, or None for no patch. Entries that do not fit are
+            omitted.
 
     Returns:
         ndarray: (H, W, 3) uint8.

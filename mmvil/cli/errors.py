@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Errors that a user can fix, reported in one line."""
+"""Errors that users can fix, reported in one line."""
 
 import errno
 import os
@@ -17,19 +17,19 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
-    """Error that the user can fix. The message says what was wrong and what to do."""
+    """Error that the user can fix. The message states the problem and how to fix it."""
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, read from the launcher's environment, before processes connect."""
+    """Whether this is rank 0 according to the launcher's environment, before processes connect."""
     return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that the user can fix, None for any other.
+    """Return one line for an error that the user can fix, None for any other.
 
-    The user can fix a ``UserError``, and a ``ValueError`` that mmvil itself raises about a value it
-    was given; a sample that cannot be used, a loss that is not finite, a disk that is full.
+    The user can fix a ``UserError``, a ``ValueError`` raised by mmvil itself about an argument, an
+    unusable sample, a non-finite loss, and a full disk.
     """
     if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
@@ -40,8 +40,8 @@ def explain(error: Exception) -> str | None:
             return None
         file = f' while writing {error.filename}' if error.filename else ''
         return (
-            f'{error.strerror}{file}. Checkpoints written before are complete; continue with '
-            '--resume when there is room.'
+            f'{error.strerror}{file}. Earlier checkpoints are complete; continue with '
+            '--resume when there is space.'
         )
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = raised_in.is_relative_to(Path(mmvil.__file__).parent)
@@ -55,7 +55,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def as_user_error(what: str, kinds: type | tuple = Exception) -> Iterator[None]:
-    """Let errors of some kinds within the block become a ``UserError`` that says what failed."""
+    """Convert errors of some kinds within the block to a ``UserError`` that says what failed."""
     try:
         yield
     except kinds as error:

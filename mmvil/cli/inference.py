@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Build a trained model, read images as its config does, predict."""
+"""Build a trained model, read images like its test pipeline, and predict."""
 
 import itertools
 import warnings
@@ -32,14 +32,14 @@ def build_model(cfg, checkpoint, device='cpu'):
         device (str): Default: 'cpu'.
 
     Returns:
-        nn.Module: In evaluation mode. Its ``dataset_meta`` has the names and colors of the classes:
-        those in the checkpoint, else those of the test dataset, else None.
+        nn.Module: The model in evaluation mode. Its ``dataset_meta`` contains the names and colors
+        of the classes, from the checkpoint or else the test dataset, or None.
     """
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = {key: None if key == 'train_cfg' else x for key, x in cfg.model.items()}
     if cfg.get('data_preprocessor') is not None:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # as runners do
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)  # like runners
     model = revert_sync_batchnorm(build_untrained(model_cfg))
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
     check_fit(model, loaded, checkpoint)
@@ -49,7 +49,7 @@ def build_model(cfg, checkpoint, device='cpu'):
         try:
             first = next(innermost_datasets(cfg.test_dataloader.dataset))
             dataset = build_lazily(first, cfg.get('default_scope'))
-        except UserError:  # its files may be elsewhere, and not all callers need the classes
+        except UserError:  # its files may be missing, and not all callers need the classes
             dataset = None
         meta = getattr(dataset, 'metainfo', None)
     meta = meta or {}
@@ -58,16 +58,16 @@ def build_model(cfg, checkpoint, device='cpu'):
 
 
 def build_untrained(model_cfg):
-    """Build a model of the default scope."""
+    """Build a model in the default scope."""
     misfits = (AssertionError, KeyError, TypeError)
     with warnings.catch_warnings(), as_user_error('cannot build the model', misfits):
-        warnings.simplefilter('ignore')  # the libraries' own deprecations
+        warnings.simplefilter('ignore')  # deprecations inside the libraries
         return MODELS.build(model_cfg)
 
 
 @no_grad()
 def predict(model, prepared):
-    """Data sample that a model returns for one prepared image, see :meth:`ImageReader.prepare`."""
+    """Predict one prepared image and return its data sample, see :meth:`ImageReader.prepare`."""
     return model.test_step(pseudo_collate([prepared]))[0]
 
 
@@ -75,7 +75,7 @@ def predict(model, prepared):
 
 
 def find_images(path):
-    """List the image, or the images in the folder, sorted by name."""
+    """List an image, or the images in a folder, sorted by name."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -88,11 +88,11 @@ def find_images(path):
 
 
 class ImageReader:
-    """Test pipeline of a config, for files that have no annotation.
+    """Test pipeline of a config, for files without annotations.
 
     Args:
-        cfg (Config): Config of a segmentor or classifier. Without a test pipeline, photographs are
-            loaded, but cannot be prepared for a model.
+        cfg (Config): Config of a segmentor or classifier. Without a test pipeline, ordinary images
+            can be loaded but not prepared for a model.
     """
 
     def __init__(self, cfg):
@@ -106,13 +106,13 @@ class ImageReader:
         last = max((i for i, step in enumerate(pipeline) if loads(step)), default=-1)
         self._load = build_pipeline(pipeline[: last + 1])
         self._prepare = build_pipeline(pipeline[last + 1 :])
-        # As the OpenCV and Pillow backends load three channels.
+        # Like the OpenCV and Pillow backends for three channels.
         first = next(filter(loads, pipeline), {})
         is_standard = type_name(first) == 'LoadImageFromFile'
         self.bgr = is_standard and first.get('imdecode_backend') != 'tifffile'
 
     def load(self, path):
-        """Load a file as the config does: a dict with 'img', (H, W[, C])."""
+        """Load a file like the config's pipeline, as a dict with 'img', (H, W[, C])."""
         with as_user_error(f'cannot read the image {path}'):
             results = self._load(dict(img_path=str(path)))
         if results is None:
@@ -143,7 +143,7 @@ class ImageReader:
 
 
 def loads(step, what='image'):
-    """Whether a step of a pipeline loads an image, or an annotation."""
+    """Whether a pipeline step loads an image or annotation."""
     name = type_name(step)
     return name.startswith('Load') and ('Annotation' in name) == (what == 'annotation')
 
@@ -155,11 +155,11 @@ def build_pipeline(steps):
 
 
 def picture(image, bgr=True):
-    """Convert an image of any channels and range for display.
+    """Convert an image with any number of channels and range for display.
 
-    Photographs, uint8 with three channels, keep their values. Otherwise the first three channels
-    become red, green and blue, or the first one gray where there are fewer, each stretched from
-    its 2nd to its 98th percentile.
+    Ordinary images, uint8 with three channels, keep their values. Otherwise, the first three
+    channels become red, green and blue, or the first becomes gray if there are fewer, each
+    stretched between its 2nd and 98th percentile.
 
     Args:
         image (ndarray): (H, W) or (H, W, C).
@@ -182,5 +182,5 @@ def picture(image, bgr=True):
 
 
 def data_preprocessor(cfg):
-    """Config of the data preprocessor, which normalizes images; empty if there is none."""
+    """Config of the data preprocessor, which normalizes images, or an empty dict."""
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}

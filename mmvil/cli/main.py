@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Entry point and shared arguments of the command lines."""
+"""Entry point and shared arguments of the tools."""
 
 import argparse
 import gc
@@ -17,11 +17,11 @@ from .errors import UserError, explain, is_first_process
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
-    """Call ``main``; report what the user can put right in one line and exit with status 2, see
+    """Call ``main``. Errors that the user can fix are reported in one line, with exit status 2, see
     :func:`mmvil.cli.errors.explain`.
 
-    ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the whole trace. Checkpoints are
-    loaded without running code that they contain, unless ``--trust-checkpoint``.
+    ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the full traceback. Checkpoints
+    are loaded without running code in them, unless ``--trust-checkpoint`` is given.
 
     Args:
         main (Callable): Parses the command line and does the work.
@@ -36,13 +36,13 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
         message = explain(error)
         if message is None or '--traceback' in argv or os.getenv('MMVIL_TRACEBACK', '0') != '0':
             raise
-        # All ranks report the same errors, but each its own samples.
+        # All ranks report the same errors, except for those of their own samples.
         if is_first_process() or isinstance(error, SampleError):
             print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
     if is_distributed():
-        # A thread of gloo may hold a tensor until after the last collective. To free it the thread
-        # needs the interpreter; where that is gone, it aborts a process that has done all its work.
+        # A gloo thread may hold a tensor beyond the last collective. Freeing it needs the
+        # interpreter; without one, the thread would abort a process that has finished its work.
         gc.collect()  # the model's wrapper holds the group, too
         torch.distributed.destroy_process_group()
 
@@ -51,14 +51,14 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser(doc: str, whole: bool = False) -> argparse.ArgumentParser:
-    """Parser with the arguments of every tool, described by the first line of the tool's docstring
-    or the whole, with its examples.
+    """Create a parser with the arguments common to all tools. The description is the first line of
+    the tool's docstring, or all of it, with its examples.
     """
     parser = argparse.ArgumentParser(
         description=doc if whole else doc.partition('\n')[0],
         formatter_class=argparse.RawDescriptionHelpFormatter if whole else argparse.HelpFormatter,
     )
-    parser.add_argument('--traceback', action='store_true', help='show the whole trace of an error')
+    parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
     return parser
 
 
@@ -66,7 +66,7 @@ def add_config_arguments(
     parser: argparse.ArgumentParser,
     help: str = 'config file, such as configs/upernet_vil_t_ade20k.py',
 ) -> None:
-    """Add ``config``, with a help text, and ``--cfg-options``."""
+    """Add ``config`` and ``--cfg-options``."""
     parser.add_argument('config', help=help)
     add_cfg_options(parser)
 
@@ -83,22 +83,24 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add ``--trust-checkpoint``, which :func:`run` looks for."""
-    help = 'load checkpoints even if they ask for functions that may run code'
+    help = 'load checkpoints even if they may run code'
     parser.add_argument('--trust-checkpoint', action='store_true', help=help)
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what training, testing and feature evaluation have in common, the config first."""
+    """Add the arguments that training, testing and feature evaluation share, starting with the
+    config.
+    """
     add_config_arguments(
         parser,
-        'config file, such as configs/upernet_vil_t_ade20k.py; or one that an installed library '
-        'brings along, such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
+        'config file, such as configs/upernet_vil_t_ade20k.py, or one of an installed library, '
+        'such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
     )
     add = parser.add_argument
-    add('--backbone', metavar='VIL', help="replace the config's backbone by vil-t, vil-s or vil-b")
+    add('--backbone', metavar='VIL', help="replace the config's backbone: vil-t, vil-s or vil-b")
     add('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)')
-    add('--data-root', help="folder of the data, instead of the config's")
-    add('--no-pin-memory', action='store_true', help='turn pin_memory of the dataloaders off')
+    add('--data-root', help="data folder, instead of the config's")
+    add('--no-pin-memory', action='store_true', help='disable pin_memory of the dataloaders')
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     add('--launcher', choices=launchers, default='none', help='how the processes were started')
     add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
@@ -114,7 +116,7 @@ def parse_args(
     try:
         args = parser.parse_args(argv)
     except ValueError:  # from DictAction
-        parser.error('--cfg-options wants KEY=VALUE pairs without white space')
+        parser.error('--cfg-options expects KEY=VALUE pairs without white space')
     if hasattr(args, 'local_rank'):
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Classes of a user's own dataset: from a file beside the data into the config."""
+"""Classes of a user's own dataset, read from a file next to the data."""
 
 import re
 from pathlib import Path
@@ -19,10 +19,10 @@ MAPPING = ('colors', 'values', 'ignore')  # its options
 
 
 def describe_own_data(cfg: Config) -> None:
-    """Write classes and suffixes of the data into a config, in place, as plain values.
+    """Write classes and suffixes of the data into a config, in place.
 
-    This is for configs with ``classes_from_data_root``, and the datasets in them that name no
-    classes, so that the config dumped by a training stays as it is. See docs/own_data.md.
+    This applies to configs with ``classes_from_data_root``, and to datasets in them that do not
+    specify classes, so that configs dumped by a training run are not changed. See docs/own_data.md.
     """
     datasets = [
         dataset
@@ -31,7 +31,7 @@ def describe_own_data(cfg: Config) -> None:
         if cfg.get('classes_from_data_root') and not dataset.get('metainfo', {}).get('classes')
     ]
     root = Path(datasets[0].data_root) if datasets else None
-    if root is None or not root.is_dir():  # the checks before a run report it
+    if root is None or not root.is_dir():  # reported by the checks before a run
         return
     file = next((root / name for name in FILES if (root / name).is_file()), None)
     own = read_classes(file) if file else {}
@@ -46,11 +46,11 @@ def describe_own_data(cfg: Config) -> None:
 
 
 def read_classes(path: Path) -> dict:
-    """Read a file of classes.
+    """Read a class file.
 
     Args:
-        path (Path): YAML with ``classes`` and the keys of ``PER_CLASS`` and ``MAPPING``, or text of
-            one class per line, with or without a color: ``road 128 64 128``.
+        path (Path): YAML with ``classes`` and the keys of ``PER_CLASS`` and ``MAPPING``, or a text
+            file with one class per line, optionally with a color: ``road 128 64 128``.
 
     Raises:
         UserError: If keys are unknown or lengths differ.
@@ -99,7 +99,7 @@ def _describe_masks(cfg, datasets, own):
 
 
 def _suffix_in(folder):
-    """The suffix that all image files in a folder have."""
+    """The common suffix of all image files in a folder."""
     found = {Path(file).suffix for file in scandir(folder, recursive=True)}
     found = sorted(suffix for suffix in found if suffix.lower() in Image.registered_extensions())
     if len(found) != 1:

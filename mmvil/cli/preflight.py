@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Checks before a run, of what would fail later with a worse message or with none."""
+"""Checks before a run, for problems that would fail later with a worse message or none."""
 
 import copy
 import difflib
@@ -25,26 +25,26 @@ from .errors import UserError, as_user_error
 
 
 def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
-    """Build the runner that a config describes, on this machine.
+    """Build the runner of a config for this machine.
 
     Args:
-        cfg (Config): Not changed; the runner's own fits a machine without GPU, see
+        cfg (Config): Not modified; the runner gets a copy, adapted if there is no GPU, see
             :func:`mmvil.engine.cpu.fit_to_cpu`.
-        notes (Sequence[str]): Warnings to write into the runner's log.
+        notes (Sequence[str]): Warnings for the runner's log.
     """
     cfg = copy.deepcopy(cfg)
     notes = [*notes, *fit_to_cpu(cfg)]
     for loader in loaders(cfg):
-        if loader.get('num_workers', 0) == 0:  # torch refuses persistent workers then
+        if loader.get('num_workers', 0) == 0:  # torch then rejects persistent workers
             loader.persistent_workers = False
     strategy = type_name(cfg.get('strategy'))
     if cfg.get('compile') and strategy.startswith('DeepSpeed'):
-        raise UserError('DeepSpeedStrategy does not compile; leave compile=True out')
+        raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
     failed = 'cannot build what the config describes (--traceback shows where)'
     with as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError)):
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if cfg.get('compile') and strategy:
-        # FlexibleRunner does not read it from the config, and would compile the optimizer's step.
+        # FlexibleRunner does not read it from the config, and would compile the optimizer step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
     for note in notes:
@@ -53,7 +53,7 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
 
 
 def check_training(cfg: Config) -> None:
-    """Check all that a training needs before it starts."""
+    """Check everything that training needs before it starts."""
     check_backbone(cfg)
     check_work_dir(cfg)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
@@ -61,14 +61,14 @@ def check_training(cfg: Config) -> None:
 
 
 def check_testing(cfg: Config) -> None:
-    """Check all that a test of ``load_from`` needs before it starts."""
+    """Check everything that testing ``load_from`` needs before it starts."""
     check_backbone(cfg)
     check_data(cfg, 'test_dataloader')
     check_checkpoint(cfg.load_from)
 
 
 def check_backbone(cfg: Config) -> None:
-    """Check that the ViL backbone knows the options that the config gives it."""
+    """Check that the ViL backbone supports the options in the config."""
     known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
     for node in dicts(cfg.get('model') or {}):
         if type_name(node) not in ('VisionLSTM', 'MaskedVisionLSTM'):
@@ -80,13 +80,13 @@ def check_backbone(cfg: Config) -> None:
 
 
 def check_work_dir(cfg: Config) -> None:
-    """Check that the work dir, or the folder that it will be made in, can be written to."""
+    """Check that the work dir, or the folder in which it will be created, is writable."""
     folder = Path(cfg.work_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = 'no permission to write' if existing.is_dir() else 'it is a file'
         raise UserError(
-            f'cannot use the work dir {folder}: {existing}: {why}. Choose another by --work-dir.'
+            f'cannot use the work dir {folder}: {existing}: {why}. Choose another with --work-dir.'
         )
 
 
@@ -97,7 +97,7 @@ def check_data(cfg: Config, *names: str) -> None:
 
 
 def check_folders(cfg: Config, *names: str) -> list:
-    """Check that the folders that the named dataloaders read exist and hold images.
+    """Check that the folders read by the named dataloaders exist and contain images.
 
     Returns:
         list: Their datasets, see :func:`mmvil.cli.config.build_lazily`.
@@ -114,7 +114,7 @@ def check_folders(cfg: Config, *names: str) -> list:
             file = getattr(dataset, 'ann_file', '')
             if isinstance(file, str) and file and '://' not in file and not os.path.isfile(file):
                 raise UserError(f'annotations not found: {os.path.abspath(file)} ({name})')
-            # On an empty dataset mmengine's InfiniteSampler waits forever.
+            # mmengine's InfiniteSampler waits forever on an empty dataset.
             extensions = () if file else sorted(getattr(dataset, 'extensions', ()))
             suffixes = tuple(extensions or [getattr(dataset, 'img_suffix', '')])
             folder = prefix.get('img_path') or ''
@@ -130,12 +130,14 @@ def _check_folder(folder: str | None, loader: str) -> None:
         without = ' To train without validation: --no-validate.' if loader[:3] == 'val' else ''
         raise UserError(
             f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '
-            f'link the data there, or name its folder by --data-root.{without}'
+            f'link the data there, or specify its folder with --data-root.{without}'
         )
 
 
 def check_annotations(dataset) -> None:
-    """Check that each image of a segmentation dataset has an annotation: not half a download."""
+    """Check that each image of a segmentation dataset has an annotation, to detect partial
+    downloads.
+    """
     if getattr(dataset, 'test_mode', True):
         return
     images, annotations = stems_of_images_and_annotations(dataset)
@@ -145,13 +147,13 @@ def check_annotations(dataset) -> None:
         raise UserError(
             f'{len(missing)} of {len(images)} images in {folders["img_path"]} have no annotation '
             f'in {folders["seg_map_path"]} ({missing[0]}{dataset.seg_map_suffix}, …). Was the '
-            'download complete? tools/check_dataset.py CONFIG lists all that is wrong.'
+            'download complete? tools/check_dataset.py CONFIG lists all problems.'
         )
 
 
 def stems_of_images_and_annotations(dataset) -> tuple[set[str], set[str]]:
-    """Files in the folders of images and annotations, without suffix; none where the dataset does
-    not take all files of two local folders.
+    """Names of the files in the folders of images and annotations, without suffix; empty if the
+    dataset does not use all files of two local folders.
     """
     prefix = getattr(dataset, 'data_prefix', {})
     images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
@@ -165,7 +167,7 @@ def _stems(folder: str, suffix: str) -> set[str]:
 
 
 def check_checkpoint(path: str) -> None:
-    """Check that a path is a PyTorch checkpoint, or the name of an official one. Other URLs are not
+    """Check that a path is a PyTorch checkpoint or the name of an official one. Other URLs are not
     checked.
     """
     if path.startswith('mmvil://'):
@@ -174,8 +176,8 @@ def check_checkpoint(path: str) -> None:
         return
     if os.path.isdir(path):
         raise UserError(
-            f'{path} is a folder, but not one that FSDP training has written. Merge the shards of '
-            'DeepSpeed into one file by tools/model_converters/merge_shards.py.'
+            f'{path} is a folder, but was not written by FSDP training. Merge the shards of '
+            'DeepSpeed into one file with tools/model_converters/merge_shards.py.'
         )
     if not os.path.isfile(path):
         raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
@@ -186,7 +188,7 @@ def check_checkpoint(path: str) -> None:
 
 
 def check_config_checkpoints(cfg: Config) -> None:
-    """Check the files that ``load_from`` and ``init_cfg`` name."""
+    """Check the files specified by ``load_from`` and ``init_cfg``."""
     kinds = ('Pretrained', 'PretrainedInit')
     named = [node.get('checkpoint') for node in dicts(cfg) if type_name(node) in kinds]
     load_from = cfg.get('load_from')
@@ -198,10 +200,10 @@ def check_config_checkpoints(cfg: Config) -> None:
 
 
 def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
-    """Check that a checkpoint holds every tensor of a model in the right shape, of which mmengine
-    only warns.
+    """Check that a checkpoint contains every tensor of a model in the right shape; mmengine would
+    only warn.
     """
-    # FSDP itself knows the whole tensors, which it gives to rank 0; the module inside holds shards.
+    # FSDP itself has the full tensors, which it gives to rank 0; the wrapped module has shards.
     sharded = hasattr(model, 'summon_full_params')
     while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
@@ -214,7 +216,7 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
 
 
 class CheckFitHook(Hook):
-    """Refuse a checkpoint that does not fit, when the runner loads it."""
+    """Reject a checkpoint that does not fit when the runner loads it."""
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')

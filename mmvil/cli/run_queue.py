@@ -1,16 +1,16 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Distribute runs over processes and machines by files in one folder, without a server.
+"""Distribute runs over processes and machines with files in a shared folder, without a server.
 
-A run has a name. Three kinds of files hold its state:
+A run has a name. Three kinds of files store its state:
 
     NAME.json             its result, complete as soon as it exists.
     NAME.attempt-K        the K-th attempt has begun; its process touches this file regularly.
     NAME.attempt-K.error  the K-th attempt failed; this is the trace.
 
-An attempt begins by creating its file exclusively, which a file system (NFS, too) grants to one
-process only. It ends when it fails, or when its file was not touched for a while: then any process
-may begin attempt K + 1. No file is moved or used twice, so that no two processes ever hold one run.
-The clocks of the machines need not agree: ages are measured by that of the file system.
+An attempt begins by creating its file exclusively, which a file system (including NFS) allows for
+one process only. It ends when it fails, or when its file was not touched for a while; then any
+process may begin attempt K + 1. No file is moved or reused, so two processes never hold the same
+run. The clocks of the machines need not agree: ages are measured by the clock of the file system.
 """
 
 import json
@@ -29,7 +29,7 @@ from .errors import UserError, one_line
 
 
 class ClaimLost(Exception):
-    """Another process has taken a run over, because this one gave no sign of life for too long."""
+    """Another process has taken over a run, because this one sent no heartbeat for too long."""
 
 
 class Claims:
@@ -51,7 +51,9 @@ class Claims:
         self._suspects = {}
 
     def states(self, names: list[str]) -> dict[str, str]:
-        """State of each run: 'done', 'running', 'failed', 'open', or 'again': open once more."""
+        """State of each run: 'done', 'running', 'failed', 'open', or 'again' (open after a failed
+        attempt).
+        """
         return {name: state for name, (state, _) in self._look_at(names).items()}
 
     def claim(self, name: str) -> 'Claim | None':
@@ -65,13 +67,13 @@ class Claims:
         except FileExistsError:
             return None
         claim = Claim(self, name, last + 1)
-        if claim.superseded() or self.result_path(name).exists():  # since we looked
+        if claim.superseded() or self.result_path(name).exists():  # in the meantime
             claim.release()
             return None
         return claim
 
     def result(self, name: str) -> dict | None:
-        """Result of a finished run, else None."""
+        """Result of a finished run, otherwise None."""
         path = self.result_path(name)
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -79,14 +81,14 @@ class Claims:
         return self.folder / f'{name}.json'
 
     def last_error(self, name: str) -> str:
-        """Last line of the newest trace of a run."""
+        """Last line of the latest traceback of a run."""
         traces = self.folder.glob(f'{name}.attempt-*.error')
         newest = max(traces, key=os.path.getmtime, default=None)
         lines = newest.read_text().strip().splitlines() if newest else []
         return lines[-1] if lines else 'its process was killed'
 
     def forget_attempts(self, name: str) -> None:
-        """Let a failed run be tried again."""
+        """Allow a failed run to be tried again."""
         for path in self.folder.glob(f'{name}.attempt-*'):
             path.unlink(missing_ok=True)
 
@@ -114,7 +116,8 @@ class Claims:
                 return 'open'
             if now - touched < self.stale_after:
                 return 'running'
-            # Not dead at first sight: after a pause of the machine all look so for a heartbeat.
+            # Not dead at first sight: after a pause of the machine, all processes look dead for one
+            # heartbeat.
             since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
             if time.monotonic() - since < 2 * self.heartbeat:
                 return 'running'
@@ -122,7 +125,9 @@ class Claims:
 
 
 class Claim:
-    """One attempt at a run. A thread sends heartbeats until it is finished, failed or released."""
+    """One attempt at a run. A thread sends heartbeats until it has finished, failed or been
+    released.
+    """
 
     def __init__(self, claims: Claims, name: str, attempt: int) -> None:
         self.claims = claims
@@ -138,7 +143,7 @@ class Claim:
         """Publish the result.
 
         Raises:
-            ClaimLost: If another process has taken the run over.
+            ClaimLost: If another process has taken over the run.
         """
         self._end()
         if self.superseded():
@@ -146,12 +151,12 @@ class Claim:
         write(self.claims.result_path(self.name), json.dumps(result, indent=1) + '\n')
 
     def fail(self, trace: str) -> None:
-        """Publish that the attempt failed, and why."""
+        """Publish the traceback of a failed attempt."""
         self._end()
         write(self.path.with_name(self.path.name + '.error'), trace)
 
     def release(self) -> None:
-        """Withdraw the attempt as if it had not begun."""
+        """Withdraw the attempt as if it had never begun."""
         self._end()
         self.path.unlink(missing_ok=True)
 
@@ -166,7 +171,7 @@ class Claim:
             except FileNotFoundError:
                 self.lost = True
             except OSError:
-                continue  # a file server that is away for a moment
+                continue  # a temporary outage of the file server
             self.lost = self.lost or self.superseded()
 
     def _end(self) -> None:
@@ -175,7 +180,7 @@ class Claim:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file atomically: readers see all of it or nothing."""
+    """Write a file atomically: readers see all of it or none."""
     temporary = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}')
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -188,13 +193,13 @@ def work(
     describe: Callable[[Any, dict], str],
     say: Callable[[str], None],
 ) -> None:
-    """Do open runs until none is left, here or elsewhere.
+    """Do open runs until none is left in any process.
 
     Args:
         claims (Claims): The shared folder.
-        states (Callable): Returns {run: state} of the runs known by now; each run has a ``name``.
+        states (Callable): Returns {run: state} for the runs known so far; each run has a ``name``.
         do (Callable): Does a run and returns its result.
-        describe (Callable): Returns a line on a run and its published result.
+        describe (Callable): Returns a line about a run and its published result.
         say (Callable): Reports a line.
 
     Raises:
@@ -207,7 +212,7 @@ def work(
         run, claim = next((pair for pair in claimed if pair[1]), (None, None))
         if claim is None:
             if not waiting:
-                say('The rest is being done by other processes; waiting for them.')
+                say('Other processes are doing the remaining runs; waiting for them.')
             waiting = True
             time.sleep(min(5.0, claims.heartbeat))
             continue
@@ -220,7 +225,7 @@ def work(
             say(describe(run, result))
         except ClaimLost:
             claim.release()
-            say(f'{run}: out of touch for too long, another process does it')
+            say(f'{run}: no heartbeat for too long; another process has taken over')
         except Exception as error:
             claim.fail(traceback.format_exc())
             failed.add(run)
@@ -228,8 +233,8 @@ def work(
             say(f'{run}: FAILED (attempt {claim.attempt}), {reason}')
             if len(failed) == 3:
                 raise UserError(
-                    'stopped, because three runs in a row failed; that is hardly the fault of the '
-                    f'runs. The last one: {reason}. Traces: {claims.folder}/*.error'
+                    'stopped, because three runs in a row failed, which suggests a common '
+                    f'cause. The last one: {reason}. Tracebacks: {claims.folder}/*.error'
                 ) from None
         except BaseException:  # Ctrl-C, SIGTERM
             claim.release()

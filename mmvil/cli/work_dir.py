@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Work dir of a training: its lock, its checkpoints, where to resume."""
+"""Work dir of a training run: its lock, its checkpoints, where to resume."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from .errors import UserError, as_user_error, is_first_process
 
 
 def save_atomically(cfg: Config) -> list[str]:
-    """Let the checkpoint hook of a config write local files that appear when they are complete.
+    """Make the checkpoint hook of a config write local files atomically.
 
     Returns:
         list[str]: Warnings for the log.
@@ -28,17 +28,17 @@ def save_atomically(cfg: Config) -> list[str]:
         hook.setdefault('backend_args', ATOMIC)
     if hook and hook.get('max_keep_ckpts') == 1:
         hook.max_keep_ckpts = 2
-        return ['keeping 2 checkpoints: of 1, mmengine removes it before it writes the next']
+        return ['keeping 2 checkpoints: with 1, mmengine removes it before writing the next']
     return []
 
 
 def choose_checkpoint(cfg: Config, newest: bool = False, trusted: bool = False) -> list[str]:
-    """Set what a training resumes from: ``cfg.load_from``, if it is complete, else the newest
-    complete checkpoint in the work dir, else nothing.
+    """Choose the checkpoint to resume from: ``cfg.load_from`` if it is complete, otherwise the
+    newest complete checkpoint in the work dir, or none.
 
     Args:
-        cfg (Config): Config of the training; ``load_from`` and ``resume`` are changed.
-        newest (bool): Resume from the newest one in any case. Default: False.
+        cfg (Config): Training config; ``load_from`` and ``resume`` are set in place.
+        newest (bool): Always use the newest one. Default: False.
         trusted (bool): Checkpoints may run code. Default: False.
 
     Returns:
@@ -49,22 +49,22 @@ def choose_checkpoint(cfg: Config, newest: bool = False, trusted: bool = False) 
         found, notes = find_good_checkpoint(work_dir, trusted)
         if notes and found is None:
             raise UserError(
-                f'no checkpoint in {work_dir} is complete: {"; ".join(notes)}. To begin anew, '
+                f'no checkpoint in {work_dir} is complete: {"; ".join(notes)}. To start over, '
                 'leave --resume out.'
             )
         nothing = f'nothing to resume in {work_dir}: training begins'
         notes.append(f'resuming from {found}' if found else nothing)
         cfg.resume = found is not None
         cfg.load_from = found or cfg.get('load_from')
-    elif os.path.isfile(cfg.load_from):  # not a folder of shards, a URL
+    elif os.path.isfile(cfg.load_from):  # neither a folder of shards nor a URL
         try:
             verify(cfg.load_from, trusted)
         except DamagedCheckpointError as error:
-            raise UserError(f'{error}; --resume without a name takes the newest good one') from None
-    # Only FSDP can distribute the state of the optimizer again.
+            raise UserError(f'{error}; --resume without a name uses the newest good one') from None
+    # Only FSDP can distribute the optimizer state again.
     if cfg.resume and cfg.get('strategy') is None and is_sharded(cfg.load_from):
         raise UserError(
-            f'{cfg.load_from} is of a sharded training: resume it with its own config. To start '
+            f'{cfg.load_from} is from sharded training: resume it with its own config. To start '
             f'from its weights: --cfg-options load_from={cfg.load_from}, without --resume.'
         )
     return notes
@@ -72,16 +72,16 @@ def choose_checkpoint(cfg: Config, newest: bool = False, trusted: bool = False) 
 
 @contextmanager
 def lock_work_dir(work_dir: str) -> Iterator[None]:
-    """Keep other trainings out of a work dir, and remove what a killed one left half written.
+    """Lock a work dir against other training runs, and remove partial files of a killed one.
 
-    Rank 0 holds the lock for all ranks. The operating system releases it when the process ends,
-    however it ends. Where the system or the file system has no locks, nothing is locked.
+    Rank 0 holds the lock for all ranks. The operating system releases it when the process ends in
+    any way. Without locks in the system or file system, nothing is locked.
     """
     if not is_first_process():
         yield
         return
     path = Path(work_dir, '.lock').absolute()
-    failed = f'cannot write to the work dir {path.parent} (--work-dir chooses another)'
+    failed = f'cannot write to the work dir {path.parent} (choose another with --work-dir)'
     with as_user_error(failed, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open('a+')
@@ -89,15 +89,15 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
         try:
             import fcntl
 
-            # Unlike flock, not inherited by worker processes, which may outlive a killed training.
+            # Unlike flock, not inherited by worker processes, which may outlive a killed run.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
                 f'another training is running in {path.parent}: {file.read().strip()}. Wait for '
-                'it, or choose another folder by --work-dir.'
+                'it, or choose another folder with --work-dir.'
             ) from None
-        except (ImportError, OSError):  # not a POSIX system, or a file system without locks
+        except (ImportError, OSError):  # not POSIX, or a file system without locks
             pass
         else:
             file.truncate(0)

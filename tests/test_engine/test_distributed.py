@@ -450,7 +450,7 @@ def test_shards_are_read_by_any_number_of_processes_and_by_the_plain_model(folde
 
     plain = (TRAIN, folder / 'classifier.py', '--work-dir', tmp_path / 'plain')
     refused = call_tool(*plain, '--resume', straight / 'iter_3.pth', status=2)
-    assert 'is of a sharded training: resume it with its own config' in refused
+    assert 'is from sharded training: resume it with its own config' in refused
     options = (f'load_from={straight / "iter_6.pth"}', 'train_cfg.max_iters=1')
     call_tool(*plain, '--cfg-options', *options, 'train_dataloader.batch_size=4')
 

@@ -69,7 +69,7 @@ def test_check_dataset_finds_each_kind_of_bad_file(camvid):
         'the colors of the classes (docs/own_data.md)',
         f'{maps}/12.png: annotation has labels that less 1 (reduce_zero_label) are none of the 11 '
         'classes: [12]',
-        f'{maps}/14.png: annotation has labels beyond 255, which the loading cuts off',
+        f'{maps}/14.png: annotation has labels beyond 255, which loading truncates',
         f'{maps}/alone.png: annotation without an image',
     }
     assert '9 problems' in said and str(cut) in said
@@ -79,7 +79,7 @@ def test_check_dataset_counts_classes_and_passes_a_sound_dataset(camvid):
     for path in camvid.rglob('*.png'):  # 0 is no label, 1 and 2 are sky and building
         write(path, np.repeat([[0, 1, 2, 2]], 48, 0).repeat(16, 1))
     said = check(CAMVID, camvid, status=0)
-    assert 'All is well' in said
+    assert 'No problems found' in said
     assert '33.33%      4 sky' in said and '66.67%      4 building' in said
     assert '9 classes never occur: pole, road' in said
 
@@ -95,7 +95,7 @@ def test_check_dataset_of_a_split_that_shows_background_only(camvid, tmp_path):
     for path in camvid.rglob('*.png'):
         labels = [0, 1, 2, 255] if 'training' in str(path) else [0, 255]
         write(path, np.resize(labels, (48, 64)))
-    assert 'All is well' in check(config, camvid, status=0)
+    assert 'No problems found' in check(config, camvid, status=0)
     said = check(config, camvid, '--splits', 'val', status=1)
     assert 'annotations have only the labels 0 and 255' in said
 

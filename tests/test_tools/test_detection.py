@@ -59,7 +59,7 @@ def test_demo_draws_detections(config, data, checkpoint, tmp_path):
 def test_check_dataset_counts_objects_and_compares_classes(config, data):
     check = (TOOLS / 'check_dataset.py', config, '--data-root', data, '-j', 1)
     said = call_tool(*check)
-    assert 'train: 4 images, 6 classes' in said and 'All is well' in said
+    assert 'train: 4 images, 6 classes' in said and 'No problems found' in said
     wrong = ('--cfg-options', 'model.roi_head.mask_head.num_classes=7')
     said = call_tool(*check, *wrong, status=1)
     assert 'num_classes=7 in FCNMaskHead, but the dataset has 6' in said

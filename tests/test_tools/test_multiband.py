@@ -232,7 +232,7 @@ def test_channel_statistics_do_not_cancel():
 
 
 def test_check_dataset_passes_images_that_fit(fields):
-    assert 'All is well' in call_tool(TOOLS / 'check_dataset.py', fields[0], '-j', 1)
+    assert 'No problems found' in call_tool(TOOLS / 'check_dataset.py', fields[0], '-j', 1)
 
 
 @pytest.mark.parametrize(

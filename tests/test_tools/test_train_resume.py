@@ -175,7 +175,7 @@ def test_two_trainings_in_one_work_dir_and_sigkill_at_any_moment(segmentor, tmp_
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert f'process {first.pid} on ' in said and 'choose another folder by --work-dir' in said
+    assert f'process {first.pid} on ' in said and 'choose another folder with --work-dir' in said
     # The lock ends with the process that was killed, and what it left is whole.
     left = {int(path.stem[5:]): path for path in tmp_path.glob('iter_*.pth')}
     assert len(left) >= 2

@@ -130,7 +130,7 @@ def test_vtab1k_runs_the_protocol(standin, tmp_path):
     call_tool(*command(standin, tmp_path))
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob('runs/*')}
     said = call_tool(*command(standin, tmp_path, '--lrs', '1', '2'), status=2)
-    assert 'was begun with lrs' in said and 'another --work-dir' in said
+    assert 'was started with lrs' in said and 'another --work-dir' in said
 
 
 @pytest.mark.slow  # about 2 minutes

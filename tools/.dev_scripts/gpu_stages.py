@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Stages of tools/analysis_tools/gpu_report.py, which runs each part in a process of its own.
+"""Stages of tools/analysis_tools/gpu_report.py, which runs each part in a separate process.
 
 python tools/.dev_scripts/gpu_stages.py --list
 python tools/.dev_scripts/gpu_stages.py kernels --part '{"width": 96, "dtype": "bfloat16"}'
 
-A part prints its results as JSON, one object in each line, and before each step that may crash or
-hang an object with the key ``at``. At a wrong number it exits with status 3.
+A part prints its results as JSON, one object per line, and an object with the key ``at`` before
+each step that may crash or hang. It exits with status 3 if a number is wrong.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import mmvil
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = 3
-"""Exit status at a wrong number."""
+"""Exit status for a wrong number."""
 HEADS = 4
 WIDTHS = dict(tiny=96, small=192, base=384)
 """Head widths, half the width of the model."""
@@ -39,7 +39,7 @@ WIDTHS = dict(tiny=96, small=192, base=384)
 FULL = dict(
     archs=tuple(WIDTHS),
     sizes={224: 128, 512: 16, 1024: 4},  # pixels: batch
-    compiled=[('tiny', 224)],  # where launches count; compilation takes a minute or more
+    compiled=[('tiny', 224)],  # where launch overhead matters; compilation takes a minute or more
     large=2**31,
     rounds=5,
     sweep=30,  # seconds for each head width
@@ -57,7 +57,7 @@ QUICK = dict(
 
 
 class WrongNumberError(Exception):
-    """A kernel computed something else than it should."""
+    """A kernel computed a wrong result."""
 
 
 class Context:
@@ -67,7 +67,7 @@ class Context:
         self.device, self.quick = torch.device(device), quick
         self.on_gpu = self.device.type == 'cuda'
         self.plan = QUICK if quick else FULL
-        # Not 'auto', whose self-test takes a minute for each width, which stage 1 has done.
+        # Not 'auto', whose self-test takes a minute for each width; stage 1 runs it.
         self.backend = 'triton' if self.on_gpu or 'TRITON_INTERPRET' in os.environ else 'auto'
 
     def width(self, arch):
@@ -135,12 +135,12 @@ def kernels(context, width, dtype='bfloat16', grid=None, ptxas='default', device
         problem = self_test.check(device, getattr(torch, dtype), width, cases)
     verdict = problem or 'right'
     emit(width=width, dtype=dtype, ptxas=ptxas, kernels=len(seen), verdict=verdict)
-    if problem and ptxas == 'default':  # others are tried to know which to recommend
+    if problem and ptxas == 'default':  # others are only tried for a recommendation
         raise WrongNumberError(problem)
 
 
 def other_assemblers():
-    """Paths by version of each ptxas on this machine that Triton does not choose itself."""
+    """Paths by version of the ptxas on this machine that Triton does not select itself."""
     from triton.backends import nvidia
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -173,7 +173,7 @@ def tests(context):
 
 
 def sanitizer(context, tool, width):
-    """Look for accesses outside of tensors with NVIDIA's memory checker."""
+    """Check for out-of-bounds accesses with NVIDIA's memory checker."""
     part = json.dumps(dict(width=width, grid=[20, 20]))
     command = [tool, '--error-exitcode', str(WRONG), sys.executable, __file__, 'kernels']
     command += ['--part', part, '--device', str(context.device)]
@@ -189,23 +189,23 @@ def gradients(model, image):
     with torch.autocast(image.device.type, dtype=torch.bfloat16):
         output = model(image)[0]
     leaves = [image, *(p for p in model.parameters() if p.requires_grad)]
-    loss = output.float().square().flatten(1).mean(1).sum()  # samples do not know of each other
+    loss = output.float().square().flatten(1).mean(1).sum()  # samples are independent
     return [output.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def repeat(context, arch, size):
-    """Two runs must agree to the last bit, at the sizes of real images."""
+    """Check that two runs are bitwise equal, at real image sizes."""
     torch.backends.cudnn.deterministic = True
     model, image = context.vil(arch, img_size=size).train(), context.images(size)
     same = all(map(torch.equal, gradients(model, image), gradients(model, image)))
     emit(check=f'ViL-{arch} at {size}, batch {len(image)}: same bits', verdict=same)
     if not same:
-        raise WrongNumberError(f'ViL-{arch} at {size} gives other bits the second time')
+        raise WrongNumberError(f'ViL-{arch} at {size} gives different bits in a second run')
 
 
 def large_layer(context, size):
-    """Offsets beyond 32 bits: in tensors with more than 2^31 elements, the last sample must be as
-    it is alone.
+    """Test offsets beyond 32 bits: in tensors with more than 2^31 elements, the last sample must
+    give the same result as alone.
     """
     model = context.vil('base', depth=2, img_size=size).train()
     elements = 4 * model.embed_dims * (size // 16) ** 2  # of a sample after the up-projection
@@ -215,7 +215,7 @@ def large_layer(context, size):
 
 
 def large_cell(context, width, tokens):
-    """The same of the cell alone."""
+    """Run :func:`large_layer`'s test on the cell alone."""
     features = torch.randn(3, 1, tokens, HEADS, width, device=context.device).bfloat16()
     gates = torch.randn(2, 1, HEADS, tokens, device=context.device) + 3
     batch = context.plan['large'] // (tokens * HEADS * width) + 1
@@ -237,11 +237,11 @@ def check_last(name, together, alone):
             raise WrongNumberError(f'{name}: relative error {error:.1e} in sample {len(many)}')
 
 
-# -- 3. Kernels against the limits of the card -----------------------------------------------------
+# -- 3. Kernels relative to the limits of the GPU --------------------------------------------------
 
 
 def limits(context):
-    """Measure GB/s of a copy and TFLOP/s of a matrix product."""
+    """Measure the GB/s of a copy and the TFLOP/s of a matrix product."""
     side = 8192 if context.on_gpu else 64
     x = torch.randn(side, side, device=context.device, dtype=torch.bfloat16)
     y = torch.empty_like(x)
@@ -250,7 +250,7 @@ def limits(context):
 
 
 def cell_flops(label, kwargs, tokens):
-    """Operations of the causal products of one kernel; None for those without."""
+    """FLOPs of the causal products of one kernel; None for kernels without."""
     width, chunk, length = (kwargs.get(name, 0) for name in ('DH', 'chunk', 'length'))
     state = 2 * tokens * width**2
     side = 2 * tokens * (min(chunk, length) + 1) * width + state * (chunk < length)
@@ -262,13 +262,15 @@ def cell_flops(label, kwargs, tokens):
 
 
 def layer_kernels(context, arch, size):
-    """Time each kernel of a layer alone. Its bytes are those of its tensors, each once."""
+    """Time each kernel of a layer separately. Its bytes are those of its tensors, each counted
+    once.
+    """
     found = {}
 
     def note(label, launch, args, kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         nbytes = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
-        if label not in found or nbytes > found[label][0]:  # reversed views have one token
+        if label not in found or nbytes > found[label][0]:  # reversed views count as one token
             found[label] = nbytes, launch, args, kwargs
 
     model, image = context.vil(arch, depth=2, img_size=size).train(), context.images(size)
@@ -287,7 +289,7 @@ def layer_kernels(context, arch, size):
 
 
 def busy(context, arch, size, steps=3):
-    """Share of the time in which the GPU computes in a training step, and its longest kernels."""
+    """Fraction of a training step in which the GPU is busy, and the longest kernels."""
     from torch.profiler import ProfilerActivity
 
     from mmvil.apis.measure import synchronize
@@ -311,14 +313,14 @@ def busy(context, arch, size, steps=3):
 
 
 def flash_attention():
-    """Context in which no other kernel computes attention; raises where there is none."""
+    """Context in which only flash attention is used. Raises if it is not available."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def models(context, arch, size):
-    """Throughput and peak memory of ViL beside DeiT with flash attention."""
+    """Compare throughput and peak memory of ViL with DeiT with flash attention."""
     import timm
 
     from mmvil.apis.measure import compare
@@ -355,7 +357,7 @@ def models(context, arch, size):
 
 
 def model_rows(records, arch):
-    """Rows of a table, each ViL beside the DeiT that runs in the same way, with the targets."""
+    """Table rows, each ViL next to the DeiT that runs in the same way, with targets."""
     from mmvil.apis.measure import time_ratio
 
     deits = {r['model'].partition('attention')[2]: r for r in records if 'DeiT' in r['model']}
@@ -366,7 +368,7 @@ def model_rows(records, arch):
         row = {name: record[name] for name in ('model', 'size', 'batch', 'mode')}
         row['images/s'] = 1 / statistics.median(record['seconds_per_image'])
         row['x DeiT'] = ratio
-        graphs = 'graphs' in record['model']  # have their memory from before
+        graphs = 'graphs' in record['model']  # graphs allocate their memory at capture
         row['peak MB'] = None if peak is None or graphs else peak / 1e6
         bound = {224: 0.6, 512: 1.0, 1024: 1.5 if arch == 'base' else 2.0}.get(size)
         judged = bound and record['mode'] == 'training' and record['model'] == f'ViL-{arch}'
@@ -380,7 +382,7 @@ def model_rows(records, arch):
 
 
 def cell(context, arch, size):
-    """Time the mLSTM beside the attention of a DeiT of the same width, and NX-AI's kernels."""
+    """Time the mLSTM, the attention of a DeiT of the same width, and NX-AI's kernels."""
     width, tokens = context.width(arch), (size // 16) ** 2
 
     def features(heads, width):
@@ -414,7 +416,7 @@ def cell(context, arch, size):
 
 
 def tiles(context, width):
-    """Time tiles of the mLSTM until the time is up, the choice to beat first."""
+    """Time tiles of the mLSTM until the time is up, starting with the current choice."""
     import triton
     import tune_tiles
 
@@ -471,7 +473,7 @@ def train(context, size, batch, steps, window, backend):
         cfg.model.backbone.arch = dict(embed_dims=16, depth=24)
         cfg.model.decode_head.update(in_channels=[16] * 4, channels=16)
         cfg.model.auxiliary_head.update(in_channels=16, channels=16)
-    if not context.on_gpu:  # which float16 needs
+    if not context.on_gpu:  # float16 needs a GPU
         cfg.optim_wrapper.type = 'OptimWrapper'
     torch.manual_seed(0)
     model = build_training_model(cfg).to(context.device)
@@ -501,7 +503,7 @@ def train(context, size, batch, steps, window, backend):
 
 
 def stages(context):
-    """All stages in order: names, titles, and parts with their arguments and limits in seconds."""
+    """List all stages in order: names, titles, and parts with arguments and limits in seconds."""
     plan = context.plan
     interpreted = {} if context.on_gpu else dict(TRITON_INTERPRET='1')
     blocking = dict(CUDA_LAUNCH_BLOCKING='1', **interpreted)
@@ -546,9 +548,9 @@ def stages(context):
 
 
 def environment(context):
-    """Hardware and versions, a line for each."""
+    """Hardware and versions, one per line."""
     gpu = torch.cuda.get_device_properties(context.device) if context.on_gpu else None
-    hardware = '**No GPU**. These numbers say nothing.'
+    hardware = '**No GPU**. These numbers are meaningless.'
     if gpu:
         hardware = f'**{gpu.name}**, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB'
     git = ['git', 'describe', '--always', '--dirty']

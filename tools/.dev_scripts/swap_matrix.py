@@ -4,8 +4,8 @@
 python tools/.dev_scripts/swap_matrix.py --out docs/swap_matrix.md
 python tools/.dev_scripts/swap_matrix.py --libraries mmseg --only pspnet --out docs/swap_matrix.md
 
-In each folder of configs, every combination of backbone, neck and head is tried once, as
-docs/swap_backbone.md says. Lines of a file that are not tried again stay.
+In each config folder, every combination of backbone, neck and head is tried once, as described in
+docs/swap_backbone.md. Rows of an existing file that are not tried again are kept.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from mmvil.cli.main import run
 
 LIBRARIES = ('mmseg', 'mmpretrain', 'mmdet')
 ARCH = dict(embed_dims=32, depth=10)
-SIDES = (64, 512)  # of the images: some heads pool over windows that are larger than small maps
+SIDES = (64, 512)  # of images: some heads pool over windows larger than small maps
 
-# Folders of mmpretrain and mmdet that stand for the others: classifiers by their kind of features,
-# linear probes, self-supervised frameworks with and without masks, other tasks; detectors.
+# Representative folders of mmpretrain and mmdet: classifiers by kind of features, linear probes,
+# self-supervised frameworks with and without masks, other tasks; detectors.
 CHOSEN = dict(
     mmpretrain=(
         'resnet vgg mobilenet_v3 hrnet swin_transformer convnext vision_transformer deit levit '
@@ -61,7 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--libraries', nargs='+', choices=LIBRARIES, default=LIBRARIES)
-    add('--only', nargs='+', default=[''], help='parts of the paths of the configs to try')
+    add('--only', nargs='+', default=[''], help='substrings of the config paths to try')
     add('--out', type=Path, help='Markdown file (default: print)')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -70,7 +70,7 @@ def main():
     outcomes = read_table(args.out)
     for library in args.libraries:
         if importlib.util.find_spec(library) is None:
-            print(f'{library} is not installed and left out', file=sys.stderr)
+            print(f'{library} is not installed: skipped', file=sys.stderr)
             continue
         cases = find_cases(library, args.only)
         for number, (path, parts) in enumerate(cases.items(), start=1):
@@ -88,22 +88,22 @@ def main():
 
 
 def find_cases(library, only):
-    """Choose one config of each combination: its parts, 'backbone → neck → heads', by its path."""
+    """Choose one config per combination: its path and its parts, 'backbone → neck → heads'."""
     root = configs_of(library)
     cases = {}
-    # The shortest names stand for the plainest configs.
+    # The shortest names are the plainest configs.
     for path in sorted(root.glob('*/**/*.py'), key=lambda path: (len(str(path)), path.name)):
         folder = path.relative_to(root).parts[0]
         if folder not in CHOSEN.get(library, [folder]) or folder.startswith('_'):
             continue
-        if 'levir' in path.name:  # pairs of images, which a random batch lacks
+        if 'levir' in path.name:  # pairs of images, unlike random batches
             continue
         try:
             cfg = Config.fromfile(path)
-        except Exception:  # it needs a library that is not installed
+        except Exception:  # needs a library that is not installed
             cases.setdefault((folder,), path)
             continue
-        if cfg.get('model') and 'train_dataloader' in cfg:  # not a part, nor for testing only
+        if cfg.get('model') and 'train_dataloader' in cfg:  # not a base or test-only config
             cases.setdefault((folder, *parts_of(cfg.model, library)), path)
     cases = {str(path.relative_to(root)): parts for (_, *parts), path in cases.items()}
     return {
@@ -114,7 +114,7 @@ def find_cases(library, only):
 
 
 def parts_of(model, library):
-    """Backbone, neck, and heads or the whole model where it is more than a head on a backbone."""
+    """Backbone, neck and heads, or the whole model if it is more than a head on a backbone."""
     kind = str(model.get('type'))
     heads = [model[key] for key in model if key in ('decode_head', 'head')]
     is_plain = kind.endswith(('EncoderDecoder', 'ImageClassifier')) and library != 'mmdet'
@@ -134,8 +134,8 @@ def type_names(node):
 
 
 def try_config(path):
-    """Swap the backbone of a config, train a step, predict; return the verdict, 'works', 'cannot',
-    'untested' or 'fails' (which is a bug), and remarks.
+    """Swap the backbone of a config, run a training step and predict. Return the verdict, 'works',
+    'cannot', 'untested' or 'fails' (a bug), and remarks.
     """
     torch.manual_seed(0)
     try:
@@ -165,7 +165,7 @@ def try_config(path):
 
 
 def train_and_predict(cfg):
-    """Run a training step and a prediction on images that are large enough; return the model."""
+    """Run a training step and a prediction on large enough images, and return the model."""
     for side in SIDES:
         try:
             return train_and_predict_at(copy.deepcopy(cfg), side)
@@ -177,7 +177,7 @@ def train_and_predict(cfg):
 def train_and_predict_at(cfg, side):
     if 'img_size' in cfg.model.backbone:
         cfg.model.backbone.img_size = side
-    for node in dicts(cfg.model):  # pre-trained weights of frozen parts of a head, say
+    for node in dicts(cfg.model):  # such as pre-trained weights of frozen parts of a head
         if type_names(node.get('init_cfg')) == 'Pretrained':
             node['init_cfg'] = None
     model = build_training_model(cfg)
@@ -208,7 +208,7 @@ def train_and_predict_at(cfg, side):
 
 
 def read_table(path):
-    """Read (parts, verdict, remarks) by library and path of the config, if the file exists."""
+    """Read (parts, verdict, remarks) by library and config path, if the file exists."""
     outcomes = {}
     for line in path.read_text().splitlines() if path and path.exists() else []:
         if line.startswith('## '):

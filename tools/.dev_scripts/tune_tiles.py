@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Time tiles of the mLSTM kernels on this GPU, and print a table, the fastest first.
+"""Time tiles of the mLSTM kernels on this GPU, and print a table sorted by time.
 
 python tools/.dev_scripts/tune_tiles.py --width 96 192 384 --dtype bfloat16
 
-The choice to beat is mmvil.ops.triton.mlstm_launch.tiling, marked with a star. Whoever changes it
-notes the GPU and the versions, which are printed, beside it.
+The current choice of mmvil.ops.triton.mlstm_launch.tiling is marked with a star. If you change it,
+note the GPU and versions, which are printed, next to it.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from mmvil.ops.triton import mlstm_launch, shared_memory
 from mmvil.ops.triton.mlstm_launch import Tiling, mlstm_backward, mlstm_forward, tiling
 
 SIZES = {224: (128, 196), 512: (16, 1024), 1024: (4, 4096)}
-"""Batch and tokens by the side of images."""
+"""Batch size and number of tokens by image size."""
 
 
 def candidates(usual: Tiling) -> Iterator[Tiling]:
-    """Variants of a choice, in which no warp repeats the work of another; it comes first."""
+    """Iterate over variants of a choice, starting with itself, in which no warp repeats the work of
+    another.
+    """
     yield usual
     options = itertools.product((64, 128), (16, 32, 64), (1, 2, 3), {1, usual.tiles})
     for rows, columns, stages, parts in options:
@@ -36,7 +38,7 @@ def candidates(usual: Tiling) -> Iterator[Tiling]:
 
 
 def milliseconds(tiles: Tiling, width: int, dtype: torch.dtype, size: int) -> tuple[float, float]:
-    """Time the cell, forward and backward."""
+    """Time the forward and backward pass of the cell."""
     batch, tokens = SIZES[size]
     features = torch.randn(4, batch, tokens, 4, width, device='cuda', dtype=dtype)
     q, k, v, h_grad = features.transpose(2, 3)

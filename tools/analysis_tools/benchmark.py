@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Time and memory of ViL, side by side with DeiT of the same width and with any other backbone.
+"""Benchmark time and memory of ViL against DeiT of the same width and any other backbone.
 
 python tools/analysis_tools/benchmark.py --arch tiny --sizes 224 512 1024 --plot benchmark.png
 python tools/analysis_tools/benchmark.py --backends parallel chunkwise --lean on off --sizes 512
 python tools/analysis_tools/benchmark.py --timm convnext_tiny --config configs/upernet_r18_camvid.py
 
-All models take turns, and each is compared with DeiT inside a round: what else the machine does
-affects all of them alike, and ratios can be trusted where times cannot.
+Models run in alternation and are compared with DeiT within a round. Other load on the machine
+affects all of them alike, so ratios are reliable even where times are not.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from mmvil.cli.main import make_parser, parse_args, run
 
 ARCHS = ('tiny', 'small', 'base')
 LEAN = dict(on=(True, ''), cell=('cell', ' keeping cell'), off=(False, ' keeping all'))
-"""The option ``lean`` of the backbone, and what the model's name ends with."""
+"""The backbone's option ``lean``, and the suffix of the model's name."""
 
 
 def make_benchmark_parser():
@@ -37,10 +37,10 @@ def make_benchmark_parser():
     add('--arch', choices=ARCHS, default='tiny', help='size of ViL and DeiT (%(default)s)')
     backends = [name for name in mmvil.ops.BACKENDS if name != 'reference']
     some = dict(nargs='+', choices=backends, default=['auto'])
-    add('--backends', help='forms of the mLSTM (auto)', **some)
+    add('--backends', help='backends of the mLSTM (auto)', **some)
     some = dict(nargs='+', choices=list(LEAN), default=['on'])
-    add('--lean', help="keep little for backward, the cell's inputs too, or all (on)", **some)
-    add('--compile', action='store_true', help='each model once more with torch.compile')
+    add('--lean', help="save little for backward, the cell's inputs too, or all (on)", **some)
+    add('--compile', action='store_true', help='add each model with torch.compile')
     add('--timm', nargs='+', default=[], metavar='NAME', help='more models, from timm')
     add('--config', nargs='+', default=[], help='more models: the backbones of configs')
     some = dict(type=int, nargs='+', metavar='PIXELS', default=[224, 512, 1024])
@@ -53,12 +53,12 @@ def make_benchmark_parser():
     add('--rounds', type=int, default=7, help='measurements of each model (%(default)s)')
     add('--threads', type=int, help='CPU threads (default: chosen by torch)')
     add('--json', type=Path, metavar='FILE', help='write all measurements')
-    add('--plot', type=Path, metavar='FILE.png', help='plot time and memory over the image size')
+    add('--plot', type=Path, metavar='FILE.png', help='plot time and memory against image size')
     return parser
 
 
 def check(args):
-    """Complete the arguments, and raise if something cannot be measured."""
+    """Complete the arguments, and raise if anything cannot be measured."""
     wrong = [size for size in args.sizes if size < 16 or size % 16]
     if wrong:
         raise UserError(f'--sizes must be multiples of 16 pixels, but {wrong[0]} is not')
@@ -79,7 +79,7 @@ def check(args):
 
 
 def make_builders(args):
-    """Functions from an image size to a model by its name, DeiT first."""
+    """Functions from an image size to a model, by name, starting with DeiT."""
     builders = {f'DeiT-{args.arch}': timm_builder(f'deit_{args.arch}_patch16_224')}
     for backend, lean in itertools.product(args.backends, args.lean):
         name = f'ViL-{args.arch}'
@@ -108,7 +108,7 @@ def timm_builder(name):
     def build(size):
         try:
             return timm.create_model(name, img_size=size, num_classes=0)
-        except TypeError:  # models for any size, such as convolutional ones
+        except TypeError:  # models without an image size, such as convolutional ones
             return timm.create_model(name, num_classes=0)
 
     return build
@@ -132,7 +132,7 @@ def compiled(build):
 
 
 def describe(args):
-    """Versions, hardware and precision of the measurements."""
+    """Describe versions, hardware and precision of the measurements."""
     cpu = f'CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})'
     on_gpu = args.device.type == 'cuda'
     return dict(
@@ -165,8 +165,8 @@ def print_table(records):
         )
     print(
         f'\nratio: time relative to {records[0]["ratio_to"]}, median over rounds.  GMACs: 1e9 '
-        'multiply-adds per image, executed.\nsaved: kept by autograd for the backward pass, per '
-        'image, 1 MB = 1e6 bytes.  peak: of the batch, beside the weights (GPU only).'
+        'executed multiply-adds per image.\nsaved: by autograd for the backward pass, per '
+        'image, 1 MB = 1e6 bytes.  peak: of the batch, without the weights (GPU only).'
     )
 
 
@@ -175,7 +175,7 @@ def scaled(number, unit, digits=1):
 
 
 def plot(records, path):
-    """Plot time per patch for each mode, and saved bytes, over the image size."""
+    """Plot time per patch for each mode, and saved bytes, against image size."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -226,11 +226,11 @@ def main():
     for size, batch in zip(args.sizes, args.batch):
         image = torch.randn(batch, 3, size, size, device=args.device)
         records += compare(builders, image, args.modes, amp, args.rounds, progress)
-        if args.json:  # after each size: an interruption costs no results
+        if args.json:  # after each size, so that an interruption loses no results
             report = dict(environment=environment, command=sys.argv[1:], results=records)
             args.json.write_text(json.dumps(report, indent=1) + '\n')
     if not records:
-        raise UserError('no model fits into the memory')
+        raise UserError('no model fits into memory')
     print_table(records)
     if args.plot:
         plot(records, args.plot)

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Compute mean and standard deviation of each channel of a config's training images.
+"""Compute the mean and standard deviation of each channel of a config's training images.
 
 python tools/analysis_tools/channel_statistics.py CONFIG --data-root data/fields
 
@@ -52,7 +52,7 @@ def make_statistics_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_config_arguments(parser, 'config file with the loader of the images')
-    add('--data-root', help="folder of the data, instead of the config's")
+    add('--data-root', help="data folder, instead of the config's")
     add('--num', type=int, help='number of images, evenly spread (default: all)')
     jobs = os.cpu_count()
     add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
@@ -72,7 +72,7 @@ def training_files(cfg, config):
 
 
 def compute(files, reader, flip, jobs):
-    """Number of pixels, mean (C,) and standard deviation (C,) of all files."""
+    """Compute the number of pixels, mean (C,) and standard deviation (C,) of all files."""
     of_file = functools.partial(statistics_of, reader=reader, flip=flip)
     found = track_progress_rich(of_file, files, nproc=max(jobs, 1), description='images')
     numbers, means, variances = zip(*found)
@@ -86,22 +86,22 @@ def compute(files, reader, flip, jobs):
 
 
 def statistics_of(path, reader, flip):
-    """Number of pixels, channel means (C,) and channel variances (C,) of a file, in float64; with
-    ``flip``, the data preprocessor swaps red and blue before it normalizes.
+    """Compute the number of pixels, channel means (C,) and channel variances (C,) of a file, in
+    float64. With ``flip``, the data preprocessor swaps red and blue before it normalizes.
     """
     image = reader.prepare(reader.load(path))['inputs'].numpy()
     if not np.isfinite(image).all():
-        raise UserError(f'{path} has values that are not finite, which no training survives')
+        raise UserError(f'{path} has values that are not finite; training would fail')
     if flip and len(image) == 3:
         image = image[::-1]
-    # Channel by channel, because float64 copies of large images are large.
+    # Channel by channel, because float64 copies of whole images would be large.
     moments = [(channel.mean(dtype='f8'), channel.var(dtype='f8')) for channel in image]
     return image[0].size, *np.transpose(moments)
 
 
 def merge(numbers, means, variances):
-    """Mean and standard deviation (C,) of all pixels from the statistics of each file, without the
-    cancellation of large sums.
+    """Merge the statistics of all files into the mean and standard deviation (C,) of all pixels,
+    without cancellation of large sums.
     """
     mean = np.average(means, axis=0, weights=numbers)
     variance = np.average(variances + np.square(means - mean), axis=0, weights=numbers)

@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Count parameters and multiply-adds of the model that a config describes.
+"""Count the parameters and multiply-adds of a config's model.
 
 python tools/analysis_tools/get_flops.py configs/upernet_vil_t_ade20k.py --shape 512 683
 python tools/analysis_tools/get_flops.py configs/vil_t_imagenet.py --sizes 224 512 1024 2048
 
-Nothing is computed: the model runs on shapes alone, so any size takes seconds and no memory.
+The model runs on the meta device, so any size takes seconds and no memory.
 """
 
 import json
@@ -28,7 +28,7 @@ convolutions only.
 
 
 def build_model(cfg):
-    """Build the model of a config, with shapes but without weights."""
+    """Build the model of a config on the meta device."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     return build_untrained(cfg.model).eval().to('meta')
 
@@ -40,8 +40,8 @@ def make_flops_parser():
     some = dict(type=int, nargs='+', metavar='PIXELS')
     shape = "height and width, or one number for both (default: the backbone's img_size, or 224)"
     sizes.add_argument('--shape', help=shape, **some)
-    sizes.add_argument('--sizes', help='several square images: the growth', **some)
-    parser.add_argument('--json', metavar='FILE', help='write the numbers to a file, too')
+    sizes.add_argument('--sizes', help='sizes of square images, to show the growth', **some)
+    parser.add_argument('--json', metavar='FILE', help='also write the numbers to a file')
     return parser
 
 

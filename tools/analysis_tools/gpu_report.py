@@ -1,12 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Test and measure the GPU kernels in stages, and write a report in Markdown.
+"""Test and measure the GPU kernels in stages, and write a Markdown report.
 
 python tools/analysis_tools/gpu_report.py --out gpu_report
 python tools/analysis_tools/gpu_report.py --out gpu_report --stages models cell
 
-Parts of a stage run in processes of their own, with a time limit: one that crashes or hangs costs
-its own numbers only. At a wrong number the report stops. Stages that are not run again keep their
-results in the folder: report.md, and a JSON file and a log for each stage.
+Each part of a stage runs in a separate process with a time limit, so that one that crashes or hangs
+loses its own numbers only. The report stops at a wrong number. Stages that are not run again keep
+their results in the folder: report.md, and a JSON file and a log for each stage.
 
 Exit status: 0, all stages passed; 1, a part failed or hung; 3, a number was wrong.
 """
@@ -29,22 +29,22 @@ from mmvil.cli.main import make_parser, parse_args, run
 
 STAGES = Path(__file__).resolve().parents[1] / '.dev_scripts/gpu_stages.py'
 STATUS = {'passed': 0, 'failed': 1, 'wrong': 3}
-"""Exit statuses of parts and of the report, the worst last."""
+"""Exit statuses of parts and of the report, from best to worst."""
 ATOMIC = dict(backend='mmvil_atomic')
-"""``backend_args`` of mmengine for files that an interruption leaves whole."""
+"""mmengine's ``backend_args`` for atomic writes."""
 
 
 def main():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add('--out', type=Path, default=Path('gpu_report'), metavar='FOLDER', help='(%(default)s)')
-    add('--stages', nargs='+', metavar='NAME', help='some of the stages (all)')
-    add('--resume', action='store_true', help='leave out stages that passed')
-    add('--quick', action='store_true', help='tiny sizes, to try the command itself')
+    add('--stages', nargs='+', metavar='NAME', help='stages to run (all)')
+    add('--resume', action='store_true', help='skip stages that passed')
+    add('--quick', action='store_true', help='tiny sizes, to test the command itself')
     add('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu needs --quick (%(default)s)')
     args = parse_args(parser)
     if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('torch sees no GPU here; --device cpu --quick tries the command itself')
+        raise UserError('torch sees no GPU here; --device cpu --quick tests the command itself')
     if args.device == 'cpu' and not args.quick:
         raise UserError('--device cpu needs --quick: the full report takes days on a CPU')
     command = [sys.executable, str(STAGES), '--device', args.device, *['--quick'] * args.quick]
@@ -67,7 +67,7 @@ def main():
 
 
 def run_stage(stage, command, plan, out):
-    """Run the parts of a stage, and write its results as they come. Return its status."""
+    """Run the parts of a stage, write results as they arrive, and return the status."""
     result = dict(status='running', environment=plan['environment'], rows=[])
     lock, start = Lock(), time.monotonic()
 
@@ -97,8 +97,8 @@ def run_stage(stage, command, plan, out):
 
 
 def run_part(part, command, add, log):
-    """Run a process that prints objects in JSON: rows of the table, and ``{"at": ...}`` before
-    something that may crash or hang. Return its verdict.
+    """Run a process that prints JSON objects: rows of the table, and ``{"at": ...}`` before a step
+    that may crash or hang. Return its verdict.
     """
     process = subprocess.Popen(
         [*command, part['function'], '--part', json.dumps(part['arguments'])],
@@ -106,13 +106,13 @@ def run_part(part, command, add, log):
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        start_new_session=True,  # so that all its processes end with it
+        start_new_session=True,  # so that its child processes end with it
     )
     late = Timer(part['limit'], os.killpg, (process.pid, signal.SIGKILL))
     late.start()
     at = 'the start'
     for line in process.stdout:
-        row = json.loads(line) if line.startswith('{') else {}  # else from a library
+        row = json.loads(line) if line.startswith('{') else {}  # otherwise output of a library
         at = row.get('at', at)
         if row and 'at' not in row:
             add(row)
@@ -134,7 +134,7 @@ def read(out, stage):
 
 
 def report(plan, out):
-    """Markdown: what ran where, the verdicts, and the tables of all stages."""
+    """Format the environment, the verdicts and the tables of all stages as Markdown."""
     results = {stage['title']: read(out, stage) for stage in plan['stages']}
     lines = ['# mmvil on a GPU', '', *(f'- {line}' for line in plan['environment'])]
     lines += table(
@@ -150,7 +150,7 @@ def report(plan, out):
 
 
 def table(rows):
-    """Lines of a table for each run of rows with the same columns."""
+    """Format consecutive rows with the same columns as one table each."""
     lines, columns = [], None
     for row in rows:
         if list(row) != columns:

@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Plan a training: memory, largest batch, and options that keep the batch of the recipe.
+"""Plan a training run: memory, largest batch, and options that keep the recipe's batch size.
 
 python tools/analysis_tools/plan.py configs/upernet_vil_b_ade20k.py --gpu-memory 24 --gpus 4
 python tools/analysis_tools/plan.py configs/vil_b_imagenet.py --measure    # on a GPU
 
-Nothing is computed: a training step runs on shapes alone while its allocations are counted, which
-takes seconds, no GPU and no memory. With --measure, a step runs on the GPU at hand, too.
+A training step runs on the meta device while its allocations are counted, which takes seconds, no
+GPU and no memory. With --measure, steps also run on this machine's GPU.
 """
 
 import json
@@ -25,21 +25,21 @@ def make_plan_parser():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add_config_arguments(parser)
-    add('--gpu-memory', type=float, metavar='GIB', help='of one GPU (default: of the one at hand)')
+    add('--gpu-memory', type=float, metavar='GIB', help="of one GPU (default: this machine's)")
     add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
     headroom = "fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)"
     add('--headroom', type=float, default=0.1, help=headroom)
     add('--batch-size', type=int, help="images per update, in total (default: the recipe's)")
     add('--shape', type=int, nargs='+', metavar='PIXELS', help='size of training images')
-    add('--measure', action='store_true', help='compare with training steps on the GPU at hand')
+    add('--measure', action='store_true', help="compare with training steps on this machine's GPU")
     speed = 'throughput of one GPU, from --measure or a training log, to estimate the duration'
     add('--images-per-second', type=float, metavar='X', help=speed)
-    add('--json', metavar='FILE', help='write the numbers to a file, too')
+    add('--json', metavar='FILE', help='also write the numbers to a file')
     return parser
 
 
 def check(args):
-    """Complete the arguments, and raise if they do not describe GPUs."""
+    """Complete the arguments, and raise if they are invalid."""
     if args.gpu_memory is None and torch.cuda.is_available():
         args.gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     if args.gpu_memory is None:
@@ -53,17 +53,17 @@ def check(args):
 
 
 def recipe_batch(cfg):
-    """Batch size for which the learning rate of a config is meant."""
+    """Batch size that the learning rate of a config is set for."""
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise UserError(
-            'the config does not say for which batch its learning rate is meant; add --batch-size '
+            'the config does not state the batch size of its learning rate; add --batch-size '
             'or, for example, --cfg-options auto_scale_lr.base_batch_size=16'
         )
     return cfg.auto_scale_lr.base_batch_size
 
 
 def share(total, gpus, largest):
-    """Divide a batch into images per GPU and step, and accumulated steps; None if impossible."""
+    """Split a batch into images per GPU and step, and accumulated steps; None if impossible."""
     for steps in range(1, total // gpus + 1):
         if total % (gpus * steps) == 0 and total // (gpus * steps) <= largest:
             return total // (gpus * steps), steps
@@ -71,10 +71,10 @@ def share(total, gpus, largest):
 
 
 def options_for(cfg, batch, steps):
-    """Options of --cfg-options for ``batch`` images per GPU and ``steps`` accumulated steps.
+    """List the --cfg-options for ``batch`` images per GPU and ``steps`` accumulated steps.
 
-    mmengine counts every forward pass as an iteration, so everything given in iterations becomes
-    ``steps`` times as long.
+    mmengine counts every forward pass as an iteration, so everything in iterations is multiplied by
+    ``steps``.
     """
     options = {'train_dataloader.batch_size': batch}
     if steps == 1:
@@ -103,7 +103,7 @@ def print_memory(args, cfg, memory, largest):
     for name, size in {**memory.always, 'each image of a step': memory.per_image()}.items():
         print(f'  {name:32}{size / GIB:8.2f} GiB')
     print(
-        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are left to CUDA. '
+        f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are reserved for CUDA. '
         f'At most {largest} images fit on one GPU.'
     )
 
@@ -141,7 +141,7 @@ def main():
     shared = share(total, args.gpus, largest)
     if shared is None:
         raise UserError(
-            f'a batch of {total} does not go into {args.gpus} GPUs with at most {largest} images '
+            f'a batch of {total} does not fit on {args.gpus} GPUs with at most {largest} images '
             'each; try other --gpus or --batch-size, model.backbone.with_cp=True, or '
             'configs/_base_/strategies/fsdp.py'
         )
@@ -164,7 +164,7 @@ def main():
     options = [f'{key}={value}' for key, value in report['options'].items()]
     print('  --cfg-options ' + ' \\\n    '.join(options))
     if steps > 1 and cfg.default_scope == 'mmseg':
-        print('\nBatch norm and the mean over labelled pixels are those of one step.')
+        print('\nBatch norm and the mean over labelled pixels apply to a single step.')
 
     speed = args.images_per_second
     if args.measure:

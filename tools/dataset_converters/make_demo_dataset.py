@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Make a small segmentation and detection dataset from bundled photographs, without any download.
+"""Generate a small segmentation and detection dataset from bundled photographs, without downloads.
 
-Objects cut out of photographs that ship inside scikit-image and scikit-learn are laid at random on
-photographed textures; training never shows the parts of the textures and the coins of the
-validation images. The result has ADE20K's layout, ``images/{training,validation}/*.jpg`` and
-``annotations/.../*.png`` of the same names, and its labels: 0 is ignored, classes count from 1.
-``annotations/instances_{training,validation}.json`` has the objects in COCO's format.
+Objects cut out of photographs in scikit-image and scikit-learn are pasted at random onto
+photographed textures. The validation images use texture regions and coins that never occur in
+training. The result has ADE20K's layout, ``images/{training,validation}/*.jpg`` and
+``annotations/.../*.png`` with the same names, and its labels: 0 is ignored, classes start at 1.
+``annotations/instances_{training,validation}.json`` contains the objects in COCO format.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CLASSES = (
 OBJECTS = CLASSES[4:]
 IGNORED = 0
 
-# Least and greatest height of an object relative to the image, and largest tilt in degrees.
+# Minimum and maximum height of an object relative to the image, and maximum tilt in degrees.
 POSES = dict(
     astronaut=(0.55, 0.95, 12), cat=(0.4, 0.7, 25), coffee=(0.35, 0.65, 20),
     flower=(0.3, 0.6, 180), motorcycle=(0.45, 0.75, 15), coin=(0.2, 0.35, 180),
@@ -38,7 +38,7 @@ TINTS = dict(
     gravel=((48, 46, 48), (198, 190, 178)),
 )
 
-# What lies right of this share of a texture's width is kept for validation.
+# The part of a texture to the right of this fraction of its width is reserved for validation.
 TRAINING_SHARE = 0.6
 
 
@@ -54,12 +54,12 @@ def main():
     add('--seed', type=int, default=0)
     args = parser.parse_args()
     if min(args.size) < 32 or min(args.train, args.val) < 0:
-        parser.error('sizes must be at least 32 pixels, and the numbers of images not negative')
+        parser.error('sizes must be at least 32 pixels, and numbers of images must not be negative')
     make_dataset(args.out, args.train, args.val, tuple(args.size), args.seed)
 
 
 def make_dataset(out, train, val, size, seed):
-    """Write the dataset. Image i of a split depends on the seed and i alone."""
+    """Write the dataset. Image i of a split depends only on the seed and i."""
     for split_id, (split, count) in enumerate((('training', train), ('validation', val))):
         image_dir, label_dir = out / 'images' / split, out / 'annotations' / split
         image_dir.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ def make_dataset(out, train, val, size, seed):
 
 
 def coco_instance(label, mask):
-    """COCO's annotation of an object. Its mask becomes lengths of runs of 0, 1, 0, ... down the
-    columns.
+    """Create the COCO annotation of an object, with its mask as run lengths of 0, 1, 0, ... in
+    column-major order.
     """
     ys, xs = mask.nonzero()
     pixels = mask.ravel(order='F')
@@ -102,8 +102,8 @@ def coco_instance(label, mask):
 
 
 def load_photographs(split):
-    """Textures of a split, RGB pictures by class to crop backgrounds from; and lists of objects by
-    class, RGBA pictures that are transparent around the object.
+    """Load the textures of a split, RGB pictures by class to crop backgrounds from; and lists of
+    objects by class, RGBA pictures that are transparent around the object.
     """
     outlines = json.loads(Path(__file__).with_name('demo_outlines.json').read_text())
     textures = dict(sky=Image.fromarray(skimage.data.hubble_deep_field()))
@@ -125,7 +125,7 @@ def load_photographs(split):
         name: [_cut_out(Image.fromarray(photo), 'polygon', outlines[name])]
         for name, photo in photos.items()
     }
-    # The lowest row of coins is kept for validation. A warm tint makes silver of gray.
+    # The lowest row of coins is reserved for validation. A warm tint turns gray into silver.
     coins = _tinted(skimage.data.coins(), (24, 16, 8), (255, 244, 214))
     objects['coin'] = [
         _cut_out(coins, 'ellipse', (x - r, y - r, x + r, y + r))
@@ -144,7 +144,7 @@ def _tinted(gray, darkest, lightest):
 
 
 def _cut_out(photo, shape, outline):
-    """The object inside an outline, on transparent ground, cropped to its extent."""
+    """Cut out the object inside an outline, on a transparent background, cropped to its extent."""
     mask = Image.new('L', photo.size, 0)
     getattr(ImageDraw.Draw(mask), shape)(outline, 255)
     image = photo.convert('RGBA')
@@ -156,8 +156,8 @@ def _cut_out(photo, shape, outline):
 
 
 def compose(textures, objects, size, rng):
-    """Compose a picture (H, W, 3) and its labels (H, W), uint8, of a size (width, height); and
-    label and mask (H, W) of each object of which something is visible.
+    """Compose a picture (H, W, 3) and its labels (H, W), uint8, of a size (width, height), and the
+    label and mask (H, W) of each visible object.
     """
     image, labels = _background(textures, size, rng)
     owners, owned = np.zeros_like(labels), []
@@ -175,7 +175,7 @@ def compose(textures, objects, size, rng):
 
 
 def _background(textures, size, rng):
-    """A wall or sky over ground, with a slanting horizon; or only one of the four."""
+    """Create a wall or sky over ground, with a slanted horizon, or only one of the textures."""
     width, height = size
     above, below = rng.choice(['sky', 'brick']), rng.choice(['grass', 'gravel'])
     slant = rng.uniform(-0.15, 0.15) * (np.arange(width) - width / 2)
@@ -187,7 +187,7 @@ def _background(textures, size, rng):
 
 
 def _crop(texture, size, rng):
-    """A random part of a texture, enlarged or reduced to the size, as float32."""
+    """Crop a random part of a texture and resize it, as float32."""
     ratio = size[0] / size[1]
     width = rng.uniform(0.6, 1.0) * min(texture.width, texture.height * ratio)
     height = width / ratio
@@ -199,7 +199,7 @@ def _crop(texture, size, rng):
 
 
 def _posed(sprite, name, image_height, light, rng):
-    """An object at random size and angle, mirrored or not, lit from one side."""
+    """Transform an object to a random size and angle, mirrored or not, lit from one side."""
     low, high, tilt = POSES[name]
     height = rng.uniform(low, high) * image_height
     size = (max(1, round(height * sprite.width / sprite.height)), max(1, round(height)))
@@ -214,7 +214,7 @@ def _posed(sprite, name, image_height, light, rng):
 
 
 def _paste(image, labels, sprite, label, light, rng):
-    """Lay an object, and its shadow, where it hides least of the objects before it; return its
+    """Paste an object and its shadow where it hides least of the previous objects, and return its
     opacity (H, W).
     """
     height, width = labels.shape
@@ -238,12 +238,12 @@ def _paste(image, labels, sprite, label, light, rng):
     image *= 1 - alpha[..., None]
     image += alpha[..., None] * color
     labels[alpha >= 0.5] = label
-    labels[(alpha > 0.2) & (alpha < 0.8)] = IGNORED  # the rim is half object, half background
+    labels[(alpha > 0.2) & (alpha < 0.8)] = IGNORED  # edges are half object, half background
     return alpha
 
 
 def _on_canvas(picture, left, top, shape):
-    """A picture moved to (left, top) on an empty canvas, cut off at its borders."""
+    """Place a picture at (left, top) on an empty canvas, cropped at its borders."""
     canvas = np.zeros(shape + picture.shape[2:], np.float32)
     height, width = picture.shape[:2]
     y, x = max(top, 0), max(left, 0)
@@ -253,7 +253,7 @@ def _on_canvas(picture, left, top, shape):
 
 
 def _photographed(image, rng):
-    """Add what a camera does: exposure, white balance, a little blur and noise."""
+    """Simulate a camera: exposure, white balance, slight blur and noise."""
     image = image * rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)
     image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.6]))))

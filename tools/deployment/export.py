@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Export a segmentor or classifier to ONNX or torch.export, and check the file against PyTorch.
+"""Export a segmentor or classifier with ONNX or torch.export, and compare the file with PyTorch.
 
 python tools/deployment/export.py configs/upernet_vil_t_ade20k.py checkpoint.pth --out vil_t.onnx
 
@@ -35,12 +35,12 @@ def make_export_parser():
     outputs = dict(choices=deploy.OUTPUTS, default='logits')
     add('--output', help='what the file returns (%(default)s)', **outputs)
     pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
-    add('--size', help='image to trace and check with (default: as trained)', **pair)
+    add('--size', help='image size for tracing and checking (default: as trained)', **pair)
     add('--static', action='store_true', help='one image of exactly --size, for simpler runtimes')
-    add('--normalized-input', action='store_true', help='leave mean and deviation to the caller')
-    add('--chunk-size', type=int, help='tokens in a chunk of the mLSTM (default: by head width)')
+    add('--normalized-input', action='store_true', help='do not include normalization')
+    add('--chunk-size', type=int, help='tokens per chunk of the mLSTM (default: by head width)')
     add('--opset', type=int, default=20, help='ONNX opset (%(default)s)')
-    accepted = 'accepted difference, relative to the largest output or of labels (%(default)s)'
+    accepted = 'tolerated relative difference, or fraction of labels (%(default)s)'
     add('--tolerance', type=float, default=1e-3, help=accepted)
     return parser
 
@@ -51,7 +51,7 @@ def complete(args):
     args.format = args.format or FORMATS.get(suffix)
     if args.format is None:
         raise UserError(
-            f'--out ends with {suffix!r}; use .onnx or .pt2, or choose a format by --format'
+            f'--out ends with {suffix!r}; use .onnx or .pt2, or choose a format with --format'
         )
     args.out = args.out or Path(f'{Path(args.config).stem}.{args.format}')
     if not hasattr(torch.compiler, 'is_exporting'):
@@ -71,7 +71,7 @@ def complete(args):
 
 @torch.no_grad()
 def timed(function, images):
-    """Result of a call, and the milliseconds of a second call."""
+    """Return the result of a call and the milliseconds of a second call."""
     result = function(images)
     start = time.perf_counter()
     function(images)
@@ -114,7 +114,7 @@ def main():
 
     print(f'Tracing at {size[0]}x{size[1]} ...')
     logging.getLogger('torch').setLevel(logging.ERROR)
-    warnings.simplefilter('ignore')  # of exporters, to their own developers
+    warnings.simplefilter('ignore')  # warnings for exporter developers
     start = time.perf_counter()
     program = deploy.trace(model, size, args.static, args.chunk_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def main():
 
     print('Compared with PyTorch:')
     shapes = [(1, model.channels, *size)]
-    if not args.static:  # a second size that the patches do not tile, larger and smaller than both
+    if not args.static:  # sizes that patches do not tile
         shapes.append((3, model.channels, size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, 16)))
     worst = check(model, deploy.load_exported(args.out, args.format), shapes)
     if not worst <= args.tolerance:

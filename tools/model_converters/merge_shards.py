@@ -14,7 +14,7 @@ from mmvil.cli.main import make_parser, parse_args, run
 def make_merge_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('src', type=Path, help='folder of a checkpoint, such as iter_160000.pth')
+    add('src', type=Path, help='checkpoint folder, such as iter_160000.pth')
     add('dst', type=Path, help='file to write')
     add('--force', action='store_true', help='replace DST if it exists')
     return parser

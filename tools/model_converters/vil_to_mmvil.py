@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Convert an official Vision-LSTM checkpoint to one that mmpretrain loads.
+"""Convert an official Vision-LSTM checkpoint for mmpretrain.
 
 python tools/model_converters/vil_to_mmvil.py vil2_tiny16_e800_in1k.th vil2_tiny16.pth --check
 """
@@ -21,15 +21,15 @@ def make_converter_parser():
     add = parser.add_argument
     add('src', help='official file, or mmvil://NAME to download it')
     add('dst', type=Path, help='file to write')
-    default = 'from the file or its name, else the patch size'
-    add('--stride', type=int, help=f'pixels between patches; weights lack it (default: {default})')
+    default = 'from the file or its name, otherwise the patch size'
+    add('--stride', type=int, help=f'step between patches in pixels (default: {default})')
     add('--check', action='store_true', help='build the model, load it strictly and run it')
     add('--force', action='store_true', help='replace DST if it exists')
     return parser
 
 
 def describe(meta: dict) -> str:
-    """Architecture and origin of a converted checkpoint."""
+    """Describe architecture and origin of a converted checkpoint."""
     size = 'x'.join(map(str, meta['architecture']['img_size']))
     return (
         'ViL version {version}, {depth} blocks, {embed_dims} wide, {num_heads} heads, patch size '
@@ -39,7 +39,7 @@ def describe(meta: dict) -> str:
 
 
 def check(checkpoint: dict) -> str:
-    """Build the model that a converted checkpoint describes, load it strictly and run it."""
+    """Build the model of a converted checkpoint, load it strictly and run it."""
     init_default_scope('mmpretrain')
     cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
     model = MODELS.build(cfg.model).eval()
@@ -67,7 +67,7 @@ def main():
 
     if args.check:
         print(check(checkpoint))
-    # Atomically: DST is never half a file.
+    # Atomic, so that DST is never incomplete.
     save_checkpoint(checkpoint, str(target), backend_args=dict(backend='mmvil_atomic'))
     print(f'Wrote {target}.')
 

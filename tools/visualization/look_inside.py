@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Draw gates, memory decay, receptive fields or features of the blocks of a ViL.
+"""Plot gates, memory decay, receptive fields or features of ViL blocks.
 
 python tools/visualization/look_inside.py gates street.jpg CONFIG CHECKPOINT --out gates.png
 
@@ -38,19 +38,19 @@ def make_picture_parser():
     add('--out', type=Path, help='picture to write (default: PICTURE.png)')
     add('--blocks', type=int, nargs='+', help='0-based (default: pairs, or those of out_indices)')
     pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
-    add('--size', help='resize images (default: as trained for classifiers, else not)', **pair)
+    add('--size', help='resize images (default: training size for classifiers, else none)', **pair)
     pair = dict(type=float, nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'))
     token = 'decay, receptive_field: the token, as fractions of height and width (%(default)s)'
     add('--at', help=token, **pair)
     add('--head', type=int, help='gates, decay: one head (default: the mean over heads)')
-    add('--num', type=int, default=4, help='images of a folder (%(default)s)')
+    add('--num', type=int, default=4, help='number of images from a folder (%(default)s)')
     add('--device', default='cpu', help='(%(default)s)')
     return parser
 
 
 def read_image(path, reader, model, size=None):
-    """Read an image as the config's loader does, resize it if a size is given, and normalize it as
-    the model does, without padding.
+    """Read an image like the config's loader, resize it if a size is given, and normalize it like
+    the model, without padding.
     """
     image = reader.load(path)['img']
     if size is not None:
@@ -66,7 +66,7 @@ def to_tensor(image):
 
 
 def resize(image, size):
-    """Resize an image (H, W[, C]) of any number of channels, keeping its dtype and range."""
+    """Resize an image (H, W[, C]) with any number of channels, preserving dtype and range."""
     x = to_tensor(image)[None]
     y = F.interpolate(x, tuple(size), mode='bicubic', antialias=True).clamp(x.min(), x.max())
     y = y if np.issubdtype(image.dtype, np.floating) else y.round()
@@ -74,9 +74,9 @@ def resize(image, size):
 
 
 def check(args, backbone, images):
-    """Raise if the backbone lacks a block or head, or images cannot be averaged."""
+    """Raise if a block or head does not exist, or images cannot be averaged."""
     if args.picture == 'receptive_field' and len({image.x.shape for image in images}) > 1:
-        raise UserError('the images differ in size; --size HEIGHT WIDTH resizes them')
+        raise UserError('the images differ in size; resize them with --size HEIGHT WIDTH')
     last = len(backbone.layers) - 1
     if not 0 <= min(args.blocks) <= max(args.blocks) <= last:
         raise UserError(f'--blocks must be between 0 and {last}, but are {args.blocks}')

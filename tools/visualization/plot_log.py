@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 
 
 def read_run(path):
-    """Collect every scalar of a run, from several logs if it was interrupted and resumed; later
-    ones override earlier ones step by step.
+    """Collect all scalars of a run, from several logs if it was resumed; later logs override
+    earlier ones step by step.
 
     Args:
-        path (Path): A work directory of mmengine, one of its time-stamped folders, or a log.
+        path (Path): A work directory of mmengine, one of its timestamped folders, or a log.
 
     Returns:
-        dict[str, dict[int, float]]: Value by iteration of each scalar.
+        dict[str, dict[int, float]]: Values of each scalar by iteration.
     """
     logs = [path] if path.is_file() else sorted(path.glob('**/vis_data/scalars.json'))
     if not logs:
@@ -31,7 +31,7 @@ def read_run(path):
         step = scalars['step']
         if 'loss' in scalars:
             trained = step
-        else:  # a validation, whose step may be an epoch
+        else:  # validation, whose step may be an epoch
             step = max(step, trained)
         for name, value in scalars.items():
             curves.setdefault(name, {})[step] = value
@@ -39,7 +39,7 @@ def read_run(path):
 
 
 def plot(runs, metric, out):
-    """Draw loss (left axis, line) and metric in percent (right axis, dots) over the iterations."""
+    """Plot loss (left axis, line) and metric in percent (right axis, dots) against iterations."""
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
     for i, (name, curves) in enumerate(runs.items()):

@@ -1,5 +1,5 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Draw test images beside their ground truth and a segmentor's prediction, with a legend."""
+"""Plot test images with their ground truth and a segmentor's prediction, with a legend."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ IGNORED = 255
 
 
 def overlay(image, labels, palette, opacity=0.65):
-    """Paint classes (H, W) over an image (H, W, 3) uint8; ignored pixels stay unpainted."""
+    """Overlay class colors (H, W) on an image (H, W, 3) uint8, except for ignored pixels."""
     known = labels != IGNORED
     out = image.astype(np.float32)
     out[known] *= 1 - opacity
@@ -28,7 +28,7 @@ def overlay(image, labels, palette, opacity=0.65):
 
 
 def draw(cfg, model, dataset, number, out):
-    """Write a picture with one column per sample: image, ground truth, prediction."""
+    """Write a figure with one column per sample: image, ground truth, prediction."""
     classes, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
     reader = ImageReader(cfg)
     steps = cfg.test_dataloader.dataset.pipeline
