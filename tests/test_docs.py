@@ -243,7 +243,7 @@ def anchors(text):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for link in re.findall(r'\]\(([^)\s]+)\)', PAGES[page]):
         if link.startswith(('http', '../../actions')):  # the latter is a page of the repository
             continue

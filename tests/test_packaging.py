@@ -87,13 +87,13 @@ def test_check_versions_warns_of_two_distributions_of_one_module(installed):
 
 
 @pytest.mark.parametrize('found', ['2.0.0rc4', '2.0', '2.15.0+cu130'])
-def test_check_versions_takes_candidates_and_local_builds_for_the_release(installed, found):
+def test_check_versions_accepts_release_candidates_and_local_builds(installed, found):
     installed['mmcv'] = found
     version.check_versions()
 
 
 @pytest.mark.parametrize('found', ['1.7.2', '3.0.0rc1', '3.0'])
-def test_check_versions_refuses_what_lies_outside(installed, found):
+def test_check_versions_rejects_unsupported_versions(installed, found):
     installed['mmcv'] = found
     with pytest.raises(ImportError, match='mmcv>=2.0.0,<3.0'):
         version.check_versions()

@@ -68,7 +68,7 @@ def test_stride_comes_from_the_caller_the_file_its_name_or_the_patch_size(tmp_pa
         stride('a.th', 32)
 
 
-def test_convert_checkpoint_names_all_that_is_wrong(tmp_path):
+def test_convert_checkpoint_lists_all_mismatches(tmp_path):
     source = load('vil2_dim32')
     del source['xlstm.blocks.1.xlstm.learnable_skip'], source['head.1.bias']
     source['xlstm.blocks.0.surprise'] = torch.zeros(1)

@@ -134,7 +134,7 @@ def of_samples(samples, head, output):
 @torch.no_grad()
 @pytest.mark.parametrize('output', ['probabilities', 'labels'])
 @pytest.mark.parametrize('name', HEADS)
-def test_output_is_what_predict_says(name, output):
+def test_output_equals_predict(name, output):
     model = build_with_head(name)
     images = torch.randn(3, 3, 32, 40)
     expected = predicted(model, images, output)
@@ -146,7 +146,7 @@ def test_output_is_what_predict_says(name, output):
 @pytest.mark.parametrize(
     'name', ['binary', 'linear', 'threshold', 'top_2', 'two_branches', 'tasks']
 )
-def test_traced_labels_are_what_predict_says(name):
+def test_traced_labels_equal_predict(name):
     model = build_with_head(name)
     images = torch.randn(3, 3, 48, 36)
     program = trace(Deployed(model, 'labels'), (32, 40))

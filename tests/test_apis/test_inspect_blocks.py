@@ -74,7 +74,7 @@ def test_half_life_of_known_gates():
     torch.testing.assert_close(half_life(gates), expected, rtol=1e-5, atol=0)
 
 
-def test_receptive_field_is_what_has_been_read():
+def test_receptive_field_covers_the_tokens_read():
     """After one forward block of version 1, with its causal convolution: nothing to come."""
     backbone = small_backbone(version=1)
     at = (0.5, 0.5)

@@ -88,7 +88,7 @@ def test_get_model_gives_feature_maps_of_chosen_blocks(official, file):
     assert [tuple(y.shape) for y in model(official['image'])] == [(2, 32, 4, 4)] * 2
 
 
-def test_get_model_refuses_what_does_not_fit_and_names_it(official, file, tmp_path):
+def test_get_model_rejects_and_names_mismatches(official, file, tmp_path):
     pytest.importorskip('mmpretrain')
     with pytest.raises(ValueError, match=r'head.fc.weight: \(10, 64\) .*give num_classes'):
         mmvil.get_model('vil2-tiny', file, head=HEAD, **tiny())
@@ -157,7 +157,7 @@ def test_whole_classifier_starts_from_an_official_file_by_init_cfg(official, fil
 
 
 @pytest.mark.parametrize('call', [models.register_models, lambda: mmvil.get_model('vil2-tiny')])
-def test_without_mmpretrain_it_says_what_is_missing(monkeypatch, call):
+def test_get_model_reports_missing_mmpretrain(monkeypatch, call):
     monkeypatch.setattr(models, '_installed', lambda library: False)
     for module in ('mmpretrain', 'mmpretrain.apis'):
         monkeypatch.setitem(sys.modules, module, None)

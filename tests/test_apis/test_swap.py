@@ -84,7 +84,7 @@ def rows_of_matrix(verdict):
 # 15 minutes on one core.
 @pytest.mark.slow
 @pytest.mark.parametrize('name', rows_of_matrix('works'))
-def test_what_the_matrix_says_works_does(matrix, name):
+def test_configs_that_work_in_the_swap_matrix_train(matrix, name):
     verdict, remarks = matrix.try_config(config_file(name))
     if verdict == 'untested' or (verdict == 'cannot' and 'not installed' in remarks):
         pytest.skip(f'mmdet or compiled operators of mmcv are missing: {remarks}')
@@ -149,7 +149,7 @@ def test_swap_rewrites_what_heads_read_and_leaves_the_rest():
     assert cfg.to_dict() == expected
 
 
-def test_swap_believes_the_config_of_heads_that_do_not_run_on_shapes_alone(monkeypatch):
+def test_swap_trusts_the_config_of_heads_that_do_not_run_on_meta(monkeypatch):
     decode_heads = pytest.importorskip('mmseg.models.decode_heads')
     monkeypatch.setattr(decode_heads.PSPHead, 'forward', lambda *_: torch.ops.aten.no_such_op())
     cfg = swap_backbone(load(PSPNET), TINY)
@@ -158,7 +158,7 @@ def test_swap_believes_the_config_of_heads_that_do_not_run_on_shapes_alone(monke
     assert cfg.model.decode_head.in_channels == 2048
 
 
-def test_swap_builds_no_blocks_behind_the_last_map_that_is_read():
+def test_swap_builds_no_unused_blocks():
     cfg = load(PSPNET)
     cfg.model.decode_head.update(in_index=1, in_channels=512)
     cfg.model.auxiliary_head = None
@@ -273,12 +273,12 @@ def test_swap_cannot_keep_the_channels_of_simmim():
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),
     ],
 )
-def test_swap_says_why_it_cannot(name, reason):
+def test_swap_gives_the_reason_for_rejection(name, reason):
     with pytest.raises(ValueError, match=reason):
         swap_backbone(load(name), TINY)
 
 
-def test_swap_says_which_archs_there_are():
+def test_swap_lists_known_archs():
     with pytest.raises(ValueError, match="Unknown arch 'huge'.*'tiny'"):
         swap_backbone(load(RESNET), 'vil-huge')
 
@@ -296,7 +296,7 @@ def test_out_indices_end_with_the_last_block_and_after_pairs(number, depth):
 # -- Optimizer and schedule ------------------------------------------------------------------------
 
 
-def test_swap_brings_the_ade20k_recipe_over_the_iterations_of_the_config():
+def test_swap_uses_the_ade20k_recipe_for_the_iterations_of_the_config():
     cfg = swap_backbone(load(UPERNET), TINY, optim=True)
     ours = Config.fromfile(ROOT / 'configs/_base_/schedules/ade20k_160k.py')
     assert cfg.optim_wrapper == ours.optim_wrapper
@@ -313,7 +313,7 @@ def test_swap_leaves_the_warm_up_out_of_a_run_of_a_few_iterations():
     assert (cosine.type, cosine.begin, cosine.end) == ('CosineAnnealingLR', 0, 9)
 
 
-def test_swap_brings_the_imagenet_recipe_at_the_batch_size_of_the_config():
+def test_swap_scales_the_imagenet_recipe_to_the_batch_size():
     cfg = swap_backbone(load(RESNET), TINY, optim=True)
     assert cfg.auto_scale_lr.base_batch_size == 256
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-3 * 256 / 1024)

@@ -72,7 +72,7 @@ def test_training_memory_finds_the_largest_batch(segmentor):
     assert memory.total(largest) <= limit < memory.total(largest + 1)
 
 
-def test_optimizer_state_is_what_the_optimizer_keeps(segmentor):
+def test_optimizer_state_matches_the_optimizer(segmentor):
     assert optimizer_state(segmentor) == 2  # AdamW: both moments
     sgd = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1))))
     assert optimizer_state(sgd) == 0

@@ -36,7 +36,7 @@ def test_protocol_chooses_among_learning_rates_with_all_seeds(protocol):
     assert Job('svhn', 'final', 0.1, 0) in states
 
 
-def test_protocol_tells_its_progress(protocol):
+def test_protocol_reports_progress(protocol):
     assert protocol.progress() == '3 of 6 runs, 1 failed, about 0:00:20 left'
     assert protocol.progress_by_dataset() == [f'{"svhn":22}   3 of 6 runs, 1 failed']
 
@@ -78,7 +78,7 @@ def test_read_architecture_finds_the_stride(tmp_path, name, meta, stride):
     assert (found['patch_size'], found['stride']) == (4, stride)
 
 
-def test_check_data_names_what_is_wrong(tmp_path):
+def test_check_data_reports_problems(tmp_path):
     with pytest.raises(FileNotFoundError, match='data not found: .*train800.txt'):
         check_data(tmp_path, 2)
     (tmp_path / 'train800.txt').write_text('a.png')

@@ -156,7 +156,7 @@ def test_backbone_builds_from_every_library(library):
         (dict(pyramid=dict(strides=(16,), out_channels=(1, 2))), 'one number or 1 of them'),
     ],
 )
-def test_backbone_says_what_is_wrong(kwargs, message):
+def test_backbone_rejects_invalid_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(**kwargs)
 
@@ -169,7 +169,7 @@ def test_backbone_says_what_is_wrong(kwargs, message):
         ((1, 3, 15, 64), r'at least one patch .*15 x 64'),
     ],
 )
-def test_forward_says_what_is_wrong(shape, message):
+def test_forward_rejects_invalid_images(shape, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.zeros(shape))
 
@@ -398,7 +398,7 @@ def test_init_cfg_refuses_what_does_not_fit(tmp_path, change, message):
 
 
 @pytest.mark.parametrize('in_channels', [1, 4])
-def test_init_cfg_adapts_weights_of_rgb_images_and_logs_it(tmp_path, in_channels, monkeypatch):
+def test_init_cfg_adapts_rgb_weights_and_logs_it(tmp_path, in_channels, monkeypatch):
     said = []
     monkeypatch.setattr(MMLogger, 'log', lambda _, level, message: said.append(message))
     source = build()
@@ -409,7 +409,7 @@ def test_init_cfg_adapts_weights_of_rgb_images_and_logs_it(tmp_path, in_channels
     assert any(f'from 3 to {in_channels} input channels' in message for message in said)
 
 
-def test_init_cfg_says_that_channels_are_the_matter(tmp_path):
+def test_init_cfg_reports_mismatched_channels(tmp_path):
     backbone = build(in_channels=8, init_cfg=save(tmp_path, build(in_channels=4).state_dict()))
     with pytest.raises(ValueError, match='has 4 input channels, but the model has in_channels=8'):
         backbone.init_weights()

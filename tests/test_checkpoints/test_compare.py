@@ -30,7 +30,7 @@ WANTED = {
         (dict(extra=torch.zeros(1)), ''),
     ],
 )
-def test_describe_misfit_names_what_is_wrong(change, expected):
+def test_describe_misfit_lists_missing_and_misshapen_tensors(change, expected):
     state = {name: x for name, x in {**WANTED, **change}.items() if x is not None}
     said = describe_misfit(state, WANTED)
     assert said.startswith(expected) and bool(said) == bool(expected)

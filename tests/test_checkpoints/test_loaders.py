@@ -59,7 +59,7 @@ def test_read_checkpoint_executes_nothing(tmp_path, monkeypatch, zipped):
 
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize('part', [0.01, 0.5, 0.999])
-def test_read_checkpoint_says_that_a_file_is_damaged(tmp_path, zipped, part):
+def test_read_checkpoint_reports_damaged_files(tmp_path, zipped, part):
     path = tmp_path / 'half.th'
     torch.save(dict(state_dict=load('vil1_dim32')), path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
@@ -68,7 +68,7 @@ def test_read_checkpoint_says_that_a_file_is_damaged(tmp_path, zipped, part):
         read_checkpoint(path)
 
 
-def test_read_checkpoint_says_what_else_is_wrong(tmp_path):
+def test_read_checkpoint_rejects_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match='Checkpoint not found: .*nothing.th'):
         read_checkpoint(tmp_path / 'nothing.th')
     page = tmp_path / 'page.th'

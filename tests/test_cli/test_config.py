@@ -66,7 +66,7 @@ def test_load_config_names_the_classes_that_a_config_imports(tmp_path):
         )
 
 
-def test_read_runner_config_changes_what_the_arguments_say(tmp_path):
+def test_read_runner_config_applies_arguments(tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(
         "default_scope = 'mmengine'\n"
@@ -133,6 +133,6 @@ def test_build_lazily_knows_paths_and_reads_nothing(registered):
         (dict(type='NoSuchDataset'), 'NoSuchDataset'),
     ],
 )
-def test_build_lazily_says_what_the_class_refuses(registered, cfg, message):
+def test_build_lazily_reports_rejected_options(registered, cfg, message):
     with pytest.raises(UserError, match=f'cannot build the dataset {cfg["type"]}: .*{message}'):
         build_lazily(cfg, 'mmengine')

@@ -78,7 +78,7 @@ def test_a_notebook_builds_a_model_and_predicts(tmp_path, wrapped):
         build_model(cfg, str(tmp_path / 'other.pth'))
 
 
-def test_picture_keeps_photographs_and_stretches_the_rest():
+def test_picture_keeps_rgb_images_and_stretches_others():
     photograph = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
     assert (picture(photograph) == photograph[..., ::-1]).all()
     assert (picture(photograph, bgr=False) == photograph).all()

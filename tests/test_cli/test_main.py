@@ -82,7 +82,7 @@ def test_run_loads_safely_unless_checkpoints_are_trusted(monkeypatch, argv, call
     assert len(registered) == calls
 
 
-def test_parse_args_reads_a_given_command_line_and_exports_the_local_rank(monkeypatch):
+def test_parse_args_reads_argv_and_exports_the_local_rank(monkeypatch):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     parser = make_parser('Train.\n\nmore')
     add_runner_arguments(parser)
@@ -94,7 +94,7 @@ def test_parse_args_reads_a_given_command_line_and_exports_the_local_rank(monkey
     assert os.environ.pop('LOCAL_RANK') == '3'
 
 
-def test_parse_args_says_how_options_of_the_config_are_written(capsys):
+def test_parse_args_reports_malformed_cfg_options(capsys):
     parser = make_parser('Check.')
     add_config_arguments(parser)
     with pytest.raises(SystemExit):

@@ -177,7 +177,7 @@ def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
         ('classes.yaml', 'road\n', 'cannot read .*classes.yaml'),
     ],
 )
-def test_read_classes_says_what_is_wrong(tmp_path, file, text, message):
+def test_read_classes_rejects_invalid_files(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         read_classes(tmp_path / file)

@@ -19,7 +19,7 @@ def test_claims_grant_a_run_once(tmp_path):
     assert others.claim('a') is None
 
 
-def test_claims_of_the_dead_are_taken_over(tmp_path):
+def test_stale_claims_are_taken_over(tmp_path):
     claims = run_queue.Claims(tmp_path, stale_after=1, max_attempts=2)
     begun = tmp_path / 'a.attempt-1'
     begun.touch()
@@ -38,7 +38,7 @@ def test_claims_of_the_dead_are_taken_over(tmp_path):
     assert claims.states(['a'])['a'] == 'open'
 
 
-def test_claims_keep_the_living_alive_and_notice_a_loss(tmp_path):
+def test_claims_send_heartbeats_and_detect_a_loss(tmp_path):
     claims = run_queue.Claims(tmp_path, stale_after=0.5)
     claim = claims.claim('a')
     time.sleep(1)
@@ -59,7 +59,7 @@ def test_last_error_is_that_of_the_newest_attempt(tmp_path):
     assert run_queue.Claims(tmp_path).last_error('a') == 'attempt 10'
 
 
-def test_claims_released_leave_no_trace(tmp_path):
+def test_released_claims_leave_no_files(tmp_path):
     claims = run_queue.Claims(tmp_path)
     claims.claim('a').release()
     assert not os.listdir(tmp_path) and claims.claim('a').attempt == 1
@@ -126,7 +126,7 @@ def test_work_tries_a_failed_run_again_and_stops_after_three_in_a_row(tmp_path):
     assert claims.last_error('d') == "KeyError: 'y'"
 
 
-def test_work_gives_a_run_back_when_interrupted(tmp_path):
+def test_work_releases_a_run_when_interrupted(tmp_path):
     claims = run_queue.Claims(tmp_path)
 
     def interrupt(run, claim):

@@ -522,7 +522,7 @@ def test_accumulated_gradients_equal_the_large_batch(folder, alone, tmp_path):
         torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_ema_is_what_is_evaluated_and_what_the_checkpoint_holds(folder, tmp_path):
+def test_ema_weights_are_evaluated_and_saved(folder, tmp_path):
     """tools/test.py reads ``state_dict``, the average; ``ema_state_dict`` holds the other weights
     then, with which training goes on."""
     config = tmp_path / 'ema.py'

@@ -35,7 +35,7 @@ def model():
 
 @pytest.mark.parametrize('wrapped', [False, True])
 @pytest.mark.parametrize('prefix', ['', 'module.'])
-def test_hook_adapts_what_a_training_starts_from(model, wrapped, prefix):
+def test_hook_adapts_initial_weights(model, wrapped, prefix):
     weight = torch.randn(16, 3, 16, 16)
     checkpoint = dict(state_dict={prefix + NAME: weight})
     whole = nn.ModuleDict(dict(module=model)) if wrapped else model

@@ -49,11 +49,11 @@ def test_samples_are_the_same_with_and_without_workers():
     assert draw(5, seed=4) != alone
 
 
-def test_samples_go_on_where_a_training_was_left():
+def test_samples_continue_after_a_resume():
     assert draw(3, passed=4) == draw(7)[8:]
 
 
-def test_second_time_an_image_is_augmented_differently():
+def test_repeated_images_are_augmented_differently():
     drawn = draw(6)
     first, second = sorted(drawn[:6]), sorted(drawn[6:])
     assert [sample[0] for sample in first] == [sample[0] for sample in second]
@@ -81,7 +81,7 @@ def test_two_processes_draw_what_one_draws(monkeypatch):
         assert draw(3) == whole[rank::2]
 
 
-def test_data_sets_without_numbers_are_refused():
+def test_datasets_without_indices_are_rejected():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(range(3))

@@ -134,7 +134,7 @@ def test_weights_that_are_tensor_subclasses_define_their_operations():
     torch.testing.assert_close(block(x, GRID), expected(x, GRID))
 
 
-def test_the_log_says_once_which_submodule_is_called(caplog):
+def test_called_submodule_is_logged_once(caplog):
     warn_once.cache_clear()
     blocks = [make_block(), make_block()]
     for block in blocks:

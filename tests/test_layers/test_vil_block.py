@@ -156,12 +156,12 @@ class TestDropPath:
         drop_path(torch.randn(1, 3, 4), linear).sum().backward()
         assert linear.weight.grad is not None and not linear.weight.grad.any()
 
-    def test_does_nothing_in_evaluation(self):
+    def test_is_identity_in_evaluation(self):
         x = torch.randn(2, 3, 4)
         assert torch.equal(DropPath(0.9).eval()(x, torch.ones_like), x + 1)
 
     @pytest.mark.parametrize('rate', [-0.1, 1.0])
-    def test_refuses_rates_that_are_no_probability(self, rate):
+    def test_rejects_rates_outside_zero_to_one(self, rate):
         with pytest.raises(ValueError, match=r'\[0, 1\)'):
             DropPath(rate)
 

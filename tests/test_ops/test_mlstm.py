@@ -193,7 +193,7 @@ def test_mlstm_refuses_second_derivatives():
     assert second.any()
 
 
-def test_mlstm_takes_any_strides():
+def test_mlstm_accepts_any_strides():
     q, k, v, igate, fgate = (x.detach() for x in make_inputs(30, 8))
     expected = mlstm(q, k, v, igate=igate, fgate=fgate)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, igate, fgate)]
@@ -235,7 +235,7 @@ def test_mlstm_operator_is_registered_completely(reverse):
         (dict(chunk_size=0), 'at least 1'),
     ],
 )
-def test_mlstm_says_what_is_wrong(change, message):
+def test_mlstm_rejects_invalid_arguments(change, message):
     x, gate = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     arguments = {**dict(q=x, k=x, v=x, igate=gate, fgate=gate), **change}
     with pytest.raises(ValueError, match=message):

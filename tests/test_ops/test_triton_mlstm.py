@@ -174,7 +174,7 @@ def test_kernels_hold_scores_beyond_the_range_of_float16():
 
 @launches
 @pytest.mark.parametrize('reverse', [True, *slow(False)])
-def test_kernels_take_any_strides(reverse):
+def test_kernels_accept_any_strides(reverse):
     q, k, v, igate, fgate = random_inputs(70, 16)
     q = q.transpose(2, 3).contiguous().transpose(2, 3)  # channels lie apart
     kv = torch.cat([k, v], -1)  # parts of one tensor
@@ -184,7 +184,7 @@ def test_kernels_take_any_strides(reverse):
 
 
 @launches
-def test_kernels_take_an_expanded_gradient():
+def test_kernels_accept_an_expanded_gradient():
     inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(20, 16)]
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='triton')
     actual = torch.autograd.grad(h.sum(), inputs)
@@ -194,7 +194,7 @@ def test_kernels_take_an_expanded_gradient():
 
 
 @launches
-def test_kernels_take_an_empty_batch():
+def test_kernels_accept_an_empty_batch():
     q, gate = torch.zeros(0, 2, 5, 8, device=DEVICE), torch.zeros(0, 2, 5, device=DEVICE)
     h = mlstm(q.requires_grad_(), q, q, igate=gate, fgate=gate, backend='triton')
     h.sum().backward()
@@ -275,7 +275,7 @@ def test_kernels_pass_in_the_interpreter(which):
 
 
 @pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
-def test_backend_triton_says_why_it_cannot_run():
+def test_backend_triton_reports_why_it_cannot_run():
     x, gate = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     with pytest.raises(ValueError, match="backend='triton' cannot run: .* Use 'auto'"):
         mlstm(x, x, x, igate=gate, fgate=gate, backend='triton')

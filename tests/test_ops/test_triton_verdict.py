@@ -132,7 +132,7 @@ def machine(monkeypatch, tmp_path):
     verdict._failure.cache_clear()
 
 
-def test_verdict_is_kept_and_not_asked_for_again(machine):
+def test_verdict_is_cached(machine):
     for _ in range(2):
         assert machine.play('print("The kernels are right.")') is None
     assert machine.runs == 1
@@ -148,7 +148,7 @@ def test_verdict_is_kept_and_not_asked_for_again(machine):
         ('import os; os.abort()', 'crashed with SIGABRT'),
     ],
 )
-def test_verdict_on_a_compiler_fault_lasts(machine, program, problem):
+def test_verdict_on_a_compiler_fault_is_cached(machine, program, problem):
     message = machine.play(program)
     assert message.startswith(f'their self-test {problem} (Fake, bfloat16, heads 96 wide, Triton')
     assert 'TRITON_PTXAS_PATH=' in message and str(machine.verdicts[0]) in message
@@ -180,7 +180,7 @@ def test_verdict_on_a_hanging_kernel(machine, monkeypatch, tmp_path):
         ('import os; os.kill(os.getpid(), 9)', 'crashed with SIGKILL'),
     ],
 )
-def test_verdict_on_other_troubles_does_not_last(machine, program, problem):
+def test_verdict_on_other_failures_is_not_cached(machine, program, problem):
     message = machine.play(program)
     assert problem in message and 'the next process tries again' in message
     assert 'PTXAS' not in message and not machine.verdicts
@@ -211,7 +211,7 @@ def test_verdict_on_another_compiler_does_not_count(machine, monkeypatch):
 
 
 @pytest.mark.parametrize('where', ['folder', 'write'])
-def test_verdict_without_a_place_to_keep_it(machine, monkeypatch, caplog, where):
+def test_verdict_without_a_writable_cache(machine, monkeypatch, caplog, where):
     if where == 'folder':  # permissions do not stop root
         machine.cache.parent.write_text('a file where the folder should be')
     else:

@@ -186,7 +186,7 @@ def test_benchmark_compares_writes_json_and_plots(tools, tmp_path, monkeypatch, 
         (['--rounds', '0'], 'at least 1'),
     ],
 )
-def test_benchmark_refuses_what_it_cannot_measure(tools, options, complaint):
+def test_benchmark_rejects_invalid_options(tools, options, complaint):
     benchmark = tools[1]
     with pytest.raises(benchmark.UserError, match=complaint):
         benchmark.check(benchmark.make_benchmark_parser().parse_args(options))

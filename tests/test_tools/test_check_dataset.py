@@ -111,7 +111,7 @@ class DropFirstForTest(BaseTransform):
         return None if dropped else results
 
 
-def test_check_dataset_passes_images_that_the_pipeline_drops_now_and_then(camvid):
+def test_check_dataset_accepts_randomly_dropped_images(camvid):
     cfg = load_config(str(CAMVID), {})
     set_data_root(cfg, str(camvid))
     dataset = cfg.train_dataloader.dataset

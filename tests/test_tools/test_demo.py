@@ -92,7 +92,7 @@ def test_demo_writes_a_picture_for_each_image_and_over_none(tmp_path):
     assert not list(tmp_path.glob('*.png'))
 
 
-def test_demo_says_what_is_wrong_with_the_input(tmp_path):
+def test_demo_reports_invalid_inputs(tmp_path):
     config, checkpoint = save_random_model(tmp_path, SEGMENTOR_CONFIG)
     said = call_tool(DEMO, tmp_path / 'none.mp4', config, checkpoint, status=2)
     assert 'error: video not found' in said

@@ -201,7 +201,7 @@ def test_truncated_checkpoint_is_named(tiny):
 
 
 @pytest.mark.slow  # 1 minute: a port that is in use is noticed by torchrun, after its imports
-def test_port_in_use_is_said(tiny):
+def test_dist_train_reports_a_port_in_use(tiny):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()

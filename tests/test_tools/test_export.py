@@ -134,7 +134,7 @@ def test_reference_logits_pass_through_onnx(name, reference, tmp_path):
         assert relative_error(logits, case['logits']) < 1e-5
 
 
-def test_export_says_what_is_wrong(tmp_path):
+def test_export_reports_user_errors(tmp_path):
     config, checkpoint = save_random_model(tmp_path, SEGMENTOR)
     said = call_tool(EXPORT, config, checkpoint, '--out', tmp_path / 'model.txt', status=2)
     assert "error: --out ends with '.txt'" in said

@@ -70,7 +70,7 @@ def report(tmp_path, monkeypatch):
     return run
 
 
-def test_crash_is_named_and_leaves_the_tables_of_others(report):
+def test_crashed_part_is_reported_and_other_tables_remain(report):
     status, results, text = report('right')
     assert status == 1
     assert [results[x]['status'] for x in ('kernels', 'tests', 'models')] == [
@@ -113,7 +113,7 @@ def test_unknown_stage_is_refused(report):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_report_without_a_gpu_says_so(report):
+def test_report_without_a_gpu_is_rejected(report):
     with pytest.raises(UserError, match='torch sees no GPU'):
         report('right', '--device', 'cuda')
 
@@ -258,7 +258,7 @@ def test_models_are_judged_by_the_targets(stages):
     assert targets == [(1, ''), (1.5, '>= 1.5: met, memory: missed'), (1, ''), (0.5, '')]
 
 
-def test_tiles_that_do_not_fit_are_left_out(stages, context, capsys, monkeypatch):
+def test_tiles_that_do_not_fit_are_skipped(stages, context, capsys, monkeypatch):
     triton = pytest.importorskip('triton')
     tune_tiles = load('tune_tiles', 'tools/.dev_scripts')
     calls = itertools.count()
@@ -298,7 +298,7 @@ def test_wrong_number_is_an_exit_status(stages, monkeypatch):
     assert stages.main() == 3
 
 
-def test_list_tells_the_versions(stages, capsys, monkeypatch):
+def test_stage_list_includes_versions(stages, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['gpu_stages.py', '--list', '--device', 'cpu', '--quick'])
     assert stages.main() == 0
     plan = json.loads(capsys.readouterr().out)

@@ -242,13 +242,13 @@ def test_check_dataset_passes_images_that_fit(fields):
         ('model.data_preprocessor.mean=[1.,2.,3.]', 'mean of the data_preprocessor has 3 values'),
     ],
 )
-def test_check_dataset_says_which_channels_do_not_fit(fields, option, message):
+def test_check_dataset_reports_mismatched_channels(fields, option, message):
     options = ('-j', 1, '--splits', 'val', '--cfg-options', option)
     said = call_tool(TOOLS / 'check_dataset.py', fields[0], *options, status=1)
     assert re.search(message, said)
 
 
-def test_check_dataset_finds_transforms_that_want_photographs(fields, tmp_path):
+def test_check_dataset_reports_transforms_for_rgb_only(fields, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(
         f"_base_ = '{fields[0]}'\n"

@@ -29,7 +29,7 @@ def read(tool, make_parser, *arguments, config='vil_t_imagenet'):  # trains in b
         (['--precision', 'float32'], None),
     ],
 )
-def test_train_in_the_precision_asked_for(arguments, dtype):
+def test_train_uses_the_given_precision(arguments, dtype):
     wrapper = read(train_tool, train_tool.make_train_parser, *arguments).optim_wrapper
     assert wrapper.get('dtype') == dtype
     assert ('Amp' in wrapper.type) == (dtype is not None)
@@ -39,7 +39,7 @@ def test_train_in_the_precision_asked_for(arguments, dtype):
     'arguments, half',
     [([], False), (['--precision', 'bfloat16'], True), (['--amp'], True)],
 )
-def test_test_in_the_precision_asked_for(monkeypatch, arguments, half):
+def test_test_uses_the_given_precision(monkeypatch, arguments, half):
     asked = []
     monkeypatch.setattr(test_tool.torch, 'set_autocast_gpu_dtype', asked.append)
     cfg = read(test_tool, test_tool.make_test_parser, 'checkpoint.pth', *arguments)

@@ -128,7 +128,7 @@ def test_classifier_of_own_folders_is_trained(tmp_path):
     ],
     ids=['beyond', 'binary', 'colors', 'other-colors', 'other-values'],
 )
-def test_check_dataset_says_how_masks_do_not_fit(street, values, classes, words):
+def test_check_dataset_reports_invalid_masks(street, values, classes, words):
     config, data = street
     (data / 'classes.yaml').write_text(classes)
     rng = np.random.default_rng(0)

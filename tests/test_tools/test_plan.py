@@ -39,11 +39,11 @@ def plan():
         (16, 1, 0, None),
     ],
 )
-def test_plan_shares_the_batch_out(plan, total, gpus, largest, expected):
+def test_plan_splits_the_batch_over_gpus(plan, total, gpus, largest, expected):
     assert plan.share(total, gpus, largest) == expected
 
 
-def test_plan_stretches_what_is_told_in_iterations(plan):
+def test_plan_scales_settings_in_iterations(plan):
     cfg = Config.fromfile(ROOT / 'configs/upernet_vil_t_ade20k.py')
     cfg.merge_from_dict(plan.options_for(cfg, 4, 4))
     assert cfg.train_dataloader.batch_size == 4 and cfg.optim_wrapper.accumulative_counts == 4
@@ -71,7 +71,7 @@ def test_plan_prints_options_that_keep_the_batch(plan, tmp_path):
     assert 'at best 2000.0 images/s' in printed
 
 
-def test_plan_says_what_does_not_go(plan):
+def test_plan_reports_impossible_plans(plan):
     config = ROOT / 'configs/vil_t_imagenet.py'
     options = ('--cfg-options', *SMALL, 'model.head.in_channels=64')
     said = call_tool(SCRIPT, config, '--gpu-memory', '1', '--gpus', '3', *options, status=2)

@@ -225,7 +225,7 @@ def list_threads():
 """
 
 
-def test_dist_train_runs_two_processes_and_says_what_stands_in(segmentor, tmp_path):
+def test_dist_train_runs_two_processes_and_reports_replacements(segmentor, tmp_path):
     config, _, _ = segmentor
     (tmp_path / 'sitecustomize.py').write_text(LIST_THREADS_AT_EXIT)
     log = shell(

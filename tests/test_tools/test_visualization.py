@@ -33,7 +33,7 @@ def test_plot_log_draws_resumed_run(tmp_path):
     assert Image.open(out).width > 400
 
 
-def test_plot_log_says_what_is_missing(tmp_path):
+def test_plot_log_reports_missing_logs(tmp_path):
     result = plot_log(tmp_path / 'nowhere')
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
@@ -82,7 +82,7 @@ def test_look_inside_draws(picture, tmp_path):
     assert drawn.shape[1] > 400 and len(np.unique(drawn)) > 100
 
 
-def test_look_inside_says_which_blocks_there_are(tmp_path):
+def test_look_inside_rejects_unknown_blocks(tmp_path):
     config, checkpoint = save_random_model(tmp_path, SEGMENTOR)
     Image.new('RGB', (64, 64)).save(tmp_path / 'image.png')
     said = call_tool(

@@ -161,7 +161,7 @@ def test_vtab1k_survives_a_kill_and_two_workers_share_the_runs(standin, tmp_path
 
 
 @pytest.mark.slow  # imports everything anew
-def test_vtab1k_gives_a_run_back_when_terminated(standin, tmp_path):
+def test_vtab1k_releases_a_run_when_terminated(standin, tmp_path):
     options = (*OPTIONS, 'train_cfg.max_epochs=1000')
     worker = start(*command(standin, tmp_path, options=options))
     wait_until(lambda: list(tmp_path.glob('logs/*')), worker)
@@ -171,7 +171,7 @@ def test_vtab1k_gives_a_run_back_when_terminated(standin, tmp_path):
     assert not list(tmp_path.glob('runs/*'))
 
 
-def test_vtab1k_leaves_failing_runs_and_says_so(standin, tmp_path):
+def test_vtab1k_reports_failed_runs(standin, tmp_path):
     broken = (*OPTIONS, 'model.head.type=NoSuchHead')
     said = call_tool(*command(standin, tmp_path, '--max-attempts', '1', options=broken), status=2)
     assert 'three runs in a row failed' in said and 'NoSuchHead' in said
