@@ -5,7 +5,7 @@ PYTHON ?= python3
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-# The line of OpenMMLab: the maintained one, or the classic one in an environment of its own.
+# The OpenMMLab line: maintained, or classic in a separate environment.
 STACK ?= maintained
 ifeq ($(STACK),classic)
 VENV := .venv-classic
@@ -25,22 +25,22 @@ CONFIG := configs/upernet_vil_t_demo.py
 DATA := data/demo
 WORK_DIR := work_dirs/demo
 
-# Threads that wait soon give their core away. Training on a busy machine takes three quarters of the
-# time so; to give it away at once (OMP_WAIT_POLICY=PASSIVE) takes half as long again on a quiet one.
+# Make waiting threads yield their core early. On a busy machine, training then takes three quarters
+# of the time; yielding at once (OMP_WAIT_POLICY=PASSIVE) takes 1.5 times as long on an idle one.
 export GOMP_SPINCOUNT ?= 2000
 
 .DELETE_ON_ERROR:
 .PHONY: help install lock demo test test-full gpu-report lint build clean
 
 help:
-	@echo "make demo        train ViL-T + UperNet on a small dataset, evaluate, draw pictures"
+	@echo "make demo        train ViL-T + UperNet on a small dataset, evaluate, plot predictions"
 	@echo "make test        run the fast tests (5 to 15 minutes on 2 cores)"
 	@echo "make test-full   run all tests with coverage (15 to 30 minutes)"
 	@echo "make gpu-report  test and measure the GPU kernels"
 	@echo "make lint        check style, format and spelling"
 	@echo "make build       build a wheel and a source distribution in dist/"
-	@echo "make install     only create $(VENV)"
-	@echo "make lock        pin the packages of requirements/dev.in in requirements/dev.txt"
+	@echo "make install     create $(VENV) only"
+	@echo "make lock        update the pins in requirements/dev.txt from requirements/dev.in"
 	@echo "make clean       remove $(VENV), $(DATA) and $(WORK_DIR)"
 	@echo
 	@echo "JOBS=8 runs tests in 8 processes instead of 2."
@@ -76,8 +76,8 @@ lock: $(INSTALLED)
 
 # -- Demo ------------------------------------------------------------------------------------------
 
-# Data and training are kept: `make demo` evaluates and draws again, and resumes a training that was
-# interrupted. To train from scratch, remove $(WORK_DIR).
+# Data and training results are kept: `make demo` evaluates and plots again, and resumes an
+# interrupted training run. To train from scratch, remove $(WORK_DIR).
 demo: export PYTHONWARNINGS ?= ignore
 demo: $(WORK_DIR)/trained
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" \
@@ -100,7 +100,7 @@ $(WORK_DIR)/trained: | $(INSTALLED) $(DATA)/made
 
 # -- Checks ----------------------------------------------------------------------------------------
 
-# Processes side by side with one thread each are faster than one with several.
+# Several processes with one thread each are faster than one with several threads.
 test test-full: export OMP_NUM_THREADS = 1
 
 test: $(INSTALLED)

@@ -1,5 +1,5 @@
 # ViL-T + Semantic FPN on ADE20K, a light decoder. No result has been published.
-# Where training starts from: see upernet_vil_t_ade20k.py.
+# For the initial weights, see upernet_vil_t_ade20k.py.
 _base_ = [
     './_base_/models/fpn_vil.py',
     './_base_/datasets/ade20k.py',

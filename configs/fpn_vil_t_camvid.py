@@ -1,4 +1,4 @@
-# ViL-T + Semantic FPN on CamVid, from scratch: the light decoder beside upernet_vil_t_camvid.py.
+# ViL-T + Semantic FPN on CamVid, from scratch: a lighter decoder than in upernet_vil_t_camvid.py.
 _base_ = [
     './_base_/models/fpn_vil.py',
     './_base_/datasets/camvid.py',

@@ -1,5 +1,5 @@
 # ViL-T + Mask2Former on ADE20K.
-# Where training starts from: see upernet_vil_t_ade20k.py.
+# For the initial weights, see upernet_vil_t_ade20k.py.
 _base_ = [
     './_base_/models/mask2former_vil.py',
     './_base_/datasets/ade20k.py',

@@ -1,5 +1,5 @@
 # ViL-T + Mask R-CNN on COCO, 12 epochs.
-# Where training starts from: see upernet_vil_t_ade20k.py.
+# For the initial weights, see upernet_vil_t_ade20k.py.
 _base_ = [
     './_base_/models/mask_rcnn_vil.py',
     './_base_/datasets/coco_instance.py',

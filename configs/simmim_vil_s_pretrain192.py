@@ -1,4 +1,4 @@
-# ViL-S pre-trained on unlabelled images at 192x192 by SimMIM, 100 epochs.
+# ViL-S pre-trained on unlabelled images at 192x192 with SimMIM, 100 epochs.
 _base_ = './_base_/simmim_192.py'
 
 model = dict(backbone=dict(arch='small'), neck=dict(in_channels=384))

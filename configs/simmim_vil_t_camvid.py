@@ -3,7 +3,7 @@ _base_ = './simmim_vil_t_pretrain192.py'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    # The sizes of objects that upernet_vil_t_camvid.py trains on.
+    # Object sizes as in upernet_vil_t_camvid.py.
     dict(type='RandomResizedCrop', scale=192, crop_ratio_range=(0.1, 1.0)),
     *_base_.train_pipeline[2:],
 ]

@@ -1,5 +1,5 @@
 # ViL-S + UperNet on ADE20K. Published mIoU: 46.3 single scale, 47.9 multi-scale and flip.
-# Where training starts from: see upernet_vil_t_ade20k.py.
+# For the initial weights, see upernet_vil_t_ade20k.py.
 _base_ = './upernet_vil_t_ade20k.py'
 
 model = dict(

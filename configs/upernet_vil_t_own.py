@@ -12,6 +12,6 @@ model = dict(
 )
 custom_hooks = [
     *_base_.custom_hooks,
-    # Evaluated and saved are averages over about the last tenth of the iterations.
+    # Evaluate and save weights averaged over about the last tenth of the iterations.
     dict(type='EMAHook', ema_type='MomentumAnnealingEMA', gamma=10, update_buffers=True),
 ]

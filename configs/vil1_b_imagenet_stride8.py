@@ -1,5 +1,5 @@
 # ViL-B, version 1, with patches that overlap by half. Fine-tuning after the stride-16 model, and
-# evaluation. Published top-1: 82.7. How to start: see vil1_s_plus_imagenet_stride8.py, with
+# evaluation. Published top-1: 82.7. To start training, see vil1_s_plus_imagenet_stride8.py, with
 # vil_base16_e400_in1k.
 _base_ = './vil1_s_plus_imagenet_stride8.py'
 

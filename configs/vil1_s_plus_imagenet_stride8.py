@@ -1,6 +1,6 @@
 # ViL-S+, version 1, with patches that overlap by half: 729 tokens for 224x224. Fine-tuning after
 # the stride-16 model, and evaluation. Published top-1: 82.2. Training starts from the authors'
-# stride-16 checkpoint, converted (see README.md):
+# stride-16 checkpoint, converted (see docs/checkpoints.md):
 #   --cfg-options load_from=vil_smallplus16_e400_in1k.pth
 _base_ = [
     './_base_/models/vil1_classifier.py',

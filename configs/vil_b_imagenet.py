@@ -1,5 +1,5 @@
 # ViL-B at 224x224: fine-tuning after vil_b_imagenet_pretrain192.py, and evaluation. Published
-# top-1: 82.4. How to start from the 192x192 checkpoint: see vil_t_imagenet.py.
+# top-1: 82.4. To start from the 192x192 checkpoint, see vil_t_imagenet.py.
 _base_ = [
     './_base_/models/vil_classifier.py',
     './_base_/datasets/imagenet_224.py',

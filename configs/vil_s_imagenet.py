@@ -1,5 +1,5 @@
 # ViL-S at 224x224: fine-tuning after vil_s_imagenet_pretrain192.py, and evaluation. Published
-# top-1: 81.5. How to start from the 192x192 checkpoint: see vil_t_imagenet.py.
+# top-1: 81.5. To start from the 192x192 checkpoint, see vil_t_imagenet.py.
 _base_ = './vil_t_imagenet.py'
 
 model = dict(

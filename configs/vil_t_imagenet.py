@@ -1,7 +1,7 @@
 # ViL-T at 224x224: fine-tuning after vil_t_imagenet_pretrain192.py, and evaluation. Published
-# top-1: 78.3. Fine-tuning starts from the 192x192 checkpoint, classifier included:
+# top-1: 78.3. Fine-tuning starts from the 192x192 checkpoint, including the classifier:
 #   --cfg-options load_from=work_dirs/vil_t_imagenet_pretrain192/epoch_800.pth
-# and the position embedding is resized.
+# The position embedding is resized.
 _base_ = [
     './_base_/models/vil_classifier.py',
     './_base_/datasets/imagenet_224.py',

@@ -12,10 +12,10 @@ model = dict(
     head=dict(loss=dict(_delete_=True, type='LabelSmoothLoss', label_smooth_val=0.1)),
     train_cfg=None,  # no mixup, no cutmix
 )
-# The log counts iterations in validation, too: for one curve of both.
+# Log validation by iteration, to plot it with the training loss.
 default_hooks = dict(logger=dict(interval=10, log_metric_by_epoch=False))
 custom_hooks = [
     *_base_.custom_hooks,
-    # Evaluated and saved are averages over about the last tenth of the iterations.
+    # Evaluate and save weights averaged over about the last tenth of the iterations.
     dict(type='EMAHook', ema_type='MomentumAnnealingEMA', gamma=10, update_buffers=True),
 ]

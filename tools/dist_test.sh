@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate on several GPUs, or with several CPU processes where there is no GPU.
+# Evaluate on several GPUs, or with several CPU processes if there is no GPU.
 #
 #   tools/dist_test.sh CONFIG CHECKPOINT N [arguments of test.py]
 #

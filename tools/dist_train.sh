@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several GPUs, or with several CPU processes where there is no GPU.
+# Train on several GPUs, or with several CPU processes if there is no GPU.
 #
 #   tools/dist_train.sh CONFIG N [arguments of train.py]
 #
@@ -28,7 +28,7 @@ fi
 
 PYTHON=${PYTHON:-python}
 SCRIPT=$(dirname "$0")/${MMVIL_TOOL:-train.py}
-# Report errors in one line here; later every process and torchrun would add theirs.
+# Report errors in one line here, before every process and torchrun add theirs.
 "$PYTHON" "$SCRIPT" "$CONFIG" --check "$@" > /dev/null
 
 exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node="$N" \

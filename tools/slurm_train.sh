@@ -3,8 +3,8 @@
 #
 #   tools/slurm_train.sh PARTITION JOB_NAME CONFIG [arguments of train.py]
 #
-# GPUS (8 in all), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and PORT (29500) may be set in the
-# environment, SRUN_ARGS holds more arguments of srun, PYTHON names the interpreter.
+# Environment variables: GPUS (8 in total), GPUS_PER_NODE (8), CPUS_PER_TASK (5), PORT (29500),
+# SRUN_ARGS (further arguments of srun) and PYTHON (the interpreter).
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

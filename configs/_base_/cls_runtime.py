@@ -1,4 +1,4 @@
-# What every classification config shares: scope, logging, processes.
+# Shared by all classification configs: scope, logging, processes.
 default_scope = 'mmpretrain'
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -20,11 +20,11 @@ env_cfg = dict(
 )
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 custom_hooks = [
-    # Augmentation, stochastic depth and mixup repeat when a run is resumed.
+    # Make augmentation, stochastic depth and mixup reproducible in resumed runs.
     dict(type='mmvil.IterationSeedHook'),
-    # A loss that is not finite stops the training, with the names of the images.
+    # Stop on a non-finite loss and report the images.
     dict(type='mmvil.engine.NaNGuardHook'),
-    # The log shows the loss of the whole batch, not that of the first process.
+    # Log the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),
 ]
 log_level = 'INFO'

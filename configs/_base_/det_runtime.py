@@ -1,4 +1,4 @@
-# Shared by all detection configs: as for segmentation, but for scope, pictures and epochs.
+# Shared by all detection configs: like segmentation, except for scope, pictures and epochs.
 _base_ = './seg_runtime.py'
 
 default_scope = 'mmdet'

@@ -10,11 +10,11 @@ visualizer = dict(
 )
 log_processor = dict(by_epoch=False)
 custom_hooks = [
-    # Augmentation, stochastic depth and mixup repeat when a run is resumed.
+    # Make augmentation, stochastic depth and mixup reproducible in resumed runs.
     dict(type='mmvil.IterationSeedHook'),
     # Stop on a non-finite loss and report the images.
     dict(type='mmvil.engine.NaNGuardHook'),
-    # The log shows the loss of the whole batch, not that of the first process.
+    # Log the loss of the whole batch, not that of the first process.
     dict(type='mmvil.engine.AverageLogHook'),
 ]
 log_level = 'INFO'

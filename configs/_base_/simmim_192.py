@@ -68,7 +68,7 @@ param_scheduler = [
 
 train_cfg = dict(by_epoch=True, max_epochs=100)
 
-# There is no validation to choose a best checkpoint by.
+# There is no validation to select a best checkpoint.
 default_hooks = dict(checkpoint=dict(interval=10, save_best=None))
 
 # 8 GPUs x 256 images.

@@ -1,6 +1,6 @@
 # VTAB-1K: fine-tuning on 1000 images of one of 19 datasets; the recipe of one run. This trains on
-# train800 and evaluates on val200, as the search for the learning rate does. The whole protocol:
-# tools/vtab1k.py. A single run:
+# train800 and evaluates on val200, as in the learning rate search. tools/vtab1k.py runs the
+# whole protocol. A single run:
 #   python tools/train.py configs/vtab1k/cifar.py --data-root data/vtab-1k/cifar \
 #       --cfg-options model.backbone.init_cfg.type=Pretrained \
 #       model.backbone.init_cfg.checkpoint=vil2_tiny16_e800_in1k.th
@@ -43,18 +43,18 @@ optim_wrapper = dict(
     type='AmpOptimWrapper',
     dtype='bfloat16',
     constructor='mmvil.LayerDecayOptimWrapperConstructor',
-    # One of 1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4, by the accuracy on val200.
+    # One of 1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4, selected by the accuracy on val200.
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(layer_decay_rate=0.65, flat_decay_mult=0.0),
 )
-# 10 % warm-up, then cosine to 0. The first of the 60 warm-up iterations trains, too.
+# 10% warm-up, then cosine to 0. The first of the 60 warm-up iterations trains, too.
 epochs = dict(by_epoch=True, convert_to_iter_based=True)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1 / 60, begin=0, end=5, **epochs),
     dict(type='CosineAnnealingLR', eta_min=0.0, begin=5, end=50, **epochs),
 ]
 
-# The model after the last epoch counts, so only that one is evaluated.
+# Only the model after the last epoch is evaluated.
 train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=50)
 val_cfg = dict()
 default_hooks = dict(

@@ -86,7 +86,7 @@ def test_load_mapped_annotations_names_unknown_values_and_file(tmp_path, mask, o
         (dict(colors=[RED, RED]), 'two labels, 0 and 1'),
         (dict(values=[0, 1], ignore=[1]), 'two labels, 1 and 255'),
         (dict(values=[0, 70000]), 'values must be 0 to 65535'),
-        (dict(values=range(255)), 'may be 254 classes'),
+        (dict(values=range(255)), 'at most 254 classes'),
     ],
 )
 def test_load_mapped_annotations_refuses_what_is_ambiguous(options, message):

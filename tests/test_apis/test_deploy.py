@@ -171,7 +171,7 @@ def test_every_head_of_mmpretrain_is_tested_or_refused():
     for name, head in inspect.getmembers(heads, inspect.isclass):
         if name in tested - {'MultiTaskHead'}:
             continue
-        with pytest.raises(ValueError, match=f'{name} has a rule of its own'):
+        with pytest.raises(ValueError, match=f'{name} has its own rule'):
             head_decision(head.__new__(head), 'labels')
 
 
@@ -195,7 +195,7 @@ def test_method_of_a_subclass_is_refused_by_name(name, owner, method, refused):
     module.__class__ = type('Own', (type(module),), own)
     for output in OUTPUTS:
         if output in refused:
-            with pytest.raises(ValueError, match='Own has a rule of its own'):
+            with pytest.raises(ValueError, match='Own has its own rule'):
                 Deployed(model, output)
         else:
             Deployed(model, output)

@@ -16,9 +16,9 @@ train_pipeline = [
     ),
     dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    # mmpretrain's, because it is the recipe's transform. mmseg's PhotoMetricDistortion differs:
-    # each step is skipped half of the time, brightness is shifted rather than scaled, hue moves
-    # at most 0.1 turns.
+    # mmpretrain's transform, as in the recipe. mmseg's PhotoMetricDistortion differs: each step is
+    # skipped half of the time, brightness is shifted instead of scaled, and hue by at most 0.1
+    # turns.
     dict(type='mmpretrain.ColorJitter', brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25),
     dict(type='PackSegInputs'),
 ]
@@ -31,12 +31,12 @@ test_pipeline = [
         interpolation='bicubic',
         backend='pillow',
     ),
-    # After Resize: the prediction is compared at the annotation's own size.
+    # After Resize, so that predictions are compared at the original size of the annotation.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 
-# Multi-scale and flip: the test size times 0.75, 1, 1.25, 1.5, 1.75. `tools/test.py --tta`.
+# Multi-scale and flip for `tools/test.py --tta`: the test size times 0.75, 1, 1.25, 1.5, 1.75.
 tta_resize = dict(type='Resize', keep_ratio=True, interpolation='bicubic', backend='pillow')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,5 +1,5 @@
-# COCO 2017, boxes and masks. Images are resized to fit into 1024x1024 and padded to it, with the
-# mean color: 12 epochs are too few for large-scale jittering, which pays in long schedules.
+# COCO 2017, boxes and masks. Images are resized to fit into 1024x1024 and padded with the mean
+# color. 12 epochs are too few for large-scale jittering, which helps in long schedules.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco'
 

@@ -1,5 +1,5 @@
-# The objects that tools/dataset_converters/make_demo_dataset.py writes in COCO's format; its images
-# of 256x192 are reduced to 192x144.
+# Objects in COCO format from tools/dataset_converters/make_demo_dataset.py, with its 256x192 images
+# reduced to 192x144.
 _base_ = './coco_instance.py'
 
 data_root = 'data/demo'

@@ -24,7 +24,7 @@ train_pipeline = [
                 )
             ],
             [dict(type='Solarize', thr=128, prob=1.0)],
-            # The radius is uniform in the range.
+            # The radius is uniform in this range.
             [dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=1.0)],
         ],
     ),

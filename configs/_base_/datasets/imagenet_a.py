@@ -1,10 +1,10 @@
-# ImageNet-A: 7500 natural photographs that a ResNet-50 gets wrong, of 200 of the 1000 classes.
-# data_root holds one folder per class, named by its WordNet id.
+# ImageNet-A: 7500 natural photographs of 200 of the 1000 classes that a ResNet-50 misclassifies.
+# data_root contains one folder per class, named by WordNet ID.
 _base_ = './imagenet_sketch.py'
 
 test_dataloader = dict(dataset=dict(type='CustomDataset', data_root='data/imagenet-a'))
 
-# The places of the 200 among the 1000, both sorted by WordNet id.
+# Indices of the 200 classes among the 1000, both sorted by WordNet ID.
 # fmt: off
 classes = [
     6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79, 89, 90, 94, 96, 97,

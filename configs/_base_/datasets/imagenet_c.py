@@ -1,8 +1,8 @@
 # ImageNet-C: the validation images of ImageNet-1K with each of 15 corruptions at 5 severities.
-# data_root holds CORRUPTION/SEVERITY/CLASS/IMAGE, as the archives of the dataset do.
+# data_root contains CORRUPTION/SEVERITY/CLASS/IMAGE, like the archives of the dataset.
 _base_ = './imagenet_sketch.py'
 
-# Mean error of AlexNet in percent, by which the mean corruption error is normalized (Hendrycks and
+# Mean error of AlexNet in percent, which normalizes the mean corruption error (Hendrycks and
 # Dietterich, ICLR 2019).
 reference_errors = dict(
     gaussian_noise=88.6428,

@@ -1,10 +1,10 @@
-# ImageNet-R: 30000 renditions (art, cartoons, toys, ...), of 200 of the 1000 classes.
-# data_root holds one folder per class, named by its WordNet id.
+# ImageNet-R: 30000 renditions (art, cartoons, toys, ...) of 200 of the 1000 classes. data_root
+# contains one folder per class, named by WordNet ID.
 _base_ = './imagenet_sketch.py'
 
 test_dataloader = dict(dataset=dict(type='CustomDataset', data_root='data/imagenet-r'))
 
-# The places of the 200 among the 1000, both sorted by WordNet id.
+# Indices of the 200 classes among the 1000, both sorted by WordNet ID.
 # fmt: off
 classes = [
     1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63, 71, 76, 79, 84, 90, 94, 96, 97, 99,

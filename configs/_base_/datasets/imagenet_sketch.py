@@ -1,4 +1,4 @@
-# ImageNet-Sketch: drawings, 50 of each of the 1000 classes. data_root holds one folder per class.
+# ImageNet-Sketch: 50 drawings of each of the 1000 classes. data_root contains one folder per class.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='ResizeEdge', scale=224, edge='short', backend='pillow', interpolation='bicubic'),

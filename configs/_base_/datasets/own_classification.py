@@ -29,7 +29,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-# The last one lists precision, recall and F1 score of each class.
+# The last one reports precision, recall and F1 score of each class.
 val_evaluator = [
     dict(type='Accuracy', topk=(1,)),
     dict(type='SingleLabelMetric', average=None),

@@ -11,7 +11,7 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-# The short side becomes 512 pixels; predictions have the size of the mask again.
+# The short side is resized to 512 pixels; predictions are resized back to the mask.
 test_pipeline = _base_.test_pipeline
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

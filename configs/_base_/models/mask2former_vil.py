@@ -1,8 +1,8 @@
 # ViL-T with Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527) in its published size. The head
-# builds on mmdet.
+# requires mmdet.
 _base_ = './upernet_vil.py'
 
-# Trained without weight decay: custom_keys of optim_wrapper.paramwise_cfg.
+# Trained without weight decay, for custom_keys of optim_wrapper.paramwise_cfg.
 without_decay = {
     name: dict(decay_mult=0.0) for name in ('query_embed', 'query_feat', 'level_embed')
 }

@@ -1,11 +1,11 @@
-# Mask R-CNN on ViL-T as ViTDet has it on plain ViTs (Li et al., ECCV 2022, arXiv 2203.16527): all
-# levels are made from the last map, two convolutions in the RPN, four in the box head, layer norm.
-# No windows: the cost of ViL is linear in the number of tokens.
+# Mask R-CNN on ViL-T, like ViTDet on plain ViTs (Li et al., ECCV 2022, arXiv 2203.16527): all
+# levels come from the last map; two convolutions in the RPN, four in the box head; layer norm. No
+# windows, because the cost of ViL is linear in the number of tokens.
 norm_cfg = dict(type='mmpretrain.LN2d')
 box_coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4)
 roi_extractor = dict(
     type='SingleRoIExtractor', out_channels=256, featmap_strides=[4, 8, 16, 32]
-)  # the stride of 64 is the RPN's alone
+)  # stride 64 is used by the RPN only
 nms = dict(type='nms', iou_threshold=0.7)
 
 model = dict(

@@ -33,7 +33,7 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        # The recipe averages the loss over the labelled pixels, here over those of all processes.
+        # The recipe averages the loss over labelled pixels, here over those of all processes.
         loss_decode=dict(type='mmvil.engine.GlobalBatchCrossEntropyLoss', loss_weight=1.0),
     ),
     auxiliary_head=dict(

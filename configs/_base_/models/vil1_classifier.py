@@ -1,4 +1,5 @@
-# ViL-T, version 1 (the paper's first), as an ImageNet classifier: mean of first and last token.
+# ViL-T, version 1 (first version of the paper), as an ImageNet classifier: mean of first and last
+# token.
 _base_ = './vil_classifier.py'
 
 model = dict(

@@ -17,6 +17,6 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', use_soft=True),
         init_cfg=dict(type='TruncNormal', layer='Linear', std=2e-5),
     ),
-    # One of the two, with equal chance, for each batch.
+    # One of the two for each batch, with equal probability.
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
 )

@@ -1,6 +1,6 @@
 # 160k iterations, batch 16, float16, learning rate decayed by 0.65 per pair of blocks.
 optim_wrapper = dict(
-    # Its defaults are float16 and dynamic loss scaling.
+    # Defaults: float16 and dynamic loss scaling.
     type='AmpOptimWrapper',
     constructor='mmvil.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05),
@@ -12,7 +12,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    # To 1e-6, and in decayed layers to the same fraction of their learning rate.
+    # Down to 1e-6, and in layers with decay to the same fraction of their learning rate.
     dict(type='CosineAnnealingLR', eta_min_ratio=0.002, by_epoch=False, begin=1500, end=160000),
 ]
 
@@ -35,5 +35,6 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'),
 )
 
-# 8 GPUs x 2 images. On other numbers, `tools/train.py --auto-scale-lr` scales lr in proportion.
+# 8 GPUs x 2 images. For other batch sizes, `tools/train.py --auto-scale-lr` scales lr in
+# proportion.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

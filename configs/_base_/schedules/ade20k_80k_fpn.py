@@ -3,7 +3,7 @@ _base_ = './ade20k_160k.py'
 
 optim_wrapper = dict(
     _delete_=True,
-    # Its defaults are float16 and dynamic loss scaling.
+    # Defaults: float16 and dynamic loss scaling.
     type='AmpOptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
 )

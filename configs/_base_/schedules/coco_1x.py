@@ -1,6 +1,6 @@
 # 12 epochs, batch 16, float16, learning rate decayed by 0.7 per pair of blocks.
 optim_wrapper = dict(
-    # Its defaults are float16 and dynamic loss scaling.
+    # Defaults: float16 and dynamic loss scaling.
     type='AmpOptimWrapper',
     constructor='mmvil.LayerDecayOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
@@ -33,5 +33,6 @@ default_hooks = dict(
     visualization=dict(type='DetVisualizationHook'),
 )
 
-# 8 GPUs x 2 images. On other numbers, `tools/train.py --auto-scale-lr` scales lr in proportion.
+# 8 GPUs x 2 images. For other batch sizes, `tools/train.py --auto-scale-lr` scales lr in
+# proportion.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,5 +1,5 @@
-# Mask2Former's 160k iterations, batch 16, float32. Our decay of the learning rate, by 0.65 per pair
-# of blocks, stands for the published factor of 0.1 on the whole backbone.
+# Mask2Former's 160k iterations, batch 16, float32. A learning rate decay of 0.65 per pair of blocks
+# replaces the published factor of 0.1 on the whole backbone.
 _base_ = './ade20k_160k.py'
 
 optim_wrapper = dict(

@@ -1,4 +1,4 @@
-# Fine-tuning of a segmentor on one GPU as on ADE20K, but 4000 iterations of 8 images.
+# Fine-tuning of a segmentor on one GPU, like ADE20K but with 4000 iterations of 8 images.
 _base_ = './ade20k_160k.py'
 
 optim_wrapper = dict(optimizer=dict(lr=2.5e-4), clip_grad=dict(max_norm=1.0))

@@ -5,9 +5,10 @@ strategy = dict(
     model_wrapper=dict(
         type='MMFullyShardedDataParallel',
         use_orig_params=True,
-        # A block is gathered when it runs; all else, such as the heads, forms one more unit.
+        # Blocks are gathered when they run; everything else, such as the heads, forms one more
+        # unit.
         auto_wrap_policy=dict(type='mmvil.engine.fsdp.wrap_classes', names=('ViLBlock',)),
     ),
-    # One file, as of plain training. 'sharded': a folder, into which each process writes its share.
+    # One file, as in ordinary training. 'sharded': a folder to which each process writes its share.
     state_dict_cfg='full',
 )
