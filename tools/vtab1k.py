@@ -105,9 +105,7 @@ def config_of(dataset) -> Config:
 
 
 class Watch(Hook):
-    """Show the progress, store the final accuracy, and stop if another process has taken over the
-    run.
-    """
+    """Show progress, store the final accuracy, and stop if another process took over the run."""
 
     def __init__(self, job, claim, show):
         self.job, self.claim, self.show = job, claim, show

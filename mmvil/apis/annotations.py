@@ -81,8 +81,7 @@ class LoadMappedAnnotations(LoadAnnotations):
         return labels
 
     def _load_seg_map(self, results: dict) -> None:
-        # mmseg's inference removes LoadAnnotations by name before it calls a pipeline without
-        # labels.
+        # mmseg's inference removes LoadAnnotations by name from a pipeline without labels.
         if 'seg_map_path' not in results:
             return
         if self.reduce_zero_label or results.get('reduce_zero_label') or results.get('label_map'):

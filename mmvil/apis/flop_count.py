@@ -22,8 +22,7 @@ def count_multiply_adds(model, shape, needed=False):
         model (nn.Module): An OpenMMLab model on the meta device. Parts that inference skips, such
             as auxiliary heads, count 0.
         shape (tuple[int, ...]): Shape of the input, (B, C, H, W).
-        needed (bool): Count the operations that the equations need instead of those executed.
-            Default: False.
+        needed (bool): Count what the equations need instead of what is executed. Default: False.
     """
     parts = _parts(model)
     counts = {name: 0 for name, _ in parts}

@@ -108,9 +108,7 @@ def saved_bytes(model, image, amp=None):
 
 
 def peak_bytes(model, image, mode, amp=None):
-    """Measure the peak memory of a step, without weights and images but with gradients; None on a
-    CPU.
-    """
+    """Measure the peak memory of a step, gradients but not weights and images; None on a CPU."""
     if image.device.type != 'cuda':
         return None
     model.zero_grad(set_to_none=True)
@@ -157,8 +155,7 @@ def _count(model, image, modes, amp):
     """Saved bytes, and multiply-adds by mode."""
     model.train('training' in modes)
     saved = saved_bytes(model, image, amp)
-    # Not at the same time: the counter hooks all modules, so ViL calls them one by one and saves
-    # more.
+    # Not at the same time: the counter hooks all modules, so ViL calls them and saves more.
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         outputs = _forward(model, image, amp)
         multiply_adds = dict(forward=counter.get_total_flops() // 2)

@@ -158,9 +158,7 @@ def _installed(library: str) -> bool:
 
 
 def package_root() -> Path:
-    """Folder that contains configs/: ``mmvil/.mim`` of an installed package, otherwise the
-    checkout.
-    """
+    """Folder that contains configs/: ``mmvil/.mim`` of an installed package, or the checkout."""
     package = Path(__file__).resolve().parents[1]
     for root in (package / '.mim', package.parent):
         if (root / 'configs' / 'metafile_imagenet.yml').is_file():

@@ -242,8 +242,7 @@ class TimmVisionLSTM(nn.Module):
 
         Args:
             x (Tensor): Images, shape (B, C, H, W).
-            indices (int | Sequence[int], optional): Indices of blocks, or the number of last
-                blocks. Default: all.
+            indices (int | Sequence[int], optional): Blocks, or how many of the last. Default: all.
             norm (bool): Apply the final norm to all of them. Default: False.
             stop_early (bool): Do not run the blocks after the last index. Default: False.
             output_fmt (str): 'NCHW' maps or 'NLC' tokens. Default: 'NCHW'.

@@ -42,8 +42,7 @@ class TrainingMemory:
 
     Attributes:
         always (dict[str, int]): Bytes that do not depend on the batch size, by purpose.
-        accumulates (bool): Whether gradients of earlier steps are kept during a step; initially
-            False.
+        accumulates (bool): Whether gradients of earlier steps are kept in a step; initially False.
 
     Raises:
         ValueError: If the config is of another library, or has no image size.
@@ -145,9 +144,8 @@ def train_step(model, cfg, batch, device='cpu', size=None):
 
 
 def random_batch(cfg, batch, device='cpu', size=None):
-    """Create a batch of the training size in the form that the data preprocessor passes to a model
-    of mmseg or mmpretrain: normalized images (B, C, H, W), or a list of their views; and labels or
-    masks.
+    """Create a batch of the training size as the data preprocessor passes it to a model of mmseg or
+    mmpretrain: normalized images (B, C, H, W), or a list of their views; and labels or masks.
     """
     size = size or training_size(cfg)
     shape = batch, cfg.model.backbone.get('in_channels', 3), *size

@@ -156,9 +156,7 @@ def read_architecture(checkpoint: str) -> dict:
 
 
 def identify(checkpoint: str) -> dict[str, str]:
-    """Settings that identify a checkpoint across processes: its address, or the SHA-256 of its
-    file.
-    """
+    """Settings that identify a checkpoint across processes: its address, or its file's SHA-256."""
     if '://' in checkpoint:
         return dict(checkpoint=checkpoint)
     return dict(checkpoint_sha256=sha256(Path(checkpoint)))

@@ -54,8 +54,7 @@ class VisionLSTM(BaseModule):
         in_channels (int): Default: 3.
         out_indices (int | Sequence[int]): 0-based indices of the blocks whose output is returned,
             ascending; negative ones count from the end. Later blocks are not built. Default: -1.
-        final_norm (bool): Apply a LayerNorm to the last output; off in the UperNet recipe. Default:
-            True.
+        final_norm (bool): LayerNorm on the last output; off in the UperNet recipe. Default: True.
         out_type (str): 'featmap' (B, D, gh, gw), 'raw' (B, N, D), 'bilateral_concat' (B, 2D): first
             and last token concatenated, or 'bilateral_avg' (B, D): their mean. On the last output,
             the bilateral types end with their own norm, so that a linear head completes the
@@ -74,16 +73,14 @@ class VisionLSTM(BaseModule):
         with_cp (bool): Use activation checkpointing, which saves only the inputs of blocks.
             Default: False.
         backend (str): Backend of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
-        lean (bool | str): Save memory in training, see :class:`mmvil.layers.ViLBlock`. Default:
-            True.
+        lean (bool | str): Memory saving, see :class:`mmvil.layers.ViLBlock`. Default: True.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` loads
             mmvil's checkpoints (of a backbone or a whole model) and official ones (files, URLs, or
             short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts RGB
             weights to ``in_channels``. Default: None.
 
     Raises:
-        ValueError: If a choice is unknown or sizes do not fit; the message lists the possible
-            values.
+        ValueError: If a choice is unknown or sizes do not fit; the message gives possible values.
     """
 
     num_heads = 4

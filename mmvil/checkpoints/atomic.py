@@ -10,8 +10,7 @@ PARTIAL = '.partial'
 
 
 class AtomicLocalBackend(LocalBackend):
-    """Local file backend whose files appear under their name only once they are complete and on
-    disk.
+    """Local files that appear under their name only once they are complete and on disk.
 
     By default, mmengine leaves a truncated file as the newest checkpoint if it is killed or the
     disk is full. ``CheckpointHook(backend_args=ATOMIC)`` prevents this.

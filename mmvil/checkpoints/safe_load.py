@@ -120,9 +120,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _statistics_method(owner, name: str):
-    """Return one of the methods that mmengine's logs store, the only attributes that checkpoints
-    use.
-    """
+    """Return a method that mmengine's logs store, the only attributes that checkpoints use."""
     if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(owner, name)
     raise UntrustedCheckpointError(f'asks for the attribute {name!r} of {owner!r}')

@@ -50,8 +50,7 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         raise UserError(f'config not found: {path}. {hint}')
     with as_user_error(f'cannot read {path}'):  # configs run Python code
         cfg = Config.fromfile(path)
-    # Replace classes, which configs in mmengine's new style import, by their names, as in a dumped
-    # config.
+    # Replace classes, which configs in mmengine's new style import, by names, as in dumped ones.
     cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)

@@ -74,8 +74,7 @@ def check_dataset(
     return count, classes, problems, counts
 
 
-# -- One sample; a ValueError describes the problem of a file
-# ---------------------------------------
+# -- One sample; a ValueError describes the problem of a file --------------------------------------
 
 
 def _check_sample(sample, classes, ignore, load, to_labels):
@@ -107,9 +106,7 @@ def _check_sample(sample, classes, ignore, load, to_labels):
 
 
 def _special_loader(pipeline):
-    """The loading part of a pipeline, or None if it loads ordinary images with three channels or
-    one.
-    """
+    """The loading part of a pipeline, or None if it loads ordinary images of 3 channels or 1."""
     steps = [step for step in pipeline if loads(step)]
     is_usual = all(
         type_name(step) == 'LoadImageFromFile'
@@ -189,9 +186,7 @@ def _read_annotation(path, image_size, to_labels):
 
 
 def _count(labels, sample, classes, ignore):
-    """Count the pixels per class, after the label mapping of the pipeline, followed by those of
-    label 255.
-    """
+    """Count the pixels per class, after the pipeline's label mapping, then those of label 255."""
     shift = 1 if sample.get('reduce_zero_label') else 0
     label_map = sample.get('label_map') or {}
     pixels = np.bincount(labels.ravel(), minlength=256)

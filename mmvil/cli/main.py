@@ -88,9 +88,7 @@ def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training, testing and feature evaluation share, starting with the
-    config.
-    """
+    """Add the arguments shared by training, testing and feature evaluation, config first."""
     add_config_arguments(
         parser,
         'config file, such as configs/upernet_vil_t_ade20k.py, or one of an installed library, '

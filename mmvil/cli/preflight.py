@@ -135,9 +135,7 @@ def _check_folder(folder: str | None, loader: str) -> None:
 
 
 def check_annotations(dataset) -> None:
-    """Check that each image of a segmentation dataset has an annotation, to detect partial
-    downloads.
-    """
+    """Check that each image of a segmentation dataset has an annotation (complete download)."""
     if getattr(dataset, 'test_mode', True):
         return
     images, annotations = stems_of_images_and_annotations(dataset)

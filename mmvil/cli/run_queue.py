@@ -51,8 +51,8 @@ class Claims:
         self._suspects = {}
 
     def states(self, names: list[str]) -> dict[str, str]:
-        """State of each run: 'done', 'running', 'failed', 'open', or 'again' (open after a failed
-        attempt).
+        """State of each run: 'done', 'running', 'failed', 'open', or 'again' (open after a
+        failure).
         """
         return {name: state for name, (state, _) in self._look_at(names).items()}
 
@@ -116,7 +116,7 @@ class Claims:
                 return 'open'
             if now - touched < self.stale_after:
                 return 'running'
-            # Not dead at first sight: after a pause of the machine, all processes look dead for one
+            # Not dead at first sight: after a pause of the machine, all look dead for one
             # heartbeat.
             since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
             if time.monotonic() - since < 2 * self.heartbeat:
@@ -125,9 +125,7 @@ class Claims:
 
 
 class Claim:
-    """One attempt at a run. A thread sends heartbeats until it has finished, failed or been
-    released.
-    """
+    """One attempt at a run. A thread sends heartbeats until it is finished, failed or released."""
 
     def __init__(self, claims: Claims, name: str, attempt: int) -> None:
         self.claims = claims

@@ -54,9 +54,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
         if self.base_lr is None:
-            raise ValueError(
-                'optimizer.lr must be set: the learning rates of all layers derive from it'
-            )
+            raise ValueError('set optimizer.lr: the learning rate of each layer derives from it')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a whole model, plain or wrapped.

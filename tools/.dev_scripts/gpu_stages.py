@@ -262,9 +262,7 @@ def cell_flops(label, kwargs, tokens):
 
 
 def layer_kernels(context, arch, size):
-    """Time each kernel of a layer separately. Its bytes are those of its tensors, each counted
-    once.
-    """
+    """Time each kernel of a layer separately. Bytes are those of its tensors, each counted once."""
     found = {}
 
     def note(label, launch, args, kwargs):

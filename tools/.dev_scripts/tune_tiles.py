@@ -24,9 +24,7 @@ SIZES = {224: (128, 196), 512: (16, 1024), 1024: (4, 4096)}
 
 
 def candidates(usual: Tiling) -> Iterator[Tiling]:
-    """Iterate over variants of a choice, starting with itself, in which no warp repeats the work of
-    another.
-    """
+    """Iterate over variants of a choice, itself first, in which no warp repeats another's work."""
     yield usual
     options = itertools.product((64, 128), (16, 32, 64), (1, 2, 3), {1, usual.tiles})
     for rows, columns, stages, parts in options:

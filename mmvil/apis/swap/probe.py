@@ -1,7 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Run the networks of a config on the meta device, without values. The number, widths and strides
-of a backbone's outputs, and which of them necks and heads read, are measured, not looked up by
-type.
+"""Run the networks of a config on the meta device: number, widths and strides of a backbone's
+outputs, and which of them necks and heads read, are measured, not looked up by type.
 """
 
 import copy

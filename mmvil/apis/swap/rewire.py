@@ -165,9 +165,7 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
 
 
 def choose_out_indices(number: int, depth: int) -> tuple[int, ...]:
-    """Choose output blocks: the published ones for four maps, otherwise evenly spaced after whole
-    pairs.
-    """
+    """Choose output blocks: published ones for four maps, else evenly spaced after whole pairs."""
     marks = (2, 3, 4, 6) if number == 4 else range(1, number + 1)
     ends = [depth * mark / marks[-1] for mark in marks]
     pairs = [2 * round(end / 2) for end in ends[:-1]] + [depth]
