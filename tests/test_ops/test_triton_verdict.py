@@ -269,7 +269,7 @@ def test_waiting_for_another_process_ends(machine, monkeypatch):
     machine.play('pass')
     machine.verdicts[0].unlink()
     monkeypatch.setattr(verdict, '_acquire', lambda *_: False)
-    assert 'waited in vain' in machine.ask()
+    assert 'timed out waiting' in machine.ask()
     assert not machine.verdicts and machine.runs == 1
 
 

@@ -102,8 +102,8 @@ class BackboneProbe:
         others = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         if others and not self.masked:
             raise ValueError(
-                f'{self.name}.forward takes {", ".join(others)} beside the images, as backbones of '
-                f'masked image modeling do. VisionLSTM fits {MASKED_ALGORITHM} alone, which reads '
+                f'{self.name}.forward takes {", ".join(others)} besides images, as backbones of '
+                f'masked image modeling do. VisionLSTM only fits {MASKED_ALGORITHM}, which reads '
                 'maps of all patches; other algorithms read a class token, or drop or mix patches.'
             )
         self.frozen = not any(parameter.requires_grad for parameter in network.parameters())

@@ -167,7 +167,7 @@ def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
         return _test(subject, index)
     with lock:
         if not _acquire(lock, TIMEOUT + 60):
-            return Verdict(f'waited in vain for the process that holds {lock.name}', lasting=False)
+            return Verdict(f'timed out waiting for the process with {lock.name}', lasting=False)
         verdict = _read(file, subject)
         if verdict is None:
             verdict = _test(subject, index)
