@@ -97,10 +97,10 @@ def print_classes(classes, counts):
     print('  share, images, class' + ('' if few else ' (the 10 rarest)'))
     for i in range(len(classes)) if few else shares.argsort()[:10]:
         print(f'  {shares[i]:6.2%} {images[i]:6} {classes[i]}')
-    never = [str(classes[i]) for i in np.flatnonzero(images == 0)]
-    if never:
-        more = ', …' if len(never) > 10 else ''
-        print(f'  {len(never)} classes never occur: {", ".join(never[:10])}{more}')
+    absent = [str(classes[i]) for i in np.flatnonzero(images == 0)]
+    if absent:
+        more = ', …' if len(absent) > 10 else ''
+        print(f'  {len(absent)} classes never occur: {", ".join(absent[:10])}{more}')
 
 
 if __name__ == '__main__':

@@ -58,8 +58,8 @@ def make_train_parser():
     add('--no-validate', action='store_true', help='do not evaluate during training')
     scale = "scale the learning rate by the batch size over all processes / the config's"
     add('--auto-scale-lr', action='store_true', help=scale)
-    anew = 'restart the worker processes of the dataloaders for each epoch'
-    add('--no-persistent-workers', action='store_true', help=anew)
+    restart = 'restart the worker processes of the dataloaders for each epoch'
+    add('--no-persistent-workers', action='store_true', help=restart)
     return parser
 
 

@@ -303,8 +303,8 @@ def compare_output(actual, expected, are_labels=False):
         return difference, f'{difference:.1e} of the labels differ'
     absolute = (actual.double() - expected.double()).abs().max().item()
     difference = absolute and absolute / expected.abs().max().item()
-    said = f'largest difference {absolute:.1e}, relative {difference:.1e}'
+    summary = f'largest difference {absolute:.1e}, relative {difference:.1e}'
     if expected.dim() > 1 and expected.shape[1] > 1:
         same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
-        said += f', same class {same:.3%}'
-    return difference, said
+        summary += f', same class {same:.3%}'
+    return difference, summary

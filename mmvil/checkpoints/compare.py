@@ -33,15 +33,15 @@ def describe_misfit(
         if name in state_dict and not fits(name, state_dict[name], tensor)
     ]
     unknown = [name for name in state_dict if name not in wanted] if strict else []
-    complaints = []
+    problems = []
     if missing:
-        complaints.append(f'{len(missing)} {total} are missing ({summarize(missing, limit)})')
+        problems.append(f'{len(missing)} {total} are missing ({summarize(missing, limit)})')
     if misshapen:
         listed = summarize(misshapen, limit, '; ')
-        complaints.append(f'{len(misshapen)} {total} have another shape ({listed})')
+        problems.append(f'{len(misshapen)} {total} have another shape ({listed})')
     if unknown:
-        complaints.append(f'{len(unknown)} are unknown ({summarize(unknown, limit)})')
-    return ' and '.join(complaints)
+        problems.append(f'{len(unknown)} are unknown ({summarize(unknown, limit)})')
+    return ' and '.join(problems)
 
 
 def fits(name: str, given: Tensor, wanted: Tensor) -> bool:

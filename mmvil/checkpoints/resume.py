@@ -44,16 +44,16 @@ def find_good_checkpoint(
     named = Path(work_dir, 'last_checkpoint')  # for hooks with another out_dir
     if named.is_file() and named.read_text().strip():
         paths.add(Path(named.read_text().strip()))
-    complaints = []
+    problems = []
     existing = filter(Path.exists, paths)
     for path in sorted(existing, key=lambda p: (p.stat().st_mtime, _step(p)), reverse=True):
         try:
             if path.is_file():  # otherwise the folder of a sharded checkpoint
                 verify(path, trusted)
-            return str(path), complaints
+            return str(path), problems
         except DamagedCheckpointError as error:
-            complaints.append(str(error))
-    return None, complaints
+            problems.append(str(error))
+    return None, problems
 
 
 def _step(path: Path) -> int:

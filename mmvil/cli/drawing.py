@@ -41,21 +41,21 @@ def make_artist(
             found = result.pred_instances[result.pred_instances.scores >= MIN_SCORE].cpu().numpy()
             drawn = _draw_instances(frame, found, colors, opacity)
             present, counts = np.unique(found.labels, return_counts=True)
-            said = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
+            texts = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
         elif hasattr(model, 'decode_head'):
             labels = result.pred_sem_seg.data[0].cpu().numpy()
             drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
             present, counts = np.unique(labels, return_counts=True)
             order = np.argsort(-counts)[:12]
             present, shares = present[order], counts[order] / labels.size
-            said = [f'{classes[label]} {share:.0%}' for label, share in zip(present[:5], shares)]
+            texts = [f'{classes[label]} {share:.0%}' for label, share in zip(present[:5], shares)]
         else:
             score, label = result.pred_score.max(0)
-            said = f'{classes[label]} {score:.1%}'
-            return (write_legend(frame, [(said, None)]) if legend else frame), said
+            text = f'{classes[label]} {score:.1%}'
+            return (write_legend(frame, [(text, None)]) if legend else frame), text
         if legend and len(present):
             drawn = write_legend(drawn, [(classes[label], colors[label]) for label in present])
-        return drawn, ', '.join(said) or 'nothing'
+        return drawn, ', '.join(texts) or 'nothing'
 
     return draw
 

@@ -241,9 +241,9 @@ class ViLBlock(nn.Module):
             down_weight=self.proj_down.weight,
             down_bias=self.proj_down.bias,
         )
-        strange = set(map(type, weights)) - PLAIN_TENSORS
-        if strange:
-            return None, f'a weight is a {min(kind.__name__ for kind in strange)}'
+        unsupported = set(map(type, weights)) - PLAIN_TENSORS
+        if unsupported:
+            return None, f'a weight is a {min(kind.__name__ for kind in unsupported)}'
         return weights, None
 
     def _why_not_fused(self) -> str | None:

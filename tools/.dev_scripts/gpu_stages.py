@@ -147,8 +147,8 @@ def other_assemblers():
     found = {}
     for folder in (*nvidia.__path__, '/usr/local', Path(torch.__file__).parents[1] / 'nvidia'):
         for path in Path(folder).glob('**/bin/ptxas*'):
-            said = subprocess.run([path, '--version'], capture_output=True, text=True).stdout
-            if number := re.search(r'\bV([\d.]+)', said):
+            output = subprocess.run([path, '--version'], capture_output=True, text=True).stdout
+            if number := re.search(r'\bV([\d.]+)', output):
                 found[number.group(1)] = str(path)
     major, minor = torch.cuda.get_device_capability()
     chosen = get_ptxas(10 * major + minor).path

@@ -109,11 +109,11 @@ def print_memory(args, cfg, memory, largest):
 
 
 def print_duration(args, cfg, total, speed):
-    said = f'{args.gpus} such GPUs: at best {args.gpus * speed:.1f} images/s'
+    text = f'{args.gpus} such GPUs: at best {args.gpus * speed:.1f} images/s'
     if cfg.train_cfg.get('max_iters'):
         hours = total * cfg.train_cfg.max_iters / (args.gpus * speed) / 3600
-        said += f', {hours:.1f} hours for the training'
-    print(said + '.')
+        text += f', {hours:.1f} hours for the training'
+    print(text + '.')
 
 
 def main():

@@ -93,10 +93,10 @@ def check(model, exported, shapes):
         )
         for name in model.names:
             one, other = (x[name] if isinstance(x, dict) else x for x in (actual, expected))
-            difference, said = deploy.compare_output(one, other, model.output == 'labels')
+            difference, summary = deploy.compare_output(one, other, model.output == 'labels')
             task = f'{name}: ' if len(model.names) > 1 else ''
             print(
-                f'  {"x".join(map(str, shape)):>16}: {task}{said}; '
+                f'  {"x".join(map(str, shape)):>16}: {task}{summary}; '
                 f'{actual_time:.0f} ms, PyTorch {expected_time:.0f} ms'
             )
             differences.append(difference)
