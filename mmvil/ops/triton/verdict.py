@@ -5,7 +5,7 @@ Some versions of Triton and of ptxas, NVIDIA's assembler, compile such kernels i
 wrong on one GPU and right on another, or that crashes or hangs. So on the first use of a
 combination of GPU model, dtype, head width and these versions, :mod:`mmvil.ops.triton.self_test`
 runs in a separate process, for which other processes wait. The result is stored next to torch's
-other caches, in ``~/.cache/torch/mmvil`` unless ``TORCH_HOME`` or ``XDG_CACHE_HOME`` are set.
+other caches, in ``~/.cache/torch/mmvil`` unless ``TORCH_HOME`` or ``XDG_CACHE_HOME`` is set.
 """
 
 import fcntl
