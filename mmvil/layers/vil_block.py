@@ -42,9 +42,9 @@ class ViLBlock(nn.Module):
         backend (str): Backend of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         chunk_size (int, optional): See :func:`mmvil.ops.mlstm`.
         lean (bool | str): Save about 7D values per token for backward and recompute the rest, with
-            equal results. With 'cell' the GPU kernels also save q, k, v and the convolution's
-            output, 15D in total, for a tenth less memory traffic in the backward pass; in PyTorch
-            it equals True. False allows second derivatives up to the cell. Default: True.
+            equal results. With 'cell', also save q, k, v and the convolution's output, 15D in
+            total, for a tenth less memory traffic in the backward pass on GPUs. False allows second
+            derivatives up to the cell. Default: True.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class ViLBlock(nn.Module):
         self.skip = nn.Parameter(torch.empty(inner))
         self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
         self.drop_path = DropPath(drop_path_rate)
+        self._weight_shapes = shapes(self._weights())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -218,7 +219,17 @@ class ViLBlock(nn.Module):
         reason = self._why_not_fused()
         if reason is not None:
             return None, reason
-        weights = LayerWeights(
+        weights = self._weights()
+        unsupported = set(map(type, weights)) - PLAIN_TENSORS
+        if unsupported:
+            return None, f'a weight is a {min(kind.__name__ for kind in unsupported)}'
+        for name, shape, made in zip(weights._fields, shapes(weights), self._weight_shapes):
+            if shape != made:
+                return None, f'{name} has the shape {shape} instead of {made}'
+        return weights, None
+
+    def _weights(self) -> LayerWeights:
+        return LayerWeights(
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
             up_weight=self.proj_up.weight,
@@ -241,10 +252,6 @@ class ViLBlock(nn.Module):
             down_weight=self.proj_down.weight,
             down_bias=self.proj_down.bias,
         )
-        unsupported = set(map(type, weights)) - PLAIN_TENSORS
-        if unsupported:
-            return None, f'a weight is a {min(kind.__name__ for kind in unsupported)}'
-        return weights, None
 
     def _why_not_fused(self) -> str | None:
         """Describe the first submodule that is not as constructed, or return None."""
@@ -259,8 +266,10 @@ class ViLBlock(nn.Module):
                 or module._backward_pre_hooks
             ):
                 return f'{name} has a hook'
-            if 'forward' in module.__dict__:
+            if 'forward' in module.__dict__ or kind.forward is not FORWARDS[kind]:
                 return f'{name} has its own forward method'
+        if self.out_norm.num_groups != self.num_heads:
+            return f'out_norm has {self.out_norm.num_groups} groups for {self.num_heads} heads'
         return 'there are hooks on all modules' if has_global_module_hooks() else None
 
 
@@ -341,8 +350,16 @@ FUSED_SUBMODULES = dict(
 )
 """Submodules of a block that the fused layer replaces, with their exact types."""
 
+FORWARDS = {kind: kind.forward for kind in FUSED_SUBMODULES.values()}
+"""What the fused layer computes; some libraries put their own functions in place of torch's."""
+
 PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
 """Types of weights that the fused layer supports; other subclasses may override operations."""
+
+
+def shapes(weights: LayerWeights) -> list[tuple[int, ...] | None]:
+    """Shapes of weights; None for None."""
+    return [None if weight is None else tuple(weight.shape) for weight in weights]
 
 
 def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:

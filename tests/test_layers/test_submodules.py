@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from mmvil import VisionLSTM
-from mmvil.layers import ViLBlock
+from mmvil.layers import HeadwiseLinear, TokenConv, ViLBlock
 from mmvil.layers.vil_block import FUSED_SUBMODULES
 from mmvil.ops.log import warn_once
 from tests.conftest import relative_error
@@ -116,6 +116,37 @@ def test_a_forward_method_set_on_a_submodule_is_called():
     expected, forward = block(x, GRID), block.proj_up.forward
     block.proj_up.forward = lambda tokens: 2 * forward(tokens)
     assert relative_error(block(x, GRID), expected) > 1e-3
+
+
+def test_a_forward_method_put_into_a_class_is_called(monkeypatch):
+    block, x = make_block(), tokens()
+    expected, forward = block(x, GRID), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, 'forward', lambda self, x: 2 * forward(self, x))
+    assert relative_error(block(x, GRID), expected) > 1e-3
+
+
+OTHER_SETTINGS = dict(
+    norm=lambda: nn.LayerNorm(16, elementwise_affine=False),
+    proj_up=lambda: nn.Linear(16, 64, bias=False),
+    conv=lambda: TokenConv(32, causal=True),
+    q_proj=lambda: HeadwiseLinear(32, 4, block_size=8),
+    k_proj=lambda: HeadwiseLinear(32, 4, bias=False),
+    igate=lambda: nn.Linear(96, 4, bias=False),
+    out_norm=lambda: nn.GroupNorm(1, 32),
+)
+
+
+@pytest.mark.parametrize('name', OTHER_SETTINGS)
+def test_submodules_of_the_same_kind_with_other_settings_are_called(name):
+    block, x = make_block(), tokens()
+    torch.manual_seed(0)
+    module = OTHER_SETTINGS[name]().double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    setattr(block, name, module)
+    actual = run(block, x)
+    block.lean = False
+    assert_same(actual, run(block, x))
 
 
 def test_weights_that_are_tensor_subclasses_define_their_operations():
