@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops.compat import is_compiling
+from ..ops.compat import is_compiling, is_tracing, is_transforming
 
 
 class DropPath(nn.Module):
@@ -40,7 +40,7 @@ class DropPath(nn.Module):
         if self.drop_prob == 0 or not self.training:
             return x + branch(x)
         keep_prob = 1 - self.drop_prob
-        if is_compiling():  # static shapes for the compiler
+        if is_compiling() or is_tracing() or is_transforming():  # these need fixed shapes
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
         # Drawn on the CPU, which needs the number of kept samples, to avoid a GPU synchronization.
         kept = torch.rand(x.shape[0]).lt(keep_prob).nonzero().squeeze(1)

@@ -4,8 +4,8 @@
 Autograd over the individual operations saves about 30D values per token. This function saves the
 layer's input (D), both halves of the up-projection (2D each), the cell's output (2D) and a few
 scalars, about 7D in total. Norm, convolution, SiLU, q, k, v and the gated product are cheap next to
-the matrix products and are recomputed; with ``keep_cell`` the Triton kernels also save q, k, v and
-the convolution's output (2D each, 15D in total).
+the matrix products and are recomputed; with ``keep_cell``, q, k, v and the convolution's output are
+saved, too (2D each, 15D in total).
 
 The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """

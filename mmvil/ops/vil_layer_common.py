@@ -49,7 +49,7 @@ class LayerSettings(NamedTuple):
     dtype: torch.dtype
     """Dtype of features and matrix products; gates and statistics are at least float32."""
     keep_cell: bool = False
-    """Keep q, k, v and the convolution's output for backward. The PyTorch form does not."""
+    """Keep q, k, v and the convolution's output for backward."""
 
 
 def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

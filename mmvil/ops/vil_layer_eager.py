@@ -49,7 +49,8 @@ def forward(
     up_m, up_z = cast(w.up_weight, settings.dtype).chunk(2)
     bias_m, bias_z = (None, None) if w.up_bias is None else cast(w.up_bias, settings.dtype).chunk(2)
     x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
-    c = F.silu(_convolve(x_m, w, settings), inplace=True)
+    a = _convolve(x_m, w, settings)
+    c = F.silu(a, inplace=not settings.keep_cell)
     projections = prepare_projections(w, settings.heads, settings.dtype)
     q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
@@ -57,7 +58,8 @@ def forward(
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    return y, (x_m, z, h, igate, fgate, normalizer)
+    cell = (a, q, k, v) if settings.keep_cell else ()
+    return y, (x_m, z, h, igate, fgate, normalizer, *cell)
 
 
 def gradients(
@@ -71,12 +73,12 @@ def gradients(
             backward.
         w, settings: As in the forward pass.
     """
-    x, x_m, z, h, igate, fgate, normalizer = kept
+    x, x_m, z, h, igate, fgate, normalizer, *cell = kept
     y_grad = y_grad.to(settings.dtype)
-    a = _convolve(x_m, w, settings)
+    a, *qkv = cell or [_convolve(x_m, w, settings)]
     c = F.silu(a)
     projections = prepare_projections(w, settings.heads, settings.dtype)
-    q, k, v = _project(c, x_m, projections, w, settings)
+    q, k, v = qkv or _project(c, x_m, projections, w, settings)
     h_norm, mean, rstd = _head_norm(h, settings)
     mixed = _mix_(h_norm.clone(), c, w, settings)
 

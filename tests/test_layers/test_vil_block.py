@@ -40,6 +40,8 @@ def test_fused_layer_equals_autograd(version, reverse):
     expected, actual = run(block, x, lean=False), run(block, x, lean=True)
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 1e-9, name
+    kept = run(block, x, lean='cell')
+    assert all(torch.equal(kept[name], value) for name, value in actual.items())
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -59,8 +61,9 @@ def test_fused_layer_under_autocast_is_close_to_float32(dtype, tolerance):
             ), name
 
 
-def test_fused_layer_keeps_seven_widths_per_token():
-    block, tokens, width = make_block(dtype=torch.float32), 35, 16
+@pytest.mark.parametrize('lean, widths', [(True, 7), ('cell', 15)])
+def test_fused_layer_keeps_a_few_widths_per_token(lean, widths):
+    block, tokens, width = make_block(dtype=torch.float32, lean=lean), 35, 16
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept = {}
 
@@ -73,7 +76,7 @@ def test_fused_layer_keeps_seven_widths_per_token():
     values = sum(x.numel() for address, x in kept.items() if address not in parameters)
     assert (
         y.requires_grad
-        and 7 * width * tokens <= values <= (7 * width + 5 * block.num_heads) * tokens
+        and widths * width * tokens <= values <= (widths * width + 5 * block.num_heads) * tokens
     )
 
 
@@ -155,6 +158,15 @@ class TestDropPath:
         linear, drop_path = torch.nn.Linear(4, 4), DropPath(0.999).train()
         drop_path(torch.randn(1, 3, 4), linear).sum().backward()
         assert linear.weight.grad is not None and not linear.weight.grad.any()
+
+    def test_draws_anew_in_traces_and_for_every_sample_under_vmap(self):
+        torch.manual_seed(0)
+        drop_path, x = DropPath(0.5).train(), torch.ones(64, 1, 1)
+        traced = torch.jit.trace(lambda x: drop_path(x, torch.ones_like), x, check_trace=False)
+        mapped = torch.func.vmap(lambda x: drop_path(x, torch.ones_like), randomness='different')
+        for y in (traced(x), mapped(x.unsqueeze(1))):
+            assert set(y.flatten().tolist()) == {1, 3}
+        assert not torch.equal(traced(x), traced(x))
 
     def test_is_identity_in_evaluation(self):
         x = torch.randn(2, 3, 4)
