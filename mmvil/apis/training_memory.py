@@ -60,7 +60,7 @@ class TrainingMemory:
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.always = {'weights': weights, 'optimizer state': int(optimizer_state(cfg) * trained)}
         hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        if any(hook and hook.get('type') == 'EMAHook' for hook in hooks):
+        if any(type_name(hook) == 'EMAHook' for hook in hooks):
             self.always['averaged weights (EMA)'] = weights
         if gpus > 1:
             self.always['buffers of gradients (DDP)'] = trained
@@ -149,7 +149,7 @@ def random_batch(cfg, batch, device='cpu', size=None):
     """
     size = size or training_size(cfg)
     shape = batch, cfg.model.backbone.get('in_channels', 3), *size
-    views = [node.num_views for node in dicts(cfg) if node.get('type') == 'MultiView']
+    views = [node.num_views for node in dicts(cfg) if type_name(node) == 'MultiView']
     if views:  # self-supervised pipelines
         number = views[0] if isinstance(views[0], int) else sum(views[0])
         inputs = [torch.randn(shape).to(device) for _ in range(number)]
@@ -179,9 +179,10 @@ def random_batch(cfg, batch, device='cpu', size=None):
 
 def amp_dtype(cfg):
     """Dtype of autocast; None in float32."""
-    if cfg.optim_wrapper.get('type') != 'AmpOptimWrapper':
+    if type_name(cfg.optim_wrapper) != 'AmpOptimWrapper':
         return None
-    return getattr(torch, cfg.optim_wrapper.get('dtype') or 'float16')
+    dtype = cfg.optim_wrapper.get('dtype') or 'float16'
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def optimizer_state(cfg):

@@ -1,14 +1,20 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Predicted memory is within 10% of what a step takes."""
 
+import copy
 import itertools
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.optim import AmpOptimWrapper
 from torch.profiler import ProfilerActivity, profile
 
+from mmvil.apis.swap.probe import training_size
 from mmvil.apis.training_memory import (
     TrainingMemory,
+    amp_dtype,
     build_training_model,
     optimizer_state,
     train_step,
@@ -63,6 +69,36 @@ def test_training_memory_predicts_the_peak_of_a_step_within_ten_percent(
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
     measured = kept + max(itertools.accumulate(event.nbytes() for event in events))
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_training_memory_counts_what_the_layers_keep(classifier):
+    cell = copy.deepcopy(classifier)
+    cell.model.backbone.lean = 'cell'
+    more = TrainingMemory(cell).per_image() - TrainingMemory(classifier).per_image()
+    side = training_size(classifier)[0] // 16
+    tokens, widths, float32 = side * side, 8 * 32, 4
+    layers = 4 - 1  # at the peak, the last one has its cell's inputs in either case
+    assert more == pytest.approx(tokens * layers * widths * float32, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    'kind', [AmpOptimWrapper, 'mmengine.optim.AmpOptimWrapper', 'AmpOptimWrapper']
+)
+def test_amp_dtype_recognizes_the_wrapper_in_all_spellings(kind):
+    def dtype(**options):
+        return amp_dtype(Config(dict(optim_wrapper=dict(type=kind, **options))))
+
+    assert dtype() == torch.float16
+    assert dtype(dtype='bfloat16') == dtype(dtype=torch.bfloat16) == torch.bfloat16
+    assert amp_dtype(Config(dict(optim_wrapper=dict(type='OptimWrapper')))) is None
+
+
+@pytest.mark.parametrize('kind', [EMAHook, 'mmengine.hooks.EMAHook', 'EMAHook'])
+def test_training_memory_knows_averaged_weights_in_all_spellings(classifier, kind):
+    cfg = copy.deepcopy(classifier)
+    cfg.custom_hooks = [dict(type=kind)]
+    always = TrainingMemory(cfg).always
+    assert always['averaged weights (EMA)'] == always['weights']
 
 
 def test_training_memory_finds_the_largest_batch(segmentor):
