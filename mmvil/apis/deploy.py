@@ -74,8 +74,9 @@ class Deployed(nn.Module):
             mean, std = (x.flatten().tolist() for x in (preprocessor.mean, preprocessor.std))
             values = f'{values}, minus {mean}, divided by {std}'
         meta = getattr(self.model, 'dataset_meta', None) or {}
+        dtype = str(next(self.parameters()).dtype).removeprefix('torch.')
         return dict(
-            input=f'(batch, {self.channels}, height, width) float32, {order}, {values}',
+            input=f'(batch, {self.channels}, height, width) {dtype}, {order}, {values}',
             output=self.output,
             **{key: json.dumps(meta.get(key)) for key in ('classes', 'palette')},
             trained_at=json.dumps(list(size)),
@@ -235,7 +236,8 @@ def trace(model, size, static=False, chunk_size=None):
             block.chunk_size = chunk_size
     # Traced with sizes that are unlikely to match special cases; the graph does not keep them.
     height, width = size if static else (size[0] + 5, size[1] + 3)
-    example = torch.zeros(1 if static else 2, model.channels, height, width)
+    weight = next(model.parameters())  # its dtype is that of the images
+    example = weight.new_zeros(1 if static else 2, model.channels, height, width)
     free = torch.export.Dim.DYNAMIC
     dynamic = None if static else ({0: free, 2: free, 3: free},)
     # With this setting, torch does not restrict the graph to conditions that happen to hold for the

@@ -16,6 +16,7 @@ from mmvil.apis.deploy import (
     head_decision,
     load_exported,
     save_onnx,
+    save_pt2,
     trace,
 )
 
@@ -222,3 +223,28 @@ def test_compare_output_does_not_overlook_nan():
     scores = torch.randn(1, 3)
     difference, _ = compare_output(scores * torch.nan, scores)
     assert math.isnan(difference)
+
+
+@needs_exporter
+@pytest.mark.parametrize('format, dtype', [('pt2', torch.bfloat16), ('onnx', torch.float16)])
+def test_exported_file_keeps_the_precision_of_the_model(tmp_path, format, dtype):
+    pytest.importorskip('mmpretrain')
+    if format == 'onnx':
+        pytest.importorskip('onnxruntime')
+        pytest.importorskip('onnxscript')
+    init_default_scope('mmpretrain')
+    backbone = dict(type='VisionLSTM', arch=dict(embed_dims=16, depth=2), img_size=32, patch_size=8)
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    cfg = dict(type='ImageClassifier', backbone=dict(backbone, out_type='bilateral_concat'))
+    model = Deployed(MODELS.build(dict(cfg, head=head)).to(dtype), normalize=False).eval()
+    description = model.describe((32, 32))
+    assert str(dtype).removeprefix('torch.') in description['input']
+    path, program = tmp_path / f'model.{format}', trace(model, (32, 32))
+    if format == 'onnx':
+        save_onnx(program, path, model.names, description)
+    else:
+        save_pt2(program, path, description)
+    images = torch.randn(3, 3, 40, 32).to(dtype)
+    actual = load_exported(path, format)(images)
+    actual = actual['logits'] if format == 'onnx' else actual
+    assert actual.dtype == dtype and compare_output(actual, model(images).detach())[0] < 0.01
