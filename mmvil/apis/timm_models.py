@@ -42,6 +42,9 @@ __all__ = ['TimmVisionLSTM']
 
 POOLS = ('bilateral_concat', 'bilateral_avg', 'avg', '')
 
+UNUSED_ARGUMENTS = {'out_indices', 'out_type', 'pyramid', 'with_cp', 'init_cfg'}
+"""Arguments of :class:`mmvil.VisionLSTM` for which timm has its own ways."""
+
 # Leaves of symbolic traces (torch.fx), because they depend on the image size.
 register_notrace_module(PatchEmbed)
 register_notrace_module(ViLBlock)
@@ -93,6 +96,11 @@ class TimmVisionLSTM(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if unused := UNUSED_ARGUMENTS & kwargs.keys():
+            raise TypeError(
+                f'TimmVisionLSTM does not take {", ".join(sorted(unused))}; timm has '
+                'features_only, global_pool, set_grad_checkpointing() and pretrained for these.'
+            )
         with nullcontext() if device is None else torch.device(device):
             self.backbone = VisionLSTM(arch, img_size=img_size, in_channels=in_chans, **kwargs)
         if strict_img_size is None:
@@ -272,7 +280,9 @@ class TimmVisionLSTM(nn.Module):
             self._check_image(x)
         x, grid = backbone.embed(x)
         intermediates = []
-        with_checkpoints = self.grad_checkpointing and torch.is_grad_enabled()
+        with_checkpoints = (
+            self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_tracing()
+        )
         for index, layer in enumerate(backbone.layers):
             x = checkpoint(layer, x, grid) if with_checkpoints else layer(x, grid)
             if index in take:

@@ -278,6 +278,8 @@ def test_reset_classifier_keeps_device_dtype_mode_and_frozen_weights():
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match='not_an_argument'):
         create(not_an_argument=1)
+    with pytest.raises(TypeError, match='does not take out_type, with_cp; timm has features_only'):
+        create(with_cp=True, out_type='raw')
 
 
 def test_device_and_dtype_of_create_model():
