@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule
-from mmengine.registry import MODELS
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,6 +128,10 @@ class VisionLSTM(BaseModule):
         self.version = version
         self.patch_size = patch_size
         self.stride = patch_size if stride is None else stride
+        if not isinstance(patch_size, int):
+            raise ValueError(
+                f'patch_size must be a number of pixels, the side of a square, but is {patch_size}.'
+            )
         if self.stride < 1 or self.stride > patch_size:
             raise ValueError(
                 f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.'
@@ -310,7 +314,7 @@ class VisionLSTM(BaseModule):
         """
         outputs = []
         for index, layer in enumerate(self.layers):
-            if self.with_cp and torch.is_grad_enabled():
+            if self.with_cp and torch.is_grad_enabled() and not torch.jit.is_tracing():
                 x = checkpoint(layer, x, grid, use_reentrant=False)
             else:
                 x = layer(x, grid)
@@ -394,14 +398,18 @@ class VisionLSTM(BaseModule):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def init_weights(self) -> None:
-        """Load a checkpoint if ``init_cfg`` names one; otherwise keep the constructor's
-        initialization.
-        """
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            load_pretrained(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
-            self._is_init = True
-        else:
+        """Apply ``init_cfg``, a checkpoint last; without it, keep the constructor's initialization."""
+        init_cfg = self.init_cfg
+        cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg] if init_cfg else []
+        pretrained = [cfg for cfg in cfgs if _initializer(cfg) is PretrainedInit]
+        others = [cfg for cfg in cfgs if cfg not in pretrained]
+        if others or not pretrained:
+            self.init_cfg = others  # mmengine's own way to load would not convert checkpoints
             super().init_weights()
+            self.init_cfg = init_cfg
+        for cfg in pretrained:
+            load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
+        self._is_init = True
 
     def adapt_pretrained(
         self, state_dict: dict[str, Tensor], prefix: str = ''
@@ -462,3 +470,9 @@ class VisionLSTM(BaseModule):
             f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
         )
         state_dict[name] = resize_pos_embed(loaded, grid)
+
+
+def _initializer(init_cfg: dict) -> type:
+    """The class that an ``init_cfg`` names: by its registered or its dotted name, or itself."""
+    kind = init_cfg['type']
+    return WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind

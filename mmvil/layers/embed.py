@@ -55,7 +55,11 @@ class PatchEmbed(nn.Module):
             )
         if is_tracing():
             x = only_this_size(x, height, width)
-        bottom, right = -(height - patch_size) % stride, -(width - patch_size) % stride
+        # Written with // because torch.compile cannot compute % of open sizes.
+        bottom, right = (
+            patch_size + (side - patch_size + stride - 1) // stride * stride - side
+            for side in (height, width)
+        )
         if is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)

@@ -181,6 +181,11 @@ def test_traces_run_where_mmvil_is_not_installed(tmp_path, kwargs, gradients):
     assert 'traced for images of 42 x 64 only, but got 42 x 48' in result.stdout
 
 
+def test_traces_have_no_activation_checkpointing():
+    net, image = build(with_cp=True), images(1, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.trace(net, image)(image), net(image))
+
+
 def test_traces_have_gradients():
     net, image = build(torch.float64), images(2, 3, 40, 64, dtype=torch.float64)
     trace = torch.jit.trace(net, image)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 from mmengine.runner import load_state_dict as mmengine_load
 from torch import nn
@@ -147,6 +148,7 @@ def test_backbone_builds_from_every_library(library):
         (dict(frozen_stages=5), 'between -1 and the number of blocks 4'),
         (dict(drop_path_mode='cosine'), "'uniform' or 'linear'"),
         (dict(drop_path_rate=1.5), r'\[0, 1\)'),
+        (dict(patch_size=(16, 16)), r'the side of a square, but is \(16, 16\)'),
         (dict(stride=32), 'between 1 and the patch size 16'),
         (dict(img_size=8), 'at least one patch'),
         (dict(backend='cuda'), 'Unknown mLSTM backend'),
@@ -383,6 +385,21 @@ def test_init_cfg_loads_our_checkpoints(tmp_path, prefix):
     assert torch.equal(backbone.layers[2].proj_up.weight, source.layers[2].proj_up.weight)
 
 
+@pytest.mark.parametrize('kind', [PretrainedInit, 'mmengine.model.PretrainedInit', 'Pretrained'])
+@pytest.mark.parametrize('others', [[], [dict(type='Constant', layer='Linear', val=1.0)]])
+def test_init_cfg_is_recognized_in_all_spellings(tmp_path, kind, others):
+    data = torch.load(ROOT / 'tests/data/vil2_dim32.pt', weights_only=True)
+    init_cfg = [dict(save(tmp_path, data['state_dict']), type=kind), *others]
+    backbone = build(
+        arch=dict(embed_dims=32, depth=4), init_cfg=init_cfg, out_type='bilateral_concat'
+    )
+    given = backbone.init_cfg
+    backbone.init_weights()
+    expected = vil_to_mmvil(data['state_dict'])['backbone.layers.0.proj_up.weight'].float()
+    assert torch.equal(backbone.layers[0].proj_up.weight, expected)
+    assert backbone.init_cfg is given
+
+
 @pytest.mark.parametrize(
     'change, message',
     [
@@ -462,6 +479,16 @@ def test_compile_has_no_graph_break_and_the_same_gradients(lean):
     weighted_sum(compiled(image)[0]).backward()
     for name, p in backbone.named_parameters():
         assert relative_error(p.grad, expected[name]) < 1e-4, name
+
+
+@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack dynamic shapes')
+@pytest.mark.parametrize('version', [1, 2])
+def test_compiled_takes_images_of_any_size(version):
+    backbone = build(arch=dict(embed_dims=16, depth=2), version=version)
+    compiled = torch.compile(backbone, backend='aot_eager', dynamic=True, fullgraph=True)
+    for size in ((64, 48), (33, 47), (70, 35)):
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(image)[0], backbone(image)[0])
 
 
 @pytest.mark.skipif(torch.__version__ < '2.4', reason='older exporters lack dynamic shapes')
