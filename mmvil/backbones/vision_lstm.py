@@ -398,7 +398,7 @@ class VisionLSTM(BaseModule):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def init_weights(self) -> None:
-        """Apply ``init_cfg``, a checkpoint last; without it, keep the constructor's initialization."""
+        """Apply ``init_cfg``, checkpoints last; without it, keep the initial parameters."""
         init_cfg = self.init_cfg
         cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg] if init_cfg else []
         pretrained = [cfg for cfg in cfgs if _initializer(cfg) is PretrainedInit]

@@ -229,33 +229,12 @@ class ViLBlock(nn.Module):
         return weights, None
 
     def _weights(self) -> LayerWeights:
-        return LayerWeights(
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            up_weight=self.proj_up.weight,
-            up_bias=self.proj_up.bias,
-            conv_weight=self.conv.weight,
-            conv_bias=self.conv.bias,
-            q_weight=self.q_proj.weight,
-            q_bias=self.q_proj.bias,
-            k_weight=self.k_proj.weight,
-            k_bias=self.k_proj.bias,
-            v_weight=self.v_proj.weight,
-            v_bias=self.v_proj.bias,
-            igate_weight=self.igate.weight,
-            igate_bias=self.igate.bias,
-            fgate_weight=self.fgate.weight,
-            fgate_bias=self.fgate.bias,
-            out_norm_weight=self.out_norm.weight,
-            out_norm_bias=self.out_norm.bias,
-            skip=self.skip,
-            down_weight=self.proj_down.weight,
-            down_bias=self.proj_down.bias,
-        )
+        modules = [self._modules[name] for name in FUSED_SUBMODULES]
+        return LayerWeights(*[x for m in modules for x in (m.weight, m.bias)], self.skip)
 
     def _why_not_fused(self) -> str | None:
         """Describe the first submodule that is not as constructed, or return None."""
-        for name, kind in FUSED_SUBMODULES.items():
+        for (name, kind), forward in zip(FUSED_SUBMODULES.items(), FORWARDS):
             module = self._modules[name]
             if type(module) is not kind:
                 return f'{name} is a {type(module).__name__}'
@@ -266,7 +245,7 @@ class ViLBlock(nn.Module):
                 or module._backward_pre_hooks
             ):
                 return f'{name} has a hook'
-            if 'forward' in module.__dict__ or kind.forward is not FORWARDS[kind]:
+            if 'forward' in module.__dict__ or kind.forward is not forward:
                 return f'{name} has its own forward method'
         if self.out_norm.num_groups != self.num_heads:
             return f'out_norm has {self.out_norm.num_groups} groups for {self.num_heads} heads'
@@ -348,10 +327,11 @@ FUSED_SUBMODULES = dict(
     out_norm=nn.GroupNorm,
     proj_down=nn.Linear,
 )
-"""Submodules of a block that the fused layer replaces, with their exact types."""
+"""Submodules of a block that the fused layer replaces, with their exact types, in the order of
+:class:`LayerWeights`."""
 
-FORWARDS = {kind: kind.forward for kind in FUSED_SUBMODULES.values()}
-"""What the fused layer computes; some libraries put their own functions in place of torch's."""
+FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
+"""Forward methods that the fused layer replaces; other libraries may patch those of a class."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
 """Types of weights that the fused layer supports; other subclasses may override operations."""
