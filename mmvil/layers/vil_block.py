@@ -229,8 +229,12 @@ class ViLBlock(nn.Module):
         return weights, None
 
     def _weights(self) -> LayerWeights:
-        modules = [self._modules[name] for name in FUSED_SUBMODULES]
-        return LayerWeights(*[x for m in modules for x in (m.weight, m.bias)], self.skip)
+        weights = {'skip': self.skip}
+        for name in FUSED_SUBMODULES:
+            module = self._modules[name]
+            part = FIELDS.get(name, name)
+            weights[f'{part}_weight'], weights[f'{part}_bias'] = module.weight, module.bias
+        return LayerWeights(**weights)
 
     def _why_not_fused(self) -> str | None:
         """Describe the first submodule that is not as constructed, or return None."""
@@ -327,8 +331,10 @@ FUSED_SUBMODULES = dict(
     out_norm=nn.GroupNorm,
     proj_down=nn.Linear,
 )
-"""Submodules of a block that the fused layer replaces, with their exact types, in the order of
-:class:`LayerWeights`."""
+"""Submodules of a block that the fused layer replaces, with their exact types."""
+
+FIELDS = dict(proj_up='up', q_proj='q', k_proj='k', v_proj='v', proj_down='down')
+"""Submodules that :class:`LayerWeights` names differently."""
 
 FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
 """Forward methods that the fused layer replaces; other libraries may patch those of a class."""
