@@ -14,6 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmvil import LayerDecayOptimWrapperConstructor, VisionLSTM, swap_backbone
+from mmvil.apis.swap.recipe import drop_old_weights
 from mmvil.apis.swap.rewire import choose_out_indices
 from tests.conftest import ROOT
 
@@ -232,6 +233,15 @@ def test_swap_keeps_a_blanket_init_cfg_from_overwriting_the_gates():
     model.init_weights()
     bias = model.backbone.layers[0].fgate.bias
     torch.testing.assert_close(bias, torch.linspace(3, 6, len(bias)))
+
+
+def test_swap_recognizes_checkpoints_in_lists_and_by_the_class_that_loads_them():
+    pretrained = dict(type='mmengine.model.PretrainedInit', checkpoint='old.pth')
+    backbone = dict(type='ResNet', init_cfg=[dict(type='Kaiming', layer='Conv2d'), pretrained])
+    head = dict(type='Head', init_cfg=None)
+    cfg = Config(dict(model=dict(backbone=backbone, head=head, init_cfg=pretrained)))
+    assert "checkpoint 'old.pth' of the old backbone is dropped" in ' '.join(drop_old_weights(cfg))
+    assert cfg.model.head.init_cfg is None
 
 
 @pytest.mark.parametrize('patch', [16, 8])

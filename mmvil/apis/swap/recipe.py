@@ -17,13 +17,13 @@ def drop_old_weights(cfg: Config) -> list[str]:
         if node.get(name):
             notes.append(f'{name}={node[name]!r} is dropped')
             node[name] = None
-    old = model.backbone.get('init_cfg')
-    if isinstance(old, dict) and old.get('checkpoint'):
-        notes.append(f'the checkpoint {old.checkpoint!r} of the old backbone is dropped')
+    for each in as_list(model.backbone.get('init_cfg')):
+        if each.get('checkpoint'):
+            notes.append(f'the checkpoint {each["checkpoint"]!r} of the old backbone is dropped')
     if blanket := model.pop('init_cfg', None):
         why = "it would reinitialize ViL's layers, including gates"
         notes.append(f'model.init_cfg is dropped: {why}')
-        pretrained = any(each.get('type') == 'Pretrained' for each in as_list(blanket))
+        pretrained = any(each.get('checkpoint') for each in as_list(blanket))
         # A head that relied on it keeps it.
         for node in [node for key in ('neck', *HEADS) for node in as_list(model.get(key))]:
             if 'init_cfg' in node and node.init_cfg is None and not pretrained:
