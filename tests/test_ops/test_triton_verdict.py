@@ -9,8 +9,12 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
+import tempfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -102,7 +106,7 @@ def machine(monkeypatch, tmp_path):
     """A machine with a GPU, on which a program replaces the self-test."""
 
     class Machine:
-        cache = tmp_path / 'torch' / 'mmvil'
+        cache, temporary = tmp_path / 'torch' / 'mmvil', tmp_path / 'temporary'
 
         def play(self, program):
             """Run a program instead, and record that it ran."""
@@ -124,6 +128,8 @@ def machine(monkeypatch, tmp_path):
         def verdicts(self):
             return list(self.cache.glob('*.json'))
 
+    Machine.temporary.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(Machine.temporary))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT)
     monkeypatch.setattr('mmvil.ops.triton.triton_problem', lambda: None)
@@ -213,7 +219,8 @@ def test_verdict_on_another_compiler_does_not_count(machine, monkeypatch):
 @pytest.mark.parametrize('where', ['folder', 'write'])
 def test_verdict_without_a_writable_cache(machine, monkeypatch, caplog, where):
     if where == 'folder':  # permissions do not stop root
-        machine.cache.parent.write_text('a file where the folder should be')
+        for folder in (machine.cache.parent, machine.temporary / f'mmvil_{os.getuid()}'):
+            folder.write_text('a file where the folder should be')
     else:
 
         def full(*_):
@@ -224,6 +231,45 @@ def test_verdict_without_a_writable_cache(machine, monkeypatch, caplog, where):
     assert 'nothing can be kept' in caplog.text
     assert machine.play('pass') is None and machine.runs == 2
     assert where == 'folder' or not list(machine.cache.glob('*.tmp'))
+
+
+@pytest.mark.parametrize('why', ['cannot be written', 'no home'])
+def test_verdict_in_a_temporary_folder(machine, monkeypatch, tmp_path, caplog, why):
+    monkeypatch.chdir(tmp_path)
+    if why == 'no home':  # torch cannot expand it
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: '~/.cache/torch/hub')
+    else:
+        machine.cache.parent.write_text('a file where the folder should be')
+    for _ in range(2):
+        assert machine.play('pass') is None
+    assert machine.runs == 1 and not caplog.records and not Path('~').exists()
+    assert list(machine.temporary.glob(f'mmvil_{os.getuid()}/*.json'))
+
+
+def test_verdict_in_a_folder_that_cannot_be_written(machine, monkeypatch):
+    machine.play('pass')
+    monkeypatch.setattr(os, 'access', lambda *_: False)
+    assert machine.ask() is None and machine.runs == 1
+    assert not list(machine.temporary.iterdir())
+
+
+def test_verdict_serves_other_users(machine):
+    before = os.umask(0o022)
+    try:
+        machine.play('pass')
+    finally:
+        os.umask(before)
+    assert machine.verdicts[0].stat().st_mode & 0o777 == 0o644
+
+
+def test_program_that_changes_directory_is_tested(machine, monkeypatch, tmp_path):
+    """With mmvil imported from the directory where it started, and a path that is no string."""
+    root = Path(verdict.__file__).parents[3]
+    elsewhere = [x for x in sys.path if x and Path(x) != root]
+    monkeypatch.setattr(sys, 'path', ['', tmp_path, *elsewhere])
+    monkeypatch.chdir(tmp_path)
+    program = 'import os; path = os.environ["PYTHONPATH"].split(":")\n'
+    assert machine.play(program + f'assert {str(root)!r} in path and "" not in path') is None
 
 
 def in_other_processes(count, function):
@@ -252,28 +298,57 @@ def test_a_lock_ends_with_its_process(machine, tmp_path, monkeypatch):
 
     def hold():
         with lock.open('w') as file:
-            verdict._acquire(file, 0)
+            verdict._acquire(file.fileno())
             has_it.set()
             time.sleep(100)
 
     (owner,) = in_other_processes(1, hold)
     has_it.wait()
     with lock.open('w') as file:
-        assert not verdict._acquire(file, 0.3)
+        assert not verdict._acquire(file.fileno())
         owner.kill()
-        assert verdict._acquire(file, 5)
-    owner.join()
+        owner.join()
+        assert verdict._acquire(file.fileno())
 
 
 def test_waiting_for_another_process_ends(machine, monkeypatch):
     machine.play('pass')
     machine.verdicts[0].unlink()
-    monkeypatch.setattr(verdict, '_acquire', lambda *_: False)
+    monkeypatch.setattr(verdict, '_acquire', lambda _: False)
+    monkeypatch.setattr(verdict, 'TIMEOUT', -60)
     assert 'timed out waiting' in machine.ask()
     assert not machine.verdicts and machine.runs == 1
 
 
-WITHOUT_GPU = "raised ValueError: backend='triton' cannot run"
+def test_waiting_ends_with_a_verdict_though_the_lock_is_held(machine, monkeypatch):
+    """By a fork of the process that tested."""
+    machine.play('pass')
+    content = machine.verdicts[0].read_text()
+    machine.verdicts[0].unlink()
+    monkeypatch.setattr(verdict, '_acquire', lambda _: False)
+    path = machine.cache / f'{next(machine.cache.glob("*.lock")).name.split(".")[0]}.json'
+    monkeypatch.setattr(time, 'sleep', lambda _: path.write_text(content))
+    assert machine.ask() is None and machine.runs == 1
+
+
+@pytest.mark.parametrize(
+    'error, status',
+    [
+        (RuntimeError('an illegal address\nand a hint'), FAILED),
+        (RuntimeError('CUDA out of memory'), IMPOSSIBLE),
+        (OSError(28, 'No space left on device'), IMPOSSIBLE),
+    ],
+)
+def test_self_test_tells_faults_of_kernels_from_others(monkeypatch, capsys, error, status):
+    monkeypatch.setattr(self_test, 'faulthandler', mock.Mock())
+    monkeypatch.setattr(self_test, '_probe', mock.Mock())
+    monkeypatch.setattr(self_test, 'check', mock.Mock(side_effect=error))
+    assert self_test.main(['--dtype=bfloat16', '--head-width=96', '--device=cpu']) == status
+    first = str(error).splitlines()[0]
+    assert capsys.readouterr().out == f'raised {type(error).__name__}: {first}\n'
+
+
+WITHOUT_GPU = 'raised RuntimeError: 0 active drivers'
 
 
 def command_on_cpu():
@@ -281,14 +356,16 @@ def command_on_cpu():
 
 
 @pytest.mark.skipif(interpreted(), reason='interpreted kernels run without a GPU')
+@needs_triton
 def test_self_test_takes_the_arguments_of_its_command(monkeypatch, capsys):
-    """Without a GPU it must fail, but in the way that faults are reported."""
+    """Without a GPU no kernel runs, which is not the fault of these."""
     _, _, module, *arguments = command_on_cpu()
     monkeypatch.setattr(self_test, 'faulthandler', mock.Mock())
-    assert module == self_test.__name__ and self_test.main(arguments) == FAILED
+    assert module == self_test.__name__ and self_test.main(arguments) == IMPOSSIBLE
     assert capsys.readouterr().out.splitlines()[-1].startswith(WITHOUT_GPU)
 
 
+@needs_triton
 @pytest.mark.slow  # imports torch and mmengine once more
 def test_self_test_runs_as_a_program(machine, monkeypatch):
     command = command_on_cpu()
@@ -300,12 +377,29 @@ def test_self_test_runs_as_a_program(machine, monkeypatch):
 def test_subject_names_the_assembler_that_triton_takes(monkeypatch):
     import triton.knobs
 
-    older, newer = verdict._ptxas(80), verdict._ptxas(100)
+    older, newer = verdict.assembler(80), verdict.assembler(100)
     assert older[1] == 'TRITON_PTXAS_PATH' and older[0].split('.')[0] in ('12', '13')
     if hasattr(triton.knobs.nvidia, 'ptxas_blackwell'):
         assert newer[1] == 'TRITON_PTXAS_BLACKWELL_PATH'
         monkeypatch.setenv('TRITON_PTXAS_PATH', triton.knobs.nvidia.ptxas_blackwell.path)
-        assert verdict._ptxas(80)[0] == newer[0]
+        assert verdict.assembler(80)[0] == newer[0]
+
+
+@pytest.mark.parametrize(
+    'module, problem',
+    [
+        (None, 'Triton is not installed'),
+        (SimpleNamespace(__version__='3.4.0+git1'), r'Triton is 3\.4\.0\+git1, but 3\.5 or later'),
+    ],
+)
+def test_triton_is_found_by_its_module(monkeypatch, module, problem):
+    """Not by a package's name, of which there are several."""
+    monkeypatch.setitem(sys.modules, 'triton', module)
+    assert re.match(problem, triton_problem.__wrapped__())
+    monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.10.0+gitx'))
+    assert triton_problem.__wrapped__() is None
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    assert 'Linux' in triton_problem.__wrapped__()
 
 
 # -- Choice of the form ----------------------------------------------------------------------------

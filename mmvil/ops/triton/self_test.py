@@ -188,6 +188,16 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> dict
     return _results(layer, dict(x=x, **weights._asdict()), randn)
 
 
+def _probe(device: torch.device, dtype: torch.dtype) -> None:
+    """Run a simple kernel, which raises where none could run: without a free GPU, a C compiler, or
+    a place for compiled code.
+    """
+    from .layer_norm import layer_norm
+
+    x = torch.ones(1, 1, 16, device=device)
+    layer_norm(x, x.flatten(), None, 1e-6, dtype).cpu()
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Print the verdict as the last line and return an exit status."""
     parser = argparse.ArgumentParser(prog='python -m mmvil.ops.triton.self_test')
@@ -200,14 +210,17 @@ def main(args: Sequence[str] | None = None) -> int:
     faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # if no process waits any more
     torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')
     torch.backends.cudnn.allow_tf32 = False
-    torch.zeros((), device=args.device)  # raise here if the device is missing
+    dtype, status = getattr(torch, args.dtype), IMPOSSIBLE
     try:
-        problem = check(args.device, getattr(torch, args.dtype), args.head_width)
+        _probe(args.device, dtype)
+        status = FAILED
+        problem = check(args.device, dtype, args.head_width)
         status = FAILED if problem else 0
     except Exception as error:
         traceback.print_exc()
         problem = f'raised {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-        status = IMPOSSIBLE if 'out of memory' in str(error) else FAILED
+        if isinstance(error, OSError) or 'out of memory' in str(error):
+            status = IMPOSSIBLE
     print(problem or 'The kernels are right.', flush=True)
     return status
 

@@ -5,7 +5,8 @@ Some versions of Triton and of ptxas, NVIDIA's assembler, compile such kernels i
 wrong on one GPU and right on another, or that crashes or hangs. So on the first use of a
 combination of GPU model, dtype, head width and these versions, :mod:`mmvil.ops.triton.self_test`
 runs in a separate process, for which other processes wait. The result is stored next to torch's
-other caches, in ``~/.cache/torch/mmvil`` unless ``TORCH_HOME`` or ``XDG_CACHE_HOME`` is set.
+other caches, in ``~/.cache/torch/mmvil`` unless ``TORCH_HOME`` or ``XDG_CACHE_HOME`` is set, or in
+a temporary folder if that is not writable.
 """
 
 import fcntl
@@ -19,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 
@@ -88,7 +90,10 @@ def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str
     except Exception as error:  # versions of Triton without a compiler, or with another interface
         return f"the compiler's version cannot be read ({type(error).__name__}: {error})"
     digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:16]
-    file = Path(torch.hub.get_dir()).parent / 'mmvil' / f'kernels_{digest}.json'
+    files = [folder / f'kernels_{digest}.json' for folder in _folders()]
+    # A folder that cannot be written, of an image or another user, may have the verdict.
+    file = next((file for file in files if _read(file, subject)), None)
+    file = file or next(filter(_can_be_written, files), files[-1])
     verdict = _read(file, subject) or _test_or_wait(file, subject, index)
     if verdict.problem is None:
         return None
@@ -105,22 +110,27 @@ def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str
 
 
 def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Subject:
+    import triton
+
     major, minor = torch.cuda.get_device_capability(index)
-    ptxas, variable = _ptxas(10 * major + minor)
+    ptxas, variable = assembler(10 * major + minor)
+    sources = sorted(Path(__file__).parent.glob('*.py'))
     return Subject(
         gpu=f'{torch.cuda.get_device_name(index)} (sm_{major}{minor})',
         dtype=str(dtype)[6:],
         head_width=head_width,
         tf32=tf32,
-        triton=version('triton'),
+        triton=triton.__version__,
         ptxas=ptxas,
         ptxas_variable=variable,
-        kernels=_digest_of_kernels(),
+        kernels=hashlib.sha256(b''.join(file.read_bytes() for file in sources)).hexdigest(),
     )
 
 
-def _ptxas(arch: int) -> tuple[str, str]:
-    """Version of the ptxas that Triton uses for a GPU, and the variable that selects another."""
+def assembler(arch: int) -> tuple[str, str]:
+    """Version of the ptxas that Triton uses for an architecture (90 for sm_90), and the variable
+    that selects another.
+    """
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -136,14 +146,22 @@ def _ptxas(arch: int) -> tuple[str, str]:
     return full.group(1) if full else tool.version, ' or '.join(variables)
 
 
-def _digest_of_kernels() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob('*.py')):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 # -- Files -----------------------------------------------------------------------------------------
+
+
+def _folders() -> list[Path]:
+    """Folders for verdicts, the preferred one first."""
+    cache = Path(torch.hub.get_dir()).parent / 'mmvil'
+    temporary = Path(tempfile.gettempdir()) / f'mmvil_{os.getuid()}'
+    return [temporary] if cache.parts[0] == '~' else [cache, temporary]  # a user without a home
+
+
+def _can_be_written(file: Path) -> bool:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(file.parent, os.W_OK)
 
 
 def _read(file: Path, subject: Subject) -> Verdict | None:
@@ -159,15 +177,20 @@ def _read(file: Path, subject: Subject) -> Verdict | None:
 
 def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
     """Test, or wait for the verdict of another process that does."""
+    deadline = time.monotonic() + TIMEOUT + 60
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_suffix('.lock').open('w')
+        lock = file.with_suffix(f'.{os.getuid()}.lock').open('w')  # others could not open it
     except OSError as error:
         _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
         return _test(subject, index)
     with lock:
-        if not _acquire(lock, TIMEOUT + 60):
-            return Verdict(f'timed out waiting for the process with {lock.name}', lasting=False)
+        while not _acquire(lock.fileno()):
+            if verdict := _read(file, subject):  # the lock lives on in forks of its process
+                return verdict
+            if time.monotonic() > deadline:
+                problem = f'timed out waiting for the process with {lock.name}'
+                return Verdict(problem, lasting=False)
+            time.sleep(0.2)
         verdict = _read(file, subject)
         if verdict is None:
             verdict = _test(subject, index)
@@ -176,35 +199,26 @@ def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
         return verdict
 
 
-def _acquire(lock: TextIO, timeout: float) -> bool:
-    """Wait for a lock, which its process releases when it ends; return False after ``timeout``
-    seconds.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
-        except OSError:  # no locks on this file system: test in every process
-            return True
+def _acquire(lock: int) -> bool:
+    """Take a lock, which its process releases when it ends, or return False if another has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system: test in every process
+        pass
+    return True
 
 
 def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
-    """Write a verdict atomically."""
+    """Write a verdict atomically, for all users to read."""
     content = dict(subject=subject._asdict(), problem=verdict.problem)
-    partial = None
+    partial = file.with_suffix(f'.{uuid.uuid4().hex}.tmp')
     try:
-        with tempfile.NamedTemporaryFile('w', dir=file.parent, suffix='.tmp', delete=False) as out:
-            partial = out.name
-            json.dump(content, out, indent=2)
-        os.replace(partial, file)
+        partial.write_text(json.dumps(content, indent=2))
+        partial.replace(file)
     except OSError as error:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
 
 
@@ -213,10 +227,11 @@ def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
 
 def _test(subject: Subject, index: int) -> Verdict:
     _logger.info(f'Testing the GPU kernels, once for this machine: {subject}.')
+    path = [*sys.path, Path(__file__).parents[3]]  # the last for programs that change directory
     try:
         process = subprocess.Popen(
             _command(subject, index),
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, filter(None, path)))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,7 +246,10 @@ def _test(subject: Subject, index: int) -> Verdict:
     except subprocess.TimeoutExpired:
         return Verdict(f'gave no result within {TIMEOUT} seconds')
     finally:
-        _end(process)
+        if process.poll() is None:  # hangs, or this process is interrupted: end its children, too
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # in a driver, where signals do not arrive
+                process.communicate(timeout=10)
     last_line = (out.strip() or err.strip() or 'no output').splitlines()[-1]
     status = process.returncode
     if status == 0:
@@ -252,14 +270,3 @@ def _command(subject: Subject, index: int) -> list[str]:
     command = [sys.executable, '-m', f'{__package__}.self_test', f'--device=cuda:{index}']
     command += [f'--dtype={subject.dtype}', f'--head-width={subject.head_width}']
     return command + ['--tf32'] * subject.tf32
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Kill a process that hangs or was interrupted, including its children."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGKILL)
-    try:
-        process.communicate(timeout=10)
-    except subprocess.TimeoutExpired:  # stuck in a driver, out of reach of signals
-        pass
