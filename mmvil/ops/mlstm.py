@@ -5,6 +5,7 @@ Input checks, the dtype of the arithmetic and the choice of form are here and no
 """
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -108,8 +109,8 @@ def mlstm(
             return mlstm_traceable(q, k, v, igate, fgate, reverse, chunk_size)[0]
     form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
     # Transforms need the rules of the autograd function, which dispatching would hide.
-    operator = _MLSTM.apply if is_transforming() else torch.ops.mmvil.mlstm
-    return operator(q, k, v, igate, fgate, reverse, *form)[0]
+    function = _MLSTM.apply if is_transforming() else torch.ops.mmvil.mlstm
+    return function(q, k, v, igate, fgate, reverse, *form)[0]
 
 
 def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
@@ -142,6 +143,8 @@ def choose_form(
     """
     if backend == 'parallel':
         return Form(length)
+    if backend == 'triton' or (backend == 'auto' and device.type == 'cuda'):
+        head_width = operator.index(head_width)  # a dynamic shape becomes a number
     if backend == 'triton':
         problem = triton_unavailable(device, dtype, head_width)
         if problem:

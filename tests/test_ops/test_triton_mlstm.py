@@ -227,13 +227,14 @@ def test_operator_with_kernels_is_registered_completely():
 
 
 @launches
-def test_kernels_inside_a_compiled_function():
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_kernels_inside_a_compiled_function(dynamic):
     inputs = [x.to(DEVICE) for x in random_inputs(20, 16)]
 
     def function(q, k, v, igate, fgate):
         return mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton').sum(-1)
 
-    compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend='aot_eager')
     assert relative_error(compiled(*inputs), function(*inputs)) < 1e-6
 
 

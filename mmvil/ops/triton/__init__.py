@@ -5,9 +5,9 @@
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -59,11 +59,13 @@ def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
 @lru_cache
 def triton_problem() -> str | None:
     """Reason why this installation of Triton cannot compile the kernels, or None if it can."""
-    needed = '.'.join(map(str, MIN_TRITON))
-    try:
-        installed = version('triton')
-    except PackageNotFoundError:
-        return f'Triton is not installed (it comes with PyTorch on Linux); {needed} is required'
+    if sys.platform != 'linux':
+        return f'the kernels run on Linux, but this is {sys.platform}'
+    try:  # several packages contain it
+        import triton
+    except ImportError as error:
+        return f'Triton is not installed ({error}); PyTorch for Linux comes with it'
+    installed, needed = triton.__version__, '.'.join(map(str, MIN_TRITON))
     if tuple(map(int, installed.split('.')[:2])) < MIN_TRITON:
         return f'Triton is {installed}, but {needed} or later is required (in newer PyTorch)'
     return None
@@ -105,17 +107,31 @@ def shared_memory(device: torch.device) -> int:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Make a function launch its kernels on the device of its first tensor.
+    """Make a function launch its kernels on the GPU of its tensors; Triton takes the current one.
 
-    Triton takes the current GPU.
+    Raises:
+        ValueError: If tensors are on several devices, which Triton does not notice.
     """
 
     @wraps(function)
-    def launch(first: torch.Tensor, *args, **kwargs):
+    def on_device(first: torch.Tensor, *args, **kwargs):
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.Tensor) and x.device != first.device:
+                raise ValueError(
+                    f'the kernels need tensors on one device, not {first.device} and {x.device}.'
+                )
         with torch.cuda.device_of(first):  # nothing for the CPU
             return function(first, *args, **kwargs)
 
-    return launch
+    return on_device
+
+
+def launch(kernel, *programs: int, **arguments) -> None:
+    """Launch so many programs of a kernel, if any, with products and sums fused, which Triton does
+    from 3.10 on only if asked.
+    """
+    if all(programs):
+        kernel[programs](**arguments, enable_fp_fusion=True)
 
 
 def default_chunk_size(length: int, head_width: int) -> int:

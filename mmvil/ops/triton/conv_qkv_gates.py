@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import by_head, contiguous, token_rows
-from . import on_its_device
+from . import launch, on_its_device
 from .activation import sigmoid
 from .tiles import dot, dot_precision, load_row
 
@@ -195,7 +195,7 @@ def before_cell_kernel(
 @on_its_device
 def before_cell(
     x: Tensor,
-    weights: BeforeCellWeights,
+    weights: Sequence[Tensor | None],
     grid: Sequence[int],
     heads: int,
     reverse: bool,
@@ -207,7 +207,8 @@ def before_cell(
         x (Tensor): Half of the up-projection's output, shape (B, N, E), any strides; copied unless
             channels are adjacent. Float16, bfloat16 or float32, also the dtype of the results;
             accumulated in float32.
-        weights (BeforeCellWeights): Parameters, of any floating dtype.
+        weights (Sequence[Tensor, optional]): Fields of :class:`BeforeCellWeights`, of any floating
+            dtype.
         grid (tuple[int, int]): Rows and columns of the token grid, N in all.
         heads (int): NH.
         reverse (bool): Reading direction, as for :func:`mmvil.ops.projections.token_conv`.
@@ -224,30 +225,32 @@ def before_cell(
     a, q, k, v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(4))
     shape = (heads, 2, batch, heads, length) if with_gates else (1, 0)
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if len(x_rows):
-        before_cell_kernel[(triton.cdiv(len(x_rows), 64), heads)](
-            x=x_rows,
-            x_stride=x_rows.stride(0),
-            **weights._asdict(),
-            a_out=a,
-            q_out=q,
-            k_out=k,
-            v_out=v,
-            gates_out=gates_by_head,
-            tokens=len(x_rows),
-            length=length,
-            **convolution_arguments(weights, grid, length, reverse),
-            E=channels,
-            NH=heads,
-            WIDTH=weights.q_weight.shape[-1],
-            WITH_GATES=with_gates,
-            GATES=gate_columns(heads),
-            PRECISION=dot_precision(x.dtype),
-            T=64,  # larger tiles take more registers, so that fewer blocks fit
-            C=channel_tile(x.dtype),
-            num_warps=4,
-            num_stages=1,
-        )
+    launch(
+        before_cell_kernel,
+        triton.cdiv(len(x_rows), 64),
+        heads,
+        x=x_rows,
+        x_stride=x_rows.stride(0),
+        **weights._asdict(),
+        a_out=a,
+        q_out=q,
+        k_out=k,
+        v_out=v,
+        gates_out=gates_by_head,
+        tokens=len(x_rows),
+        length=length,
+        **convolution_arguments(weights, grid, length, reverse),
+        E=channels,
+        NH=heads,
+        WIDTH=weights.q_weight.shape[-1],
+        WITH_GATES=with_gates,
+        GATES=gate_columns(heads),
+        PRECISION=dot_precision(x.dtype),
+        T=64,  # larger tiles take more registers, so that fewer blocks fit
+        C=channel_tile(x.dtype),
+        num_warps=4,
+        num_stages=1,
+    )
     q, k, v = (by_head(y, heads) for y in (q, k, v))
     return a, q, k, v, gates_by_head.sum(0)
 

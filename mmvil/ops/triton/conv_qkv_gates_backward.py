@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows, token_rows_to_write
-from . import on_its_device
+from . import launch, on_its_device
 from .activation import sigmoid
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -262,7 +262,7 @@ def before_cell_backward(
     c_grad: Tensor,
     a: Tensor,
     x: Tensor,
-    weights: BeforeCellWeights,
+    weights: Sequence[Tensor | None],
     grid: Sequence[int],
     reverse: bool,
     x_grad: Tensor,
@@ -298,8 +298,6 @@ def before_cell_backward(
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
     share, programs = split_tokens(tokens, token_tile, channel_tiles)
     sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
-    if not programs:
-        return sums.sum(0)
     shared = dict(
         sums_stride=sums.stride(0), tokens=tokens, length=length, tokens_per_program=share
     )
@@ -325,7 +323,10 @@ def before_cell_backward(
         **dict.fromkeys(('y2_grad', 'c_grad', 'weight2', 'bias2')),
     )
     for tensors in (queries_and_keys, values):
-        projections_backward_kernel[(programs, channel_tiles)](
+        launch(
+            projections_backward_kernel,
+            programs,
+            channel_tiles,
             **tensors,
             source_stride=tensors['source'].stride(0),
             source_grad_stride=tensors['source_grad'].stride(0),
@@ -350,7 +351,10 @@ def before_cell_backward(
     tile = min(64, triton.next_power_of_2(channels))
     # Registers for four blocks per multiprocessor; Triton for AMD rejects the option.
     four_blocks = {} if single or torch.version.hip else dict(maxnreg=128)
-    convolution_backward_kernel[(programs, triton.cdiv(channels, tile))](
+    launch(
+        convolution_backward_kernel,
+        programs,
+        triton.cdiv(channels, tile),
         a_grad=a_grad,
         x=x_rows,
         x_stride=x_rows.stride(0),

@@ -42,7 +42,7 @@ def forward(
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     kept = (x_m, z, h, igate, fgate, normalizer, *((a, q, k, v) if settings.keep_cell else ()))
     del q, k, v
-    y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
+    y = torch.ops.mmvil.after_cell(h, a, z, *_after_cell_parameters(w, settings))
     y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
     return y, kept
 
@@ -62,7 +62,7 @@ def gradients(
     # Down-projection, and the fused part after the cell.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
     gated, h_grad, delta, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
-        y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
+        gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
     down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
@@ -114,10 +114,8 @@ def _before_cell_weights(w: LayerWeights) -> list[Tensor | None]:
     return [getattr(w, name) for name in BeforeCellWeights._fields]
 
 
-def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str, Any]:
-    return dict(
-        weight=w.out_norm_weight, bias=w.out_norm_bias, skip=w.skip, eps=settings.out_norm_eps
-    )
+def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:
+    return w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
 
 
 # -- Registration with torch -----------------------------------------------------------------------
@@ -160,10 +158,6 @@ def _layer_norm_backward_fake(y_grad, x, *_):
     return y, x_grad, x.new_empty(2, x.shape[-1], dtype=torch.float32)
 
 
-def _before_cell(x, weights, grid, heads, reverse, with_gates):
-    return before_cell(x, BeforeCellWeights(*weights), grid, heads, reverse, with_gates)
-
-
 def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
     a, q, k, v = (x.new_empty(x.shape) for _ in range(4))
     q, k, v = (by_head(y, heads) for y in (q, k, v))
@@ -171,15 +165,10 @@ def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
     return a, q, k, v, x.new_empty(shape, dtype=torch.float32)
 
 
-def _before_cell_backward(*args):
-    *tensors, weights, grid, reverse, x_grad = args
-    return before_cell_backward(*tensors, BeforeCellWeights(*weights), grid, reverse, x_grad)
-
-
 def _before_cell_backward_fake(*args):
-    *tensors, weights, _, _, _ = args
+    *_, x, weights, _, _, _ = args
     size = sum(gradient_sizes(BeforeCellWeights(*weights)).values())
-    return tensors[-1].new_empty(size, dtype=torch.float32)
+    return x.new_empty(size, dtype=torch.float32)
 
 
 def _after_cell_fake(h, a, z, *_):
@@ -194,13 +183,13 @@ def _after_cell_backward_fake(y_grad, h, a, z, *_):
     return y, by_head(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
 
 
-for _name, _function, _fake in (
-    ('layer_norm', layer_norm, _layer_norm_fake),
-    ('layer_norm_backward', layer_norm_backward, _layer_norm_backward_fake),
-    ('before_cell', _before_cell, _before_cell_fake),
-    ('before_cell_backward', _before_cell_backward, _before_cell_backward_fake),
-    ('after_cell', after_cell, _after_cell_fake),
-    ('after_cell_backward', after_cell_backward, _after_cell_backward_fake),
+for _function, _fake in (
+    (layer_norm, _layer_norm_fake),
+    (layer_norm_backward, _layer_norm_backward_fake),
+    (before_cell, _before_cell_fake),
+    (before_cell_backward, _before_cell_backward_fake),
+    (after_cell, _after_cell_fake),
+    (after_cell_backward, _after_cell_backward_fake),
 ):
-    _library.impl(_name, _function, 'CompositeExplicitAutograd')
-    _library.impl(_name, _fake, 'Meta')
+    _library.impl(_function.__name__, _function, 'CompositeExplicitAutograd')
+    _library.impl(_function.__name__, _fake, 'Meta')

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows
-from . import on_its_device
+from . import launch, on_its_device
 from .reduction import split_tokens
 from .tiles import load_row
 
@@ -104,17 +104,18 @@ def layer_norm(
     """
     rows, tile = token_rows(x), _tile(x, 2048)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if len(rows):
-        layer_norm_kernel[(triton.cdiv(len(rows), tile['T']),)](
-            x=rows,
-            x_stride=rows.stride(0),
-            weight=contiguous(weight),
-            bias=contiguous(bias),
-            y=y,
-            tokens=len(rows),
-            eps=eps,
-            **tile,
-        )
+    launch(
+        layer_norm_kernel,
+        triton.cdiv(len(rows), tile['T']),
+        x=rows,
+        x_stride=rows.stride(0),
+        weight=contiguous(weight),
+        bias=contiguous(bias),
+        y=y,
+        tokens=len(rows),
+        eps=eps,
+        **tile,
+    )
     return y
 
 
@@ -136,22 +137,23 @@ def layer_norm_backward(
     y, x_grad = (torch.empty(x.shape, dtype=d, device=x.device) for d in (y_grad.dtype, x.dtype))
     share, programs = split_tokens(len(rows), tile['T'], 1)
     sums = x.new_empty(programs, 2 * size, dtype=torch.float32)
-    if programs:
-        layer_norm_backward_kernel[(programs,)](
-            x=rows,
-            x_stride=rows.stride(0),
-            y_grad=y_grad.contiguous(),
-            weight=contiguous(weight),
-            bias=contiguous(bias),
-            y=y,
-            x_grad=x_grad,
-            sums=sums,
-            sums_stride=sums.stride(0),
-            tokens=len(rows),
-            tokens_per_program=share,
-            eps=eps,
-            **tile,
-        )
+    launch(
+        layer_norm_backward_kernel,
+        programs,
+        x=rows,
+        x_stride=rows.stride(0),
+        y_grad=y_grad.contiguous(),
+        weight=contiguous(weight),
+        bias=contiguous(bias),
+        y=y,
+        x_grad=x_grad,
+        sums=sums,
+        sums_stride=sums.stride(0),
+        tokens=len(rows),
+        tokens_per_program=share,
+        eps=eps,
+        **tile,
+    )
     return y, x_grad, sums.sum(0).view(2, size)
 
 

@@ -32,7 +32,7 @@ import triton
 from torch import Tensor
 
 from ..layout import like_tokens
-from . import default_chunk_size, on_its_device, shared_memory
+from . import default_chunk_size, launch, on_its_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
@@ -112,8 +112,7 @@ class _Cell:
 
     def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: int | None):
         batch, heads, self.length, self.width = q.shape
-        self.q, self.k, self.v, self.fgate, self.reverse = q, k, v, fgate, reverse
-        self.device, self.programs = q.device, batch * heads
+        self.reverse, self.device, self.programs = reverse, q.device, batch * heads
         self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
         self.precision = dot_precision(q.dtype)
         self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
@@ -127,8 +126,12 @@ class _Cell:
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
         self.gates = dict(source=self.scalars(), running_max=self.scalars(), base=bases)
         self.floor = self.scalars()
+        # In the forward pass, which does not read them, any pointers.
+        self.denominators = dict(inverse=self.floor, normalizer_grad=self.floor)
         self.block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
-        gate_statistics_kernel[(self.programs,)](
+        launch(
+            gate_statistics_kernel,
+            self.programs,
             **self.in_reading_order(igate=igate, fgate=fgate),
             **self.gates,
             floor=self.floor,
@@ -155,34 +158,20 @@ class _Cell:
             arguments[name], arguments[f'{name}_strides'] = x, strides
         return arguments
 
-    def denominators(self, delta: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
-        """Scalars of the backward pass that need no matrix product."""
-        names = ('inverse', 'normalizer_grad', 'row_grad', 'stabilizer_grad')
-        by_token = {name: self.scalars() for name in names}
-        denominators_kernel[(self.programs * self.padded // self.tiling.rows,)](
-            **self.in_reading_order(delta=delta, normalizer=normalizer),
-            floor=self.floor,
-            **by_token,
-            **self.sizes,
-            padded=self.padded,
-            ROWS=self.tiling.rows,
-            num_warps=1,
-        )
-        return by_token
-
-    def states(self, a: Tensor, b: Tensor, by_token: dict[str, Tensor] | None = None):
+    def states(self, a: Tensor, b: Tensor, grad: bool = False) -> dict[str, Tensor]:
         """Incoming states and normalizers of all chunks except the first, or gradients of both."""
         shape = (self.programs, self.bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
-        t, grad = self.tiling, by_token is not None
-        targets = dict(states=states, state_vectors=vectors)
+        t, targets = self.tiling, dict(states=states, state_vectors=vectors)
         if self.bounds:
             tiles = triton.cdiv(self.width, t.state) ** 2
-            chunk_sums_kernel[(self.programs * self.bounds * tiles,)](
+            launch(
+                chunk_sums_kernel,
+                self.programs * self.bounds * tiles,
                 **self.in_reading_order(a=a, b=b),
                 **self.gates,
-                **self.backward_scalars(by_token),
+                **self.denominators,
                 **targets,
                 **self.sizes,
                 chunk=self.chunk,
@@ -197,7 +186,9 @@ class _Cell:
                 num_stages=t.stages,
             )
             block = max(1024, triton.next_power_of_2(self.width))
-            sum_states_kernel[(self.programs * (triton.cdiv(self.width**2, block) + 1),)](
+            launch(
+                sum_states_kernel,
+                self.programs * (triton.cdiv(self.width**2, block) + 1),
                 **targets,
                 running_max=self.gates['running_max'],
                 base=self.gates['base'],
@@ -213,8 +204,11 @@ class _Cell:
     def products(self, kernel, *, roles: int = 1, **arguments) -> None:
         """Launch a kernel with a program for each role in each part of a tile of tokens."""
         t = self.tiling
-        kernel[(self.programs * self.padded // t.rows * t.parts * roles,)](
+        launch(
+            kernel,
+            self.programs * self.padded // t.rows * t.parts * roles,
             **self.gates,
+            **self.denominators,
             **arguments,
             **self.sizes,
             chunk=self.chunk,
@@ -230,25 +224,6 @@ class _Cell:
             PRECISION=self.precision,
             num_warps=t.warps,
             num_stages=t.stages,
-        )
-
-    def backward_scalars(self, by_token: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        names = ('inverse', 'normalizer_grad')  # unused in the forward pass
-        return {name: by_token[name] if by_token else self.floor for name in names}
-
-    def gate_gradients(self, by_token, source_grad, igate_grad, fgate_grad) -> None:
-        gate_gradients_kernel[(self.programs,)](
-            **self.in_reading_order(fgate=self.fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
-            source=self.gates['source'],
-            running_max=self.gates['running_max'],
-            source_grad=source_grad,
-            row_grad=by_token['row_grad'],
-            stabilizer_grad=by_token['stabilizer_grad'],
-            **self.sizes,
-            padded=self.padded,
-            BLOCK=self.block,
-            PARTS=self.tiling.parts,
-            num_warps=max(4, self.block // 128),  # with half as many, registers spill on sm_100
         )
 
 
@@ -280,7 +255,6 @@ def mlstm_forward(
         query_side_kernel,
         **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
-        **cell.backward_scalars(None),
         floor=cell.floor,
         place=None,
         GRAD=False,
@@ -320,8 +294,22 @@ def mlstm_backward(
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
-    by_token = cell.denominators(delta, normalizer)
-    states, states_grad = cell.states(k, v), cell.states(q, h_grad, by_token)
+    row_grad, stabilizer_grad = cell.scalars(), cell.scalars()
+    cell.denominators = dict(inverse=cell.scalars(), normalizer_grad=cell.scalars())
+    launch(
+        denominators_kernel,
+        cell.programs * cell.padded // cell.tiling.rows,
+        **cell.in_reading_order(delta=delta, normalizer=normalizer),
+        floor=cell.floor,
+        **cell.denominators,
+        row_grad=row_grad,
+        stabilizer_grad=stabilizer_grad,
+        **cell.sizes,
+        padded=cell.padded,
+        ROWS=cell.tiling.rows,
+        num_warps=1,
+    )
+    states, states_grad = cell.states(k, v), cell.states(q, h_grad, grad=True)
     source_grad = cell.scalars(parts=cell.tiling.parts)
     cell.products(
         gradients_kernel,
@@ -331,9 +319,22 @@ def mlstm_backward(
         ),
         **states,
         **{f'{name}_grad': x for name, x in states_grad.items()},
-        **cell.backward_scalars(by_token),
         source_grad=source_grad,
         TOGETHER=cell.tiling.together,
     )
-    cell.gate_gradients(by_token, source_grad, igate_grad, fgate_grad)
+    launch(
+        gate_gradients_kernel,
+        cell.programs,
+        **cell.in_reading_order(fgate=fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
+        source=cell.gates['source'],
+        running_max=cell.gates['running_max'],
+        source_grad=source_grad,
+        row_grad=row_grad,
+        stabilizer_grad=stabilizer_grad,
+        **cell.sizes,
+        padded=cell.padded,
+        BLOCK=cell.block,
+        PARTS=cell.tiling.parts,
+        num_warps=max(4, cell.block // 128),  # with half as many, registers spill on sm_100
+    )
     return q_grad, k_grad, v_grad, igate_grad, fgate_grad

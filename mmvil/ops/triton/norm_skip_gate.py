@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import by_head, contiguous, token_rows, unit_stride
-from . import on_its_device
+from . import launch, on_its_device
 from .activation import sigmoid
 from .layer_norm import normalize, normalize_backward
 from .reduction import split_tokens
@@ -155,9 +155,8 @@ def after_cell(
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=2048)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    if arguments['tokens']:
-        programs = triton.cdiv(arguments['tokens'], arguments['T'])
-        after_cell_kernel[(programs, h.shape[1])](**arguments, y=y)
+    programs = triton.cdiv(arguments['tokens'], arguments['T'])
+    launch(after_cell_kernel, programs, h.shape[1], **arguments, y=y)
     return y
 
 
@@ -193,20 +192,22 @@ def after_cell_backward(
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
     share, programs = split_tokens(tokens, arguments['T'], heads)
     sums = z.new_empty(programs, 4 * channels, dtype=torch.float32)
-    if programs:
-        after_cell_backward_kernel[(programs, heads)](
-            **arguments,
-            y_grad=y_grad.contiguous(),
-            y=y,
-            h_grad=h_grad,
-            delta=delta,
-            c_grad=c_grad,
-            z_grad=z_grad,
-            z_grad_stride=z_grad.stride(0),
-            sums=sums,
-            sums_stride=sums.stride(0),
-            tokens_per_program=share,
-        )
+    launch(
+        after_cell_backward_kernel,
+        programs,
+        heads,
+        **arguments,
+        y_grad=y_grad.contiguous(),
+        y=y,
+        h_grad=h_grad,
+        delta=delta,
+        c_grad=c_grad,
+        z_grad=z_grad,
+        z_grad_stride=z_grad.stride(0),
+        sums=sums,
+        sums_stride=sums.stride(0),
+        tokens_per_program=share,
+    )
     return y, by_head(h_grad, heads), delta, c_grad, up_grad, sums.sum(0).view(4, channels)
 
 
