@@ -1,12 +1,17 @@
 """The report about a GPU: stages that fail in every way, and what each of them computes."""
 
+import functools
 import importlib
 import inspect
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from unittest import mock
 
@@ -20,21 +25,23 @@ FAKE = """
 import json, os, sys, time
 def part(function, limit=20, **arguments):
     return dict(function=function, arguments=arguments, environment=dict(PLACE='here'), limit=limit)
+second = os.environ['SECOND']
 stages = [
     dict(name='kernels', title='One', workers=2, parts=[part('crash', x=1), part('right', x=2)]),
-    dict(name='tests', title='Two', workers=1, parts=[part(os.environ['SECOND'], 1)]),
+    dict(name='tests', title='Two', workers=1, parts=[part(second, dict(hang=1).get(second, 20))]),
     dict(name='models', title='Three', workers=1, parts=[part('right', x=3)]),
 ]
 if '--list' in sys.argv:
+    print('a line of a library')
     print(json.dumps(dict(environment=['a fake GPU'], stages=stages)))
     sys.exit()
 function, _, arguments = sys.argv[sys.argv.index('--quick') + 1:]
-print('a line of a library')
+print('a line of a library\\n{another}\\n[3]')
 print(json.dumps(dict(at='some_kernel')))
 print(json.dumps(dict(x=json.loads(arguments).get('x'), place=os.environ['PLACE'])), flush=True)
 if function == 'crash':
     os.abort()
-if function == 'hang':
+if function in ('hang', 'stall'):
     time.sleep(60)
 sys.exit(dict(right=0, wrong=3)[function])
 """
@@ -89,6 +96,23 @@ def test_hanging_part_ends_at_its_limit(report):
     assert 'failed: no end after 1 s, at some_kernel' in text
     assert results['tests']['rows'][0] == dict(x=None, place='here')  # written as it came
     assert results['models']['status'] == 'passed' and 'kernels' not in results
+
+
+@pytest.mark.parametrize('ended_by', ['its option', 'a signal'])
+def test_report_ends_with_all_that_it_started(report, ended_by):
+    options = ['--minutes', '0.03'] if ended_by == 'its option' else []
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    if not options:
+        timer.start()
+    before, start = signal.getsignal(signal.SIGTERM), time.monotonic()
+    try:
+        status, results, text = report('stall', '--stages', 'tests', 'models', *options)
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert status == 1 and time.monotonic() - start < 15
+    assert results['tests']['rows'][0] == dict(x=None, place='here') and 'models' not in results
+    assert ('failed: no end after 1' if options else 'failed: SIGKILL') in text
 
 
 def test_wrong_number_stops_the_report(report):
@@ -191,12 +215,15 @@ def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
 
 
 @pytest.mark.parametrize('status', [0, 1, 4])
-def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, status):
-    result = subprocess.CompletedProcess('pytest', status, '== 1 failed ==')
-    monkeypatch.setattr(subprocess, 'run', lambda command, **_: result)
+def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, capsys, status):
+    program = f'print("x.py::test_y PASSED\\n\\n== 1 failed =="); raise SystemExit({status})'
+    popen = functools.partial(subprocess.Popen, [sys.executable, '-S', '-c', program])
+    monkeypatch.setattr(subprocess, 'Popen', lambda command, **options: popen(**options))
     errors = {1: stages.WrongNumberError, 4: subprocess.CalledProcessError}
     with pytest.raises(errors[status]) if status else nullcontext():
         stages.tests(context)
+    at, row = map(json.loads, capsys.readouterr().out.splitlines())
+    assert at == dict(at='x.py::test_y PASSED') and row['verdict'] == '1 failed'
 
 
 def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch):
@@ -298,7 +325,10 @@ def test_wrong_number_is_an_exit_status(stages, monkeypatch):
     assert stages.main() == 3
 
 
-def test_stage_list_includes_versions(stages, capsys, monkeypatch):
+@pytest.mark.parametrize('git', [True, False])
+def test_stage_list_includes_versions(stages, capsys, monkeypatch, git):
+    if not git:
+        monkeypatch.setenv('PATH', '')
     monkeypatch.setattr(sys, 'argv', ['gpu_stages.py', '--list', '--device', 'cpu', '--quick'])
     assert stages.main() == 0
     plan = json.loads(capsys.readouterr().out)

@@ -142,7 +142,8 @@ def kernels(context, width, dtype='bfloat16', grid=None, ptxas='default', device
 def other_assemblers():
     """Paths by version of the ptxas on this machine that Triton does not select itself."""
     from triton.backends import nvidia
-    from triton.backends.nvidia.compiler import get_ptxas
+
+    from mmvil.ops.triton.verdict import assembler
 
     found = {}
     for folder in (*nvidia.__path__, '/usr/local', Path(torch.__file__).parents[1] / 'nvidia'):
@@ -151,8 +152,8 @@ def other_assemblers():
             if number := re.search(r'\bV([\d.]+)', output):
                 found[number.group(1)] = str(path)
     major, minor = torch.cuda.get_device_capability()
-    chosen = get_ptxas(10 * major + minor).path
-    return {number: path for number, path in found.items() if path != chosen}
+    found.pop(assembler(10 * major + minor)[0], None)
+    return found
 
 
 # -- 2. Correctness --------------------------------------------------------------------------------
@@ -162,14 +163,19 @@ def tests(context):
     """Run the tests that need a GPU."""
     targets = ['tests'] if context.on_gpu else ['tests/test_ops/test_triton_mlstm.py']
     workers = ['-n', '6'] if context.on_gpu else []
-    command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', *workers, *targets]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(result.stdout, file=sys.stderr)
-    last = (result.stdout.strip() or 'no output').splitlines()[-1].strip('= ')
+    command = [sys.executable, '-m', 'pytest', '-v', '-m', 'gpu', *workers, *targets]
+    last = 'no output'
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in filter(str.strip, process.stdout):
+            print(line, end='', file=sys.stderr, flush=True)
+            last = line.strip('= \n')
+            if re.search('PASSED|FAILED|ERROR', last):
+                emit(at=last)
     emit(check='pytest -m gpu', verdict=last)
-    if result.returncode == 1:
+    if process.returncode == 1:
         raise WrongNumberError(last)
-    result.check_returncode()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def sanitizer(context, tool, width):
@@ -522,11 +528,11 @@ def stages(context):
     for number, path in other_assemblers().items() if context.on_gpu else ():
         paths = dict.fromkeys(('TRITON_PTXAS_PATH', 'TRITON_PTXAS_BLACKWELL_PATH'), path)
         once += [part(kernels, 240, {**blocking, **paths}, **x, ptxas=number) for x in widths]
+    once += [part(repeat, 60, **x) for x in each]
     checks = [part(tests, 300)]
     places = os.pathsep.join([os.environ['PATH'], '/usr/local/cuda/bin'])
     if context.on_gpu and (tool := shutil.which('compute-sanitizer', path=places)):
         checks.append(part(sanitizer, 120, tool=tool, **widths[0]))
-    checks += [part(repeat, 60, **x) for x in each]
     checks.append(part(large_layer, 120, size=size))
     checks.append(part(large_cell, 120, **widths[0], tokens=(size // 16) ** 2))
     if torch.cuda.device_count() > 1:
@@ -534,7 +540,7 @@ def stages(context):
     timed = [part(layer_kernels, 90, interpreted, **x) for x in each]
     timed += [part(busy, 90, **x) for x in each if x['size'] == min(plan['sizes'])]
     rows = [
-        ('kernels', '1. Every kernel once', once, 16),
+        ('kernels', '1. Every kernel once', once, 8),
         ('tests', '2. Tests', checks, 1),
         ('profile', '3. Time of kernels', timed, 1),
         ('models', '4. ViL and DeiT, bfloat16', [part(models, 240, **x) for x in each], 1),
@@ -552,7 +558,8 @@ def environment(context):
     if gpu:
         hardware = f'**{gpu.name}**, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB'
     git = ['git', 'describe', '--always', '--dirty']
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = shutil.which('git') and run(git).stdout.strip()
     installed = [name for name in ('triton', 'timm', 'mmengine') if importlib.util.find_spec(name)]
     software = [f'torch {torch.__version__}', f'CUDA {torch.version.cuda}']
     software += [f'{name} {importlib.import_module(name).__version__}' for name in installed]

@@ -2,7 +2,7 @@
 """Test and measure the GPU kernels in stages, and write a Markdown report.
 
 python tools/analysis_tools/gpu_report.py --out gpu_report
-python tools/analysis_tools/gpu_report.py --out gpu_report --stages models cell
+python tools/analysis_tools/gpu_report.py --out gpu_report --stages models cell --minutes 10
 
 Each part of a stage runs in a separate process with a time limit, so that one that crashes or hangs
 loses its own numbers only. The report stops at a wrong number. Stages that are not run again keep
@@ -12,6 +12,7 @@ Exit status: 0, all stages passed; 1, a part failed or hung; 3, a number was wro
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,6 +33,8 @@ STATUS = {'passed': 0, 'failed': 1, 'wrong': 3}
 """Exit statuses of parts and of the report, from best to worst."""
 ATOMIC = dict(backend='mmvil_atomic')
 """mmengine's ``backend_args`` for atomic writes."""
+RUNNING = set()
+"""Processes of parts, which end with this one."""
 
 
 def main():
@@ -40,6 +43,7 @@ def main():
     add('--out', type=Path, default=Path('gpu_report'), metavar='FOLDER', help='(%(default)s)')
     add('--stages', nargs='+', metavar='NAME', help='stages to run (all)')
     add('--resume', action='store_true', help='skip stages that passed')
+    add('--minutes', type=float, default=math.inf, help='time limit of the report (none)')
     add('--quick', action='store_true', help='tiny sizes, to test the command itself')
     add('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu needs --quick (%(default)s)')
     args = parse_args(parser)
@@ -47,8 +51,11 @@ def main():
         raise UserError('torch sees no GPU here; --device cpu --quick tests the command itself')
     if args.device == 'cpu' and not args.quick:
         raise UserError('--device cpu needs --quick: the full report takes days on a CPU')
+    end = time.monotonic() + 60 * args.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS['failed']))
     command = [sys.executable, str(STAGES), '--device', args.device, *['--quick'] * args.quick]
-    plan = json.loads(subprocess.run([*command, '--list'], check=True, capture_output=True).stdout)
+    listing = subprocess.run([*command, '--list'], check=True, stdout=subprocess.PIPE)
+    plan = json.loads(listing.stdout.splitlines()[-1])  # above it, lines of libraries
     names = [stage['name'] for stage in plan['stages']]
     if unknown := set(args.stages or ()) - set(names):
         raise UserError(f'--stages {min(unknown)} is none of {", ".join(names)}')
@@ -58,16 +65,17 @@ def main():
         before = read(args.out, stage)
         done = before.get('status') == 'passed' and before['environment'] == plan['environment']
         if stage['name'] in (args.stages or names) and not (args.resume and done):
-            status = run_stage(stage, command, plan, args.out)
+            late = time.monotonic() > end
+            status = 'failed' if late else run_stage(stage, command, plan, args.out, end)
             worst = max(worst, status, key=STATUS.get)
-            if status == 'wrong':
+            if late or status == 'wrong':
                 break
     print(f'Report: {args.out / "report.md"}')
     sys.exit(STATUS[worst])
 
 
-def run_stage(stage, command, plan, out):
-    """Run the parts of a stage, write results as they arrive, and return the status."""
+def run_stage(stage, command, plan, out, end):
+    """Run the parts of a stage until ``end``, write rows as they arrive, and return the status."""
     result = dict(status='running', environment=plan['environment'], rows=[])
     lock, start = Lock(), time.monotonic()
 
@@ -85,12 +93,17 @@ def run_stage(stage, command, plan, out):
 
     def run(part):
         if 'wrong' not in verdicts:
-            verdicts.append(run_part(part, command, add, log))
+            limit = min(part['limit'], max(1, round(end - time.monotonic(), 1)))
+            verdicts.append(run_part({**part, 'limit': limit}, command, add, log))
 
     write()
     verdicts, log = [], (out / f'{stage["name"]}.log').open('w')
     with log, ThreadPoolExecutor(stage['workers']) as pool:
-        list(pool.map(run, stage['parts']))
+        try:
+            list(pool.map(run, stage['parts']))
+        finally:  # if interrupted
+            for process in list(RUNNING):
+                os.killpg(process.pid, signal.SIGKILL)
     result['status'] = max(verdicts, key=STATUS.get)
     write()
     return result['status']
@@ -108,17 +121,22 @@ def run_part(part, command, add, log):
         text=True,
         start_new_session=True,  # so that its child processes end with it
     )
+    RUNNING.add(process)
     late = Timer(part['limit'], os.killpg, (process.pid, signal.SIGKILL))
     late.start()
     at = 'the start'
     for line in process.stdout:
-        row = json.loads(line) if line.startswith('{') else {}  # otherwise output of a library
+        try:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):  # output of a library
+            continue
         at = row.get('at', at)
         if row and 'at' not in row:
             add(row)
+    code = process.wait()
     hung = not late.is_alive()
     late.cancel()
-    code = process.wait()
+    RUNNING.remove(process)
     verdict = {0: 'passed', STATUS['wrong']: 'wrong'}.get(code, 'failed')
     if verdict != 'passed':
         how = signal.Signals(-code).name if code < 0 else f'exit status {code}'
