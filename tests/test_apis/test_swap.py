@@ -277,7 +277,7 @@ def test_swap_cannot_keep_the_channels_of_simmim():
         ('mmseg/ddrnet/ddrnet_23_in1k-pre_2xb6-120k_cityscapes-1024x1024.py', 'in testing'),
         ('mmseg/bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py', 'whole network'),
         ('mmseg/san/san-vit-b16_voc12aug-640x640.py', 'no model.backbone'),
-        ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask beside'),
+        ('mmpretrain/mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'takes mask besides'),
         ('mmpretrain/beit/beit_beit-base-p16_8xb256-amp-coslr-300e_in1k.py', 'a class token'),
         ('mmpretrain/vgg/vgg11_8xb32_in1k.py', 'heads output'),
         ('mmpretrain/deit/deit-base-distilled_16xb64_in1k.py', 'neither class tokens'),

@@ -52,7 +52,7 @@ def test_read_checkpoint_executes_nothing(tmp_path, monkeypatch, zipped):
         'bad.th',
         _use_new_zipfile_serialization=zipped,
     )
-    with pytest.raises(ValueError, match=r'bad.th asks for posix.system, .* weights_only=False'):
+    with pytest.raises(ValueError, match=r'bad.th asks for posix.system, .*weights_only=False'):
         read_checkpoint('bad.th')
     assert not os.path.exists('attacked')
 
