@@ -33,7 +33,7 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
     if given != 3:
         raise ValueError(
             f'The checkpoint has {given} input channels, but the model has '
-            f'in_channels={in_channels}; only RGB weights (3 channels) can be adapted. '
+            f'in_channels={in_channels}: only RGB weights (3 channels) can be adapted. '
             f'Choose such a checkpoint, or in_channels={given}.'
         )
     precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
