@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from mmvil.cli.errors import UserError
+from mmvil.ops.triton import triton_problem
 from tests.conftest import ROOT
+
+needs_triton = pytest.mark.skipif(triton_problem() is not None, reason=f'{triton_problem()}')
 
 FAKE = """
 import json, os, sys, time
@@ -169,10 +172,10 @@ def test_parts_fit_their_functions(stages, quick):
     assert json.loads(json.dumps(listed)) == listed
 
 
+@needs_triton
 @pytest.mark.triton
 def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
     """A part runs as in the report."""
-    pytest.importorskip('triton')
     report = load('gpu_report', 'tools/analysis_tools')
     command = [sys.executable, str(report.STAGES), '--device', 'cpu', '--quick']
     parts = {stage['name']: stage['parts'] for stage in stages.stages(context)}
@@ -189,11 +192,11 @@ def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
     assert flops['gradients_kernel'] == pytest.approx(3 * flops['query_side_kernel'])
 
 
+@needs_triton
 @pytest.mark.parametrize('ptxas, wrong', [('default', True), ('13.4', False)])
 def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
     stages, context, capsys, monkeypatch, ptxas, wrong
 ):
-    pytest.importorskip('triton')
     from triton.runtime.jit import KernelInterface
 
     class Kernel(KernelInterface):
@@ -247,6 +250,7 @@ def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch
             check()
 
 
+@needs_triton
 def test_cell_and_busy_share_are_timed(stages, context, capsys):
     stages.cell(context, 'tiny', 32)
     stages.busy(context, 'tiny', 32)
@@ -257,6 +261,7 @@ def test_cell_and_busy_share_are_timed(stages, context, capsys):
     assert 100 > share['% of time'] >= sum(row['% of time'] for row in longest) > 0
 
 
+@needs_triton
 def test_models_run_beside_flash_attention(stages, context, capsys):
     pytest.importorskip('timm')
     stages.models(context, 'tiny', 32)
@@ -285,8 +290,10 @@ def test_models_are_judged_by_the_targets(stages):
     assert targets == [(1, ''), (1.5, '>= 1.5: met, memory: missed'), (1, ''), (0.5, '')]
 
 
+@needs_triton
 def test_tiles_that_do_not_fit_are_skipped(stages, context, capsys, monkeypatch):
-    triton = pytest.importorskip('triton')
+    import triton
+
     tune_tiles = load('tune_tiles', 'tools/.dev_scripts')
     calls = itertools.count()
 
