@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 
@@ -76,6 +77,8 @@ def read_config(args):
     elif args.out and is_classifier:
         dumps.append(args.out)
     elif args.out:
+        if os.path.isfile(args.out):
+            raise UserError(f'label maps are written to a folder, but {args.out} is a file')
         for evaluator in evaluators:
             if evaluator.type.endswith('CocoMetric'):
                 evaluator.outfile_prefix = args.out
@@ -85,7 +88,10 @@ def read_config(args):
         check_suffix('predictions are', path, '.pkl', '.pickle')
         evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
     cfg.test_evaluator = evaluators
-    return cfg
+    # mmengine writes the config into the work dir, over that of the training if it has its name.
+    path = Path(cfg.filename)
+    path = path.with_stem(f'{path.stem.removesuffix("_test")}_test')
+    return Config(cfg.to_dict(), cfg.text, path, cfg.env_variables)
 
 
 def check_suffix(what, path, *suffixes):

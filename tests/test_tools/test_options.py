@@ -71,6 +71,20 @@ def test_metrics_of_any_model_go_to_a_file_of_a_known_kind():
         read(test_tool, test_tool.make_test_parser, *options, 'out.txt', **segmentor)
 
 
+def test_test_does_not_overwrite_the_config_of_the_training():
+    for config in ('vil_t_imagenet', 'upernet_vil_t_ade20k'):
+        cfg = read(test_tool, test_tool.make_test_parser, 'a.pth', '--tta', config=config)
+        assert Path(cfg.filename).name == f'{config}_test.py'  # the name under which it is dumped
+        assert cfg.work_dir == f'work_dirs/{config}'
+
+
+def test_label_maps_are_not_written_to_a_file(tmp_path):
+    (tmp_path / 'out.json').touch()
+    options = ('a.pth', '--out', str(tmp_path / 'out.json'))
+    with pytest.raises(UserError, match='written to a folder, but .*out.json is a file'):
+        read(test_tool, test_tool.make_test_parser, *options, config='upernet_vil_t_camvid')
+
+
 def test_config_without_what_a_run_needs_is_refused():
     imagenet_a, vtab = dict(config='robustness/vil_t_imagenet_a'), dict(config='vtab1k/cifar')
     with pytest.raises(UserError, match='has no train_dataloader, train_cfg, optim_wrapper, which'):
