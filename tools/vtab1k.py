@@ -45,6 +45,8 @@ def main():
 
     check_checkpoint(args.checkpoint)
     architecture = vtab1k.read_architecture(args.checkpoint)
+    if 'model.backbone.stride' not in args.cfg_options:
+        print(f'stride {architecture["stride"]} ({architecture["stride_from"]})')
     for dataset in args.datasets:
         classes = config_of(dataset).model.head.num_classes
         for note in vtab1k.check_data(Path(args.data_root, dataset), classes):

@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Convert official Vision-LSTM checkpoints to checkpoints of mmpretrain's ``ImageClassifier``."""
 
+import ast
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,8 +74,7 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     except ValueError as error:
         raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
     found = (stride, 'as given') if stride is not None else find_stride(checkpoint, path)
-    assumed = architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
-    architecture['stride'], architecture['stride_from'] = found or assumed
+    architecture['stride'], architecture['stride_from'] = found or assumed_stride(architecture)
     model = _classifier_config(architecture)
     _check_complete(path, {**state_dict, **unknown}, model)
     return dict(
@@ -90,18 +90,38 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
 
 
 def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None:
-    """Find the patch stride, which the tensors do not contain, and its origin: metadata in our or
-    the authors' checkpoint, or the file name. Return None if neither has it.
+    """Find the patch stride, which the tensors do not contain, and its origin: metadata in our, the
+    authors' or mmengine's checkpoint, or the file name. Return None if none of them has it.
     """
-    ours = checkpoint.get('meta')
-    ours = ours.get('architecture') if isinstance(ours, Mapping) else None
-    for notes in (ours, checkpoint.get('ctor_kwargs')):
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    stored = _read_stored_config(meta.get('cfg'))
+    for notes in (meta.get('architecture'), stored, checkpoint.get('ctor_kwargs')):
         noted = notes.get('stride') if isinstance(notes, Mapping) else None
         noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted
         if isinstance(noted, int):
             return noted, 'noted in the file'
     by_name = re.search(r'stride(\d+)', Path(path).stem)
     return by_name and (int(by_name[1]), 'by the name of the file')
+
+
+def assumed_stride(architecture: Mapping) -> tuple[int, str]:
+    """Default patch stride where :func:`find_stride` finds none, and its origin."""
+    return architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
+
+
+def _read_stored_config(text: Any) -> dict[str, int]:
+    """Read the patch stride from the config text that mmengine stores, without executing it."""
+    try:
+        tree = ast.parse(text) if isinstance(text, str) else ast.Module([], [])
+    except SyntaxError:
+        return {}
+    for node in ast.walk(tree):
+        options = {each.arg: each.value for each in getattr(node, 'keywords', ())}
+        options = {k: v.value for k, v in options.items() if isinstance(v, ast.Constant)}
+        if str(options.get('type')).endswith('VisionLSTM'):
+            return dict(stride=options.get('stride') or options.get('patch_size', 16))
+    return {}
 
 
 def _classifier_config(architecture: Mapping) -> dict:

@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 from mmvil import VisionLSTM
 from mmvil.apis import convert_checkpoint
+from mmvil.apis.convert import find_stride
 from mmvil.checkpoints import find_official
 from tests.conftest import REFERENCE
 from tests.test_checkpoints.test_keys import load, save, to_standalone
@@ -63,6 +64,14 @@ def test_stride_comes_from_the_caller_the_file_its_name_or_the_patch_size(tmp_pa
     assert stride('a_stride8.th') == (8, 'by the name of the file')
     assert stride('a.th', ctor_kwargs=dict(stride=8)) == (8, 'noted in the file')
     assert stride('a.th', ctor_kwargs=dict(stride=None)) == (16, 'assumed')
+    model = (
+        "model = dict(backbone=dict(type='mmvil.VisionLSTM'{}), head=dict(type='Head', stride=2))"
+    )
+    for options, expected in (('', 16), (', stride=8', 8), (', patch_size=4', 4)):
+        noted = dict(cfg=f'lr = 1e-3\n{model.format(options)}')  # mmengine's text, not run
+        assert find_stride(dict(meta=noted), 'a.pth') == (expected, 'noted in the file')
+    for text in ('raise SystemExit', 'model = dict(', None, b'', "backbone = dict(type='ViT')"):
+        assert find_stride(dict(meta=dict(cfg=text)), 'a.pth') is None
     assert stride('a_stride8.th', 4, ctor_kwargs=dict(stride=8)) == (4, 'as given')
     with pytest.raises(ValueError, match='cannot|stride must be between 1 and the patch size 16'):
         stride('a.th', 32)
