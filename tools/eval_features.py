@@ -20,7 +20,7 @@ from mmvil.apis.feature_probes import accuracy, knn, linear_probe
 from mmvil.apis.vtab1k import identify
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_run_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import check_checkpoint
 
 
@@ -49,7 +49,7 @@ def main():
 def make_eval_parser():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_runner_arguments(parser)
+    add_run_arguments(parser)
     add('checkpoint', help="weights: mmvil's or the authors'")
     add('--k', type=int, default=20, help='number of neighbours (default: 20)')
     weight = 'neighbours have the weight exp(cosine / temperature) (default: 0.07)'

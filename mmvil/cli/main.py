@@ -87,7 +87,7 @@ def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--trust-checkpoint', action='store_true', help=help)
 
 
-def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments shared by training, testing and feature evaluation, config first."""
     add_config_arguments(
         parser,
@@ -96,15 +96,21 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add('--backbone', metavar='VIL', help="replace the config's backbone: vil-t, vil-s or vil-b")
-    add('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)')
     add('--data-root', help="data folder, instead of the config's")
+    check = 'only check that config, data and checkpoints are in place'
+    add('--check', action='store_true', help=check)
+    add_trust_checkpoint(parser)
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of :func:`add_run_arguments` and those of mmengine's runner."""
+    add_run_arguments(parser)
+    add = parser.add_argument
+    add('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/CONFIG_NAME)')
     add('--no-pin-memory', action='store_true', help='disable pin_memory of the dataloaders')
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     add('--launcher', choices=launchers, default='none', help='how the processes were started')
     add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
-    check = 'only check that config, data and checkpoints are in place'
-    add('--check', action='store_true', help=check)
-    add_trust_checkpoint(parser)
 
 
 def parse_args(

@@ -73,7 +73,7 @@ def test_eval_features_on_a_folder_of_images(folder):
     assert 'expected' in said and 'train/CLASS/IMAGE' in said
 
 
-def test_eval_features_heeds_the_options_that_all_runs_have(folder):
+def test_eval_features_heeds_the_options_that_it_has(folder):
     command = (
         *(TOOLS / 'eval_features.py', folder / 'config.py', folder / 'weights.pth'),
         *('--workers', 0, '--data-root', folder / 'data'),
@@ -83,3 +83,5 @@ def test_eval_features_heeds_the_options_that_all_runs_have(folder):
     pretraining = (TOOLS.parent / 'configs/simmim_vil_t_pretrain192.py', *command[2:])
     assert 'is not of a classifier' in call_tool(command[0], *pretraining, status=2)
     assert "Unknown arch 'x'" in call_tool(*command, '--backbone', 'vil-x', status=2)
+    said = call_tool(*command, '--work-dir', folder, status=2)  # it has no log
+    assert 'unrecognized arguments: --work-dir' in said
