@@ -89,8 +89,19 @@ def test_segmentor_of_own_data_is_trained_tested_and_drawn(street, tmp_path):
     assert 'Iter(train) [3/3]' in resumed
     assert 'mIoU' in call_tool(TOOLS / 'test.py', dumped, checkpoint, '--work-dir', tmp_path / 'a')
     out = tmp_path / 'predictions.png'
-    call_tool(TOOLS / 'visualization/plot_predictions.py', dumped, checkpoint, '--out', out)
-    assert out.exists()
+    before = dumped.read_text()
+    log = call_tool(TOOLS / 'test.py', dumped, checkpoint, '--tta')  # into the same work dir
+    assert 'mIoU' in log and dumped.read_text() == before
+    wrapped = tmp_path / 'wrapped.py'
+    wrapped.write_text(
+        f"_base_ = '{dumped}'\nhalf = _base_.test_dataloader.dataset\n"
+        "both = dict(type='ConcatDataset', datasets=[half, half], _delete_=True)\n"
+        'test_dataloader = dict(dataset=both)\n'
+    )
+    for config in (dumped, wrapped):
+        call_tool(TOOLS / 'visualization/plot_predictions.py', config, checkpoint, '--out', out)
+        assert out.exists()
+        out.unlink()
 
 
 def test_classifier_of_own_folders_is_trained(tmp_path):

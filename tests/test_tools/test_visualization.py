@@ -40,6 +40,18 @@ def test_plot_log_reports_missing_logs(tmp_path):
     assert '--work-dir of a training run' in result.stderr
 
 
+def test_plot_log_names_the_metrics_that_there_are(tmp_path):
+    write_log(tmp_path, '1', [dict(loss=2.0, step=10), {'coco/bbox_mAP': 0.4, 'step': 10}])
+    out = ('--out', tmp_path / 'curve.png')
+    said = plot_log(tmp_path, *out).stdout
+    assert 'has no mIoU. --metric accepts: coco/bbox_mAP, loss, step' in said
+    assert 'has no' not in plot_log(tmp_path, '--metric', 'coco/bbox_mAP', *out).stdout
+    (tmp_path / 'config.py').write_text('lr = 1\n')
+    result = plot_log(tmp_path / 'config.py', *out)
+    assert result.returncode == 1 and 'is not a log of scalars' in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_plot_log_puts_epochs_at_their_iterations(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import plot_log

@@ -26,8 +26,11 @@ def read_run(path):
     if not logs:
         sys.exit(f'No vis_data/scalars.json under {path}: give the --work-dir of a training run.')
     curves, trained = {}, 0
-    for line in [line for log in logs for line in log.read_text().splitlines()]:
-        scalars = json.loads(line)
+    try:
+        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    except ValueError:
+        sys.exit(f'{path} is not a log of scalars, vis_data/scalars.json in a work dir.')
+    for scalars in lines:
         step = scalars['step']
         if 'loss' in scalars:
             trained = step
@@ -39,7 +42,7 @@ def read_run(path):
 
 
 def plot(runs, metric, out):
-    """Plot loss (left axis, line) and metric in percent (right axis, dots) against iterations."""
+    """Plot loss (left axis, line) and metric (right axis, dots) against iterations."""
     figure, left = plt.subplots(figsize=(7, 4), layout='constrained')
     right = left.twinx()
     for i, (name, curves) in enumerate(runs.items()):
@@ -49,7 +52,8 @@ def plot(runs, metric, out):
     left.set(xlabel='iteration', ylabel='training loss')
     left.set_ylim(bottom=0)
     right.set(ylabel=f'validation {metric}')
-    right.set_ylim(0, 100)
+    values = [value for curves in runs.values() for value in curves.get(metric, {}).values()]
+    right.set_ylim(0, 100 if max(values, default=100) > 1 else 1)  # COCO's are fractions
     lines = left.get_lines() + right.get_lines()
     left.legend(lines, [line.get_label() for line in lines], loc='center right')
     left.grid(alpha=0.3)
@@ -59,10 +63,13 @@ def plot(runs, metric, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', type=Path, nargs='+', help='work directories or scalars.json files')
-    parser.add_argument('--metric', default='mIoU', help='in percent (%(default)s)')
+    parser.add_argument('--metric', default='mIoU', help='metric of the validation (%(default)s)')
     parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
     runs = {str(path): read_run(path) for path in args.runs}
+    for path, curves in runs.items():
+        if args.metric not in curves:
+            print(f'{path} has no {args.metric}. --metric accepts: {", ".join(sorted(curves))}')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(runs, args.metric, args.out)
     print(f'Curve: {args.out}')

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 
-from mmvil.cli.config import list_files, load_config
+from mmvil.cli.config import innermost_datasets, list_files, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
 from mmvil.cli.main import make_parser, parse_args, run
@@ -27,15 +27,16 @@ def overlay(image, labels, palette, opacity=0.65):
     return out.astype(np.uint8)
 
 
-def draw(cfg, model, dataset, number, out):
+def draw(cfg, model, datasets, number, out):
     """Write a figure with one column per sample: image, ground truth, prediction."""
-    classes, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
+    classes, palette = datasets[0].metainfo['classes'], datasets[0].metainfo['palette']
     reader = ImageReader(cfg)
-    steps = cfg.test_dataloader.dataset.pipeline
+    steps = next(innermost_datasets(cfg.test_dataloader.dataset)).pipeline
     load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
     columns, shown = [], set()
-    indices = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
-    for sample in map(dataset.get_data_info, indices.tolist()):
+    samples = [dataset.get_data_info(i) for dataset in datasets for i in range(len(dataset))]
+    indices = np.linspace(0, len(samples) - 1, min(number, len(samples))).round().astype(int)
+    for sample in map(samples.__getitem__, indices.tolist()):
         loaded = reader.load(sample['img_path'])
         image = reader.picture(loaded['img'])
         truth = load_truth(sample)['gt_seg_map']
@@ -68,12 +69,15 @@ def main():
     add('--device', default='cpu', help='(%(default)s)')
     args = parse_args(parser)
 
+    if args.num < 1:
+        raise UserError(f'--num must be at least 1, but is {args.num}')
     cfg = load_config(args.config, {})
     if 'decode_head' not in cfg.model or cfg.get('test_dataloader') is None:
         raise UserError(f'{args.config} is not of a segmentor with a test_dataloader')
     model = build_model(cfg, args.checkpoint, args.device)
-    dataset = list_files(cfg.test_dataloader.dataset, cfg.default_scope)
-    draw(cfg, model, dataset, args.num, args.out)
+    inner = innermost_datasets(cfg.test_dataloader.dataset)
+    datasets = [list_files(dataset, cfg.default_scope) for dataset in inner]
+    draw(cfg, model, datasets, args.num, args.out)
     print(f'Pictures: {args.out}')
 
 
