@@ -8,7 +8,6 @@ classes, and images whose channels do not fit the model. Exit status: 1 if there
 """
 
 import os
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -35,7 +34,7 @@ def main():
         check_folders(cfg, f'{split}_dataloader')
         images, classes, found, counts = check_dataset(dataset_cfg, cfg, max(args.jobs, 1))
         if has_labels:  # small splits may contain only background
-            found = [problem for problem in found if problem[0] != BINARY_MASKS]
+            found = [problem for problem in found if problem.what != BINARY_MASKS]
         has_labels |= counts is not None and counts[:, 1:].any()
         print(f'{split}: {images} images, {len(classes)} classes')
         print_problems(found)
@@ -44,8 +43,10 @@ def main():
         problems += found
 
     if args.out:
-        Path(args.out).write_text(''.join(f'{file}: {what}\n' for what, file in problems))
-    print(f'\n{len(problems)} problems.' if problems else '\nNo problems found.')
+        lines = (': '.join(filter(None, (x.file, x.what, x.labels))) for x in problems)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(''.join(f'{line}\n' for line in lines))
+    print(f'\nProblems: {len(problems)}.' if problems else '\nNo problems found.')
     sys.exit(1 if problems else 0)
 
 
@@ -57,7 +58,7 @@ def make_check_parser():
     add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all distinct ones')
     jobs = os.cpu_count()
     add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
-    add('--out', help='text file for the list of all problems')
+    add('--out', type=Path, help='text file for the list of all problems')
     return parser
 
 
@@ -77,11 +78,10 @@ def distinct_datasets(cfg, splits):
 
 
 def print_problems(problems):
-    """Print each kind of problem with its first files, and their values, if any."""
+    """Print each kind of problem with its first files, and their labels, if any."""
     kinds = defaultdict(list)
-    for what, file in problems:
-        kind = re.sub(r': \[.*\]$', '', what)  # the values in a file come last
-        kinds[kind].append(file + what.removeprefix(kind))
+    for what, file, labels in problems:
+        kinds[what].append(f'{file}: {labels}' if labels else file)
     for what, files in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         print(f'  {len(files)} × {what}')
         for file in files[:5]:
@@ -100,7 +100,7 @@ def print_classes(classes, counts):
     absent = [str(classes[i]) for i in np.flatnonzero(images == 0)]
     if absent:
         more = ', …' if len(absent) > 10 else ''
-        print(f'  {len(absent)} classes never occur: {", ".join(absent[:10])}{more}')
+        print(f'  never occur ({len(absent)}): {", ".join(absent[:10])}{more}')
 
 
 if __name__ == '__main__':

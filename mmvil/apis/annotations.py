@@ -12,6 +12,8 @@ from mmengine.fileio import get
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 
+from ..engine.sampling import UnknownLabelsError
+
 IGNORED, UNKNOWN = 255, 254
 
 
@@ -61,7 +63,7 @@ class LoadMappedAnnotations(LoadAnnotations):
         """Map values (H, W) or colors (H, W, C) in RGB or RGBA to labels, (H, W) uint8.
 
         Raises:
-            ValueError: If a value or color belongs to no class.
+            UnknownLabelsError: If a value or color belongs to no class.
         """
         is_colored = mask.ndim == 3 and mask.shape[2] >= 3
         if is_colored and self.colors is None:
@@ -71,13 +73,11 @@ class LoadMappedAnnotations(LoadAnnotations):
         table = self.colors if is_colored else self.values
         labels = table[np.clip(codes, -1, len(table) - 1)]  # the last entry is UNKNOWN
         if (labels == UNKNOWN).any():
-            found = np.unique(codes[labels == UNKNOWN])
-            first = found[:5].tolist()
+            found = np.unique(codes[labels == UNKNOWN]).tolist()
             if is_colored:
-                first = [(code >> 16, code >> 8 & 255, code & 255) for code in first]
+                found = [(code >> 16, code >> 8 & 255, code & 255) for code in found]
             kind = 'colors' if is_colored else 'values'
-            more = ', …' if len(found) > 5 else ''
-            raise ValueError(f'has {kind} of no class: [{", ".join(map(str, first))}{more}]')
+            raise UnknownLabelsError(f'has {kind} of no class', found)
         return labels
 
     def _load_seg_map(self, results: dict) -> None:

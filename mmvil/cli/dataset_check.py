@@ -4,8 +4,10 @@
 import copy
 import functools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from mmengine.config import Config
@@ -14,17 +16,26 @@ from mmengine.utils import track_progress_rich
 from PIL import Image, ImageOps
 
 from ..engine.config_nodes import dicts, type_name
+from ..engine.sampling import UnknownLabelsError
 from .config import list_files
 from .errors import one_line
 from .inference import build_pipeline, data_preprocessor, loads
 from .preflight import stems_of_images_and_annotations
 
-Problem = tuple[str, str]  # what is wrong, and the file
+
+class Problem(NamedTuple):
+    """What is wrong, with which file, and the labels in it that are wrong, if any."""
+
+    what: str
+    file: str
+    labels: str = ''
+
 
 BINARY_MASKS = (
     'annotations have only the labels 0 and 255, and 255 is ignored; where it is a class, declare '
     'values: [0, 255] in classes.yaml (docs/own_data.md)'
 )
+DEEP_IMAGE = 'image has 16 or 32 bits, but the config loads 8 (docs/multiband.md)'
 
 
 def check_dataset(
@@ -61,7 +72,7 @@ def check_dataset(
     images, annotations = stems_of_images_and_annotations(dataset)
     for stem in sorted(annotations - images):
         file = os.path.join(dataset.data_prefix['seg_map_path'], stem + dataset.seg_map_suffix)
-        problems.append(('annotation without an image', file))
+        problems.append(Problem('annotation without an image', file))
     sound = [(channels, sample) for sample, (bad, _, channels) in zip(samples, results) if not bad]
     problems += _channel_misfits(sound, pipeline, cfg)
     problems += _class_misfits(classes, cfg)
@@ -70,7 +81,7 @@ def check_dataset(
         return count, classes, problems, None
     counts, ignored = np.split(np.stack(counts), [len(classes)], axis=1)
     if ignored.any() and counts[:, 0].any() and not counts[:, 1:].any():
-        problems.append((BINARY_MASKS, dataset.data_prefix['seg_map_path']))
+        problems.append(Problem(BINARY_MASKS, dataset.data_prefix['seg_map_path']))
     return count, classes, problems, counts
 
 
@@ -87,19 +98,23 @@ def _check_sample(sample, classes, ignore, load, to_labels):
     if 'instances' in sample:
         label = [instance['bbox_label'] for instance in sample['instances']]
     try:
-        size, channels = _read_size(sample, load)
+        size, channels, is_deep = _read_size(sample, load)
+        if is_deep:
+            problems.append(Problem(DEEP_IMAGE, path))
     except ValueError as error:
-        problems.append((f'image {error}', path))
+        problems.append(Problem(f'image {error}', path))
     if annotation is not None:
         try:
             labels = _read_annotation(annotation, size, to_labels)
             counts = _count(labels, sample, classes, ignore)
+        except UnknownLabelsError as error:
+            problems.append(Problem(f'annotation {error.what}', annotation, error.labels))
         except ValueError as error:
-            problems.append((f'annotation {error}', annotation))
+            problems.append(Problem(f'annotation {error}', annotation))
     elif label is not None:
         label = np.array(label, dtype=int, ndmin=1)
         if classes and not np.isin(label, range(classes)).all():
-            problems.append((f'label beyond the {classes} classes', path))
+            problems.append(Problem(f'label beyond the {classes} classes', path))
         else:
             counts = np.bincount(label, minlength=classes + 1)
     return problems, counts, channels
@@ -125,15 +140,18 @@ def _label_mapping(pipeline):
 
 
 def _read_size(sample, load):
-    """Size (width, height) of an image and, if ``load`` reads it, its number of channels."""
+    """Read the size (width, height) of an image, its number of channels if ``load`` reads it, and
+    otherwise whether it has more than 8 bits per channel.
+    """
     path = sample['img_path']
     if load is None:
         with _opened(path) as file:
+            is_deep = bool(file.mode[0] in 'IF' or re.search('(RGBA?|LA);16', str(file.tile)))
             # Loaders apply the orientation that the camera recorded.
             size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
             file.draft('RGB', (file.width // 8, file.height // 8))  # decode everything, but quickly
             file.load()
-        return size, None
+        return size, None, is_deep
     _check_not_empty(path)
     try:
         image = load(dict(sample))['img']
@@ -141,7 +159,7 @@ def _read_size(sample, load):
         raise ValueError(f'cannot be read by the config: {one_line(error)}') from error
     if not np.isfinite(image).all():
         raise ValueError('has values that are not finite')
-    return image.shape[1::-1], image.shape[2] if image.ndim == 3 else 1
+    return image.shape[1::-1], image.shape[2] if image.ndim == 3 else 1, False
 
 
 def _check_not_empty(path):
@@ -177,11 +195,21 @@ def _read_annotation(path, image_size, to_labels):
             )
         labels = np.asarray(file)
         if image_size not in (None, file.size):
-            raise ValueError('has another size than its image')
+            turned = image_size == file.size[::-1]
+            raise ValueError(
+                'has height and width of its image swapped: images, but not annotations, are '
+                'loaded with their EXIF orientation'
+                if turned
+                else 'has another size than its image'
+            )
     if to_labels is not None:
         labels = to_labels(labels)
     elif labels.max() > 255:
-        raise ValueError('has labels beyond 255, which loading truncates')
+        raise UnknownLabelsError(
+            'has labels beyond 255, which loading truncates; declare the values of the classes '
+            '(docs/own_data.md)',
+            np.unique(labels).tolist(),
+        )
     return labels.astype(np.int64)
 
 
@@ -202,7 +230,8 @@ def _count(labels, sample, classes, ignore):
             counts[label] += pixels[value]
     if unknown:
         less = ' less 1 (reduce_zero_label)' if shift else ''
-        raise ValueError(f'has labels that{less} are none of the {classes} classes: {unknown}')
+        what = f'has labels that{less} are none of the {classes} classes'
+        raise UnknownLabelsError(what, unknown)
     return np.append(counts[:classes], pixels[255])
 
 
@@ -222,16 +251,17 @@ def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
             results = next(filter(None, transformed), None)  # as in training, None drops an image
             inputs = results and results['inputs']
         except Exception as error:  # transforms raise anything
-            yield f'image cannot pass the pipeline of the config: {one_line(error)}', file
+            yield Problem(f'image cannot pass the pipeline of the config: {one_line(error)}', file)
             continue
         if inputs is None:
-            yield 'image is dropped by the pipeline of the config', file
+            yield Problem('image is dropped by the pipeline of the config', file)
             continue
         views = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         channels = views[0].shape[-3]
         for name, expected in _expected_channels(cfg):
             if channels != expected:
-                yield f'image has {channels} channels after the pipeline, but {name}', file
+                what = f'image has {channels} channels after the pipeline, but {name}'
+                yield Problem(what, file)
 
 
 def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
@@ -254,4 +284,4 @@ def _class_misfits(classes, cfg) -> Iterator[Problem]:
         is_judged = kind.endswith('Head') and not kind.endswith('RPNHead')
         if classes and is_judged and number not in (None, len(classes)):
             what = f'num_classes={number} in {head.type}, but the dataset has {len(classes)}'
-            yield what, f'the model of {cfg.filename}'
+            yield Problem(what, f'the model of {cfg.filename}')

@@ -62,7 +62,11 @@ def read_classes(path: Path) -> dict:
     if set(own) - set(known):
         unknown = ', '.join(map(str, set(own) - set(known)))
         raise UserError(f'{path} has unknown keys: {unknown}. It may have: {", ".join(known)}.')
-    own['classes'] = classes = [str(name) for name in own.get('classes') or ()]
+    classes = own.get('classes') or ()
+    odd = [name for name in classes if isinstance(name, bool) or name is None]
+    if odd:
+        raise UserError(f'{path} names a class that YAML reads as {odd[0]}; write it in quotes')
+    own['classes'] = classes = [str(name) for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise UserError(
             f'{path} must name at least two classes, each once (the background is one, too), but '
@@ -70,7 +74,11 @@ def read_classes(path: Path) -> dict:
         )
     for key in PER_CLASS:
         if key in own and len(own[key]) != len(classes):
-            raise UserError(f'{path} has {len(classes)} classes, but {len(own[key])} {key}')
+            wanted = f'{key} needs one entry for each of the {len(classes)} classes'
+            raise UserError(f'{path}: {wanted}, but has {len(own[key])}')
+    for color in own.get('colors', ()):
+        if not isinstance(color, list) or [value in range(256) for value in color] != [True] * 3:
+            raise UserError(f'{path}: colors are three numbers from 0 to 255, but one is {color}')
     return own
 
 
@@ -89,9 +97,12 @@ def _describe_masks(cfg, datasets, own):
         if 'colors' in own:
             dataset.metainfo.palette = own['colors']
         for folder, suffix in (('img_path', 'img_suffix'), ('seg_map_path', 'seg_map_suffix')):
-            path = Path(dataset.data_root, dataset.data_prefix[folder])
-            if suffix not in dataset and path.is_dir():
-                dataset[suffix] = _suffix_in(path)
+            if suffix in dataset:
+                continue
+            found = _suffix_in(Path(dataset.data_root, dataset.data_prefix[folder]))
+            found = found or datasets[0].get(suffix)  # of a split to come, as in training
+            if found:
+                dataset[suffix] = found
     mapping = {key: own[key] for key in MAPPING if key in own}
     for node in dicts(cfg) if mapping else ():
         if type_name(node) == 'LoadAnnotations':
@@ -99,15 +110,16 @@ def _describe_masks(cfg, datasets, own):
 
 
 def _suffix_in(folder):
-    """The common suffix of all image files in a folder."""
-    found = {Path(file).suffix for file in scandir(folder, recursive=True)}
+    """The common suffix of all image files in a folder, or None if there are none."""
+    files = scandir(folder, recursive=True) if folder.is_dir() else ()
+    found = {Path(file).suffix for file in files}
     found = sorted(suffix for suffix in found if suffix.lower() in Image.registered_extensions())
-    if len(found) != 1:
+    if len(found) > 1:
         raise UserError(
-            f'{folder} must have images of one kind, but has: {", ".join(found) or "none"}; '
-            'convert them, or set img_suffix and seg_map_suffix in your config'
+            f'{folder} must have images of one suffix, but has: {", ".join(found)}; convert or '
+            'rename them, or set img_suffix and seg_map_suffix in your config'
         )
-    return found[0]
+    return found[0] if found else None
 
 
 def _describe_class_folders(datasets, classes):

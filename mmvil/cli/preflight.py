@@ -121,16 +121,20 @@ def check_folders(cfg: Config, *names: str) -> list:
             files = scandir(folder, suffixes, recursive=True, case_sensitive=not extensions)
             if os.path.isdir(folder) and not any(files):
                 none = f'there is no *{", *".join(suffixes)} in {os.path.abspath(folder)}'
-                raise UserError(f'no images: {none}')
+                raise UserError(f'no images: {none}.{_without(name)}')
     return datasets
+
+
+def _without(loader: str) -> str:
+    """Hint for running without the data of a dataloader."""
+    return ' To train without validation: --no-validate.' if loader.startswith('val') else ''
 
 
 def _check_folder(folder: str | None, loader: str) -> None:
     if folder and '://' not in folder and not os.path.isdir(folder):
-        without = ' To train without validation: --no-validate.' if loader[:3] == 'val' else ''
         raise UserError(
             f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '
-            f'link the data there, or specify its folder with --data-root.{without}'
+            f'link the data there, or specify its folder with --data-root.{_without(loader)}'
         )
 
 

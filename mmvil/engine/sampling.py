@@ -9,6 +9,7 @@ loaded before, in this or an interrupted run.
 import functools
 import itertools
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,22 @@ from torch.utils.data import DataLoader, IterableDataset
 
 class SampleError(ValueError):
     """A sample, named in the message, that cannot be loaded or whose annotation does not fit."""
+
+
+class UnknownLabelsError(ValueError):
+    """Annotation with labels that belong to no class.
+
+    Args:
+        what (str): What is wrong, in the words of the message.
+        labels (Sequence): The labels, sorted. The message ends with the first five, which are also
+            the attribute ``labels``, as text.
+    """
+
+    def __init__(self, what: str, labels: Sequence) -> None:
+        more = ', …' if len(labels) > 5 else ''
+        self.what = what
+        self.labels = f'[{", ".join(map(str, labels[:5]))}{more}]'
+        super().__init__(f'{what}: {self.labels}')
 
 
 def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0) -> None:
@@ -119,6 +136,11 @@ def _check(dataset, sample) -> None:
     if annotation is not None:
         labels = annotation.data
         ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
+        if len(labels) != 1:  # mmseg keeps (H, W, C)
+            raise ValueError(
+                'the annotation has colors, not one label per pixel; declare the colors of the '
+                'classes (docs/own_data.md)'
+            )
         if ours != images:
             raise ValueError(
                 f'the annotation has {ours} pixels but the image has {images}, after the pipeline'

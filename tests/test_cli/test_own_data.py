@@ -13,6 +13,7 @@ from PIL import Image
 from mmvil.cli.config import load_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.own_data import MAPPED, MAPPING, read_classes
+from mmvil.cli.preflight import check_folders
 from mmvil.engine.config_nodes import dicts
 from tests.conftest import ROOT
 
@@ -149,8 +150,17 @@ def test_folders_and_suffixes_have_any_names(tmp_path):
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         assert (loader.dataset.img_suffix, loader.dataset.seg_map_suffix) == ('.JPG', '_mask.png')
     save(tmp_path / 'photos/b.png', np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(UserError, match=r'photos must have images of one kind.*: \.JPG, \.png'):
+    with pytest.raises(UserError, match=r'photos must have images of one suffix.*: \.JPG, \.png'):
         described(str(config), tmp_path, 'classes.yaml', NAMES)
+
+
+def test_split_without_images_takes_the_suffixes_of_the_training(tmp_path):
+    write_data(tmp_path, LABELS, image_suffix='.png')
+    (tmp_path / 'images/val/a.png').unlink()
+    cfg = described(SEGMENTOR, tmp_path, 'classes.yaml', NAMES)
+    assert cfg.test_dataloader.dataset.img_suffix == '.png'
+    with pytest.raises(UserError, match=r'no \*\.png in .*images/val\. .*--no-validate'):
+        check_folders(cfg, 'train_dataloader', 'val_dataloader')
 
 
 def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
@@ -168,9 +178,13 @@ def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
     [
         ('classes.txt', 'cell\n', 'at least two classes'),
         ('classes.txt', 'a\nb\na\n', 'at least two classes, each once'),
-        ('classes.txt', 'a 1 2 3\nb\n', '2 classes, but 1 colors'),
-        ('classes.yaml', 'classes: [a, b]\nclass_weight: [1]\n', '2 classes, but 1 class_weight'),
-        ('classes.yaml', 'classes: [a, b]\nclass_weight: 1\n', '2 classes, but 1 class_weight'),
+        ('classes.txt', 'a 1 2 3\nb\n', 'colors needs one entry for each of the 2 .* has 1'),
+        ('classes.txt', 'a 1 2 3\nb 1 2 256\n', r'from 0 to 255, but one is \[1, 2, 256\]'),
+        ('classes.yaml', 'classes: [a, b]\nclass_weight: [1]\n', 'class_weight needs one .* has 1'),
+        ('classes.yaml', 'classes: [a, b]\nclass_weight: 1\n', 'class_weight needs one .* has 1'),
+        ('classes.yaml', 'classes: [a, b]\ncolors: [[0, 0], [1, 1]]\n', r'one is \[0, 0\]'),
+        ('classes.yaml', 'classes: [a, b]\ncolors: [0, 1]\n', 'one is 0'),
+        ('classes.yaml', 'classes: [yes, no]\n', 'YAML reads as True; write it in quotes'),
         ('classes.yaml', 'classes: a, b\n', 'at least two classes.* has: a, b'),
         ('classes.yaml', 'classes: [a, b]\ncolours: []\n', 'unknown keys: colours. .* colors'),
         ('classes.yaml', 'classes: [a, b\n', 'cannot read .*classes.yaml'),

@@ -104,6 +104,8 @@ class Broken(Noise):
             raise OSError('failed to load\nthe image')
         if index == 2:
             labels = labels[..., :2]
+        if index == 6:
+            labels = torch.zeros(4, 4, 3, dtype=torch.long)
         labels[0, 0, 0] = {3: 255, 4: 2, 5: -1}.get(index, 1)
         target = SimpleNamespace(gt_sem_seg=SimpleNamespace(data=labels))
         return dict(inputs=torch.zeros(3, 4, 4), data_samples=target)
@@ -119,6 +121,7 @@ class Broken(Noise):
         (3, 0, None),
         (4, 0, '4.jpg with annotation 4.png: its labels run from 0 to 2, but .* classes 0 to 1'),
         (5, 0, '5.jpg .*: its labels run from -1 to 0'),
+        (6, 0, '6.jpg .*: the annotation has colors, not one label per pixel; declare'),
     ],
 )
 def test_bad_sample_is_named(index, workers, message):
