@@ -28,6 +28,10 @@ def main():
     args = parse_args(make_demo_parser())
     if args.every < 1:
         raise UserError(f'--every must be at least 1, but is {args.every}')
+    if not 0 <= args.opacity <= 1:
+        raise UserError(f'--opacity must be 0 to 1, but is {args.opacity}')
+    if Path(args.out_dir).is_file():
+        raise UserError(f'--out-dir must be a folder, but {args.out_dir} is a file')
     cfg = load_config(args.config, args.cfg_options)
     path = Path(args.input)
     is_webcam = args.input.isdigit() and not path.exists()

@@ -15,7 +15,7 @@ from mmengine.fileio import dump
 from mmvil.cli.config import innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
-from mmvil.cli.preflight import CheckFitHook, build_runner, check_testing
+from mmvil.cli.preflight import CheckFitHook, build_loops, build_runner, check_testing
 
 
 def main():
@@ -28,6 +28,7 @@ def main():
 
     runner = build_runner(cfg)
     runner.register_hook(CheckFitHook())
+    build_loops(runner, 'test')
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         dump(metrics, args.out)
@@ -48,7 +49,8 @@ def make_test_parser():
     add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
     add('--amp', action='store_true', help='same as --precision float16')
     add('--show', action='store_true', help='show the predictions in a window')
-    add('--show-dir', help='folder for pictures (for classifiers, in its vis_data/vis_image)')
+    pictures = 'folder for pictures; those of segmentors and detectors are in its vis_data/vis_image'
+    add('--show-dir', help=pictures)
     add('--interval', type=int, default=1, help='draw only every n-th image')
     add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
     return parser

@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import importlib.util
+import inspect
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from mmengine.runner import FlexibleRunner, Runner
 
 from ..apis import swap_backbone
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
@@ -28,6 +30,12 @@ def configs_of(library: str) -> Path:
 
 
 CONFIGS = configs_of('mmvil')
+# Settings that runners read from any config.
+_RUNNER_SETTINGS = {
+    *inspect.signature(Runner).parameters,
+    *inspect.signature(FlexibleRunner).parameters,
+    *('auto_scale_lr', 'compile', 'runner_type'),
+}
 
 
 def load_config(path: str, options: dict, backbone: str | None = None, **swap) -> Config:
@@ -54,6 +62,11 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
     cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
+    known = {*cfg, *_RUNNER_SETTINGS}
+    for name in {name.partition('.')[0] for name in options} - known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if close:  # mmengine would add it, and nothing would read it
+            raise UserError(f'--cfg-options: no setting {name!r}. Did you mean {close[0]}?')
     misfits = (AttributeError, IndexError, KeyError, TypeError, ValueError)
     with as_user_error(f'--cfg-options do not fit {path}', misfits):
         cfg.merge_from_dict(options)

@@ -121,6 +121,8 @@ def parse_args(
         args = parser.parse_args(argv)
     except ValueError:  # from DictAction
         parser.error('--cfg-options expects KEY=VALUE pairs without white space')
+    if getattr(args, 'launcher', 'none') == 'pytorch' and 'RANK' not in os.environ:
+        parser.error('--launcher pytorch requires torchrun; use tools/dist_train.sh')
     if hasattr(args, 'local_rank'):
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args

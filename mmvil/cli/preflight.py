@@ -40,8 +40,7 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     strategy = type_name(cfg.get('strategy'))
     if cfg.get('compile') and strategy.startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
-    failed = 'cannot build what the config describes (--traceback shows where)'
-    with as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError)):
+    with _building():
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if cfg.get('compile') and strategy:
         # FlexibleRunner does not read it from the config, and would compile the optimizer step.
@@ -50,6 +49,20 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     for note in notes:
         runner.logger.warning(note)
     return runner
+
+
+def build_loops(runner: Runner, *names: str) -> None:
+    """Build the named loops ('train', 'val', 'test') with their dataloaders and metrics, which
+    mmengine builds when a run starts, to report invalid settings like those of the other parts.
+    """
+    with _building():
+        for name in names:
+            getattr(runner, f'{name}_loop')
+
+
+def _building():
+    failed = 'cannot build what the config describes (--traceback shows where)'
+    return as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError))
 
 
 def check_training(cfg: Config) -> None:
@@ -219,6 +232,8 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
 
 class CheckFitHook(Hook):
     """Reject a checkpoint that does not fit when the runner loads it."""
+
+    priority = 'VERY_HIGH'  # before EMAHook loads its part
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')

@@ -48,6 +48,16 @@ def test_options_that_do_not_fit_are_named(tmp_path):
         load_config(str(config), {'lr.value': 2})
 
 
+def test_misspelt_settings_are_refused(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'mmengine'\nmy_scale = 1\n")
+    options = {'my_scale': 2, 'randomness.seed': 0, 'auto_scale_lr.base_batch_size': 8, 'mine': 1}
+    assert load_config(str(config), options).randomness.seed == 0
+    for name, meant in {'randomnes.seed': 'randomness', 'my_scala': 'my_scale'}.items():
+        with pytest.raises(UserError, match=f'Did you mean {meant}?'):
+            load_config(str(config), {name: 0})
+
+
 def test_load_config_names_the_classes_that_a_config_imports(tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(

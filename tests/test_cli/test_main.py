@@ -100,3 +100,12 @@ def test_parse_args_reports_malformed_cfg_options(capsys):
     with pytest.raises(SystemExit):
         parse_args(parser, ['a.py', '--cfg-options', 'depth'])
     assert 'KEY=VALUE pairs without white space' in capsys.readouterr().err
+
+
+def test_parse_args_refuses_a_launcher_that_has_not_started_it(monkeypatch, capsys):
+    monkeypatch.delenv('RANK', raising=False)
+    parser = make_parser('Train.')
+    add_runner_arguments(parser)
+    with pytest.raises(SystemExit):
+        parse_args(parser, ['a.py', '--launcher', 'pytorch'])
+    assert 'requires torchrun; use tools/dist_train.sh' in capsys.readouterr().err

@@ -62,6 +62,18 @@ def test_demo_draws_every_nth_frame_of_a_video(tmp_path):
     assert fps == pytest.approx(5)
 
 
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        (('--opacity', 2), '--opacity must be 0 to 1, but is 2.0'),
+        (('--out-dir', DEMO), '--out-dir must be a folder, but'),
+    ],
+)
+def test_demo_refuses_what_it_cannot_draw_with(option, words):
+    said = call_tool(DEMO, 'a.jpg', 'config.py', 'model.pth', *option, status=2)
+    assert words in said
+
+
 def test_demo_captions_a_video_of_a_classifier(tmp_path):
     backbone = dict(arch=dict(embed_dims=16, depth=2), img_size=32, out_type='bilateral_concat')
     text = CLASSIFIER_CONFIG.format(backbone=backbone, width=32, classes=3)

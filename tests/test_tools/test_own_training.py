@@ -89,6 +89,13 @@ def test_segmentor_of_own_data_is_trained_tested_and_drawn(street, tmp_path):
     assert 'Iter(train) [3/3]' in resumed
     assert 'mIoU' in call_tool(TOOLS / 'test.py', dumped, checkpoint, '--work-dir', tmp_path / 'a')
     out = tmp_path / 'predictions.png'
+    for option, words in (
+        ('train_dataloader.batch_sise=1', "unexpected keyword argument 'batch_sise'"),
+        ('model.backbone.arch.embed_dims=16', 'does not fit the config'),  # before EMA loads it
+    ):
+        arguments = ('--work-dir', tmp_path / 'b', '--resume', checkpoint, '--cfg-options', option)
+        said = call_tool(TOOLS / 'train.py', dumped, *arguments, status=2)
+        assert words in said and 'Traceback' not in said
     before = dumped.read_text()
     log = call_tool(TOOLS / 'test.py', dumped, checkpoint, '--tta')  # into the same work dir
     assert 'mIoU' in log and dumped.read_text() == before
