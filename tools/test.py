@@ -49,7 +49,7 @@ def make_test_parser():
     add('--precision', help='default: float32; on a CPU, half precision is bfloat16', **types)
     add('--amp', action='store_true', help='same as --precision float16')
     add('--show', action='store_true', help='show the predictions in a window')
-    pictures = 'folder for pictures; those of segmentors and detectors are in its vis_data/vis_image'
+    pictures = 'folder for pictures; for segmentors and detectors, in its vis_data/vis_image'
     add('--show-dir', help=pictures)
     add('--interval', type=int, default=1, help='draw only every n-th image')
     add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
