@@ -35,7 +35,7 @@ export GOMP_SPINCOUNT ?= 2000
 help:
 	@echo "make demo        train ViL-T + UperNet on a small dataset, evaluate, plot predictions"
 	@echo "make test        run the fast tests (5 to 15 minutes on 2 cores)"
-	@echo "make test-full   run all tests with coverage (15 to 30 minutes)"
+	@echo "make test-full   run all tests with coverage (30 to 60 minutes on 2 cores)"
 	@echo "make gpu-report  test and measure the GPU kernels"
 	@echo "make lint        check style, format and spelling"
 	@echo "make build       build a wheel and a source distribution in dist/"

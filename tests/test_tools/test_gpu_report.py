@@ -103,8 +103,8 @@ def test_hanging_part_ends_at_its_limit(report):
 
 @pytest.mark.parametrize('ended_by', ['its option', 'a signal'])
 def test_report_ends_with_all_that_it_started(report, ended_by):
-    options = ['--minutes', '0.03'] if ended_by == 'its option' else []
-    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    options = ['--minutes', '0.1'] if ended_by == 'its option' else []
+    timer = threading.Timer(6, os.kill, (os.getpid(), signal.SIGTERM))
     if not options:
         timer.start()
     before, start = signal.getsignal(signal.SIGTERM), time.monotonic()
@@ -113,9 +113,9 @@ def test_report_ends_with_all_that_it_started(report, ended_by):
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
-    assert status == 1 and time.monotonic() - start < 15
+    assert status == 1 and time.monotonic() - start < 50
     assert results['tests']['rows'][0] == dict(x=None, place='here') and 'models' not in results
-    assert ('failed: no end after 1' if options else 'failed: SIGKILL') in text
+    assert ('failed: no end after' if options else 'failed: SIGKILL') in text
 
 
 def test_wrong_number_stops_the_report(report):
