@@ -182,12 +182,14 @@ FAULTS = """
 import resource, torch
 from mmvil.layers import ViLBlock
 
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block(x, (14, 14))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
 block, x = ViLBlock(192), torch.randn(8, 196, 192)
 with torch.inference_mode():
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        block(x, (14, 14))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(min(faults() for _ in range(5)))  # the heap may still grow in the first passes
 """
 
 
