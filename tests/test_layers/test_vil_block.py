@@ -189,7 +189,7 @@ def faults():
 
 block, x = ViLBlock(192), torch.randn(8, 196, 192)
 with torch.inference_mode():
-    print(min(faults() for _ in range(5)))  # the heap may still grow in the first passes
+    print(sorted(faults() for _ in range(5))[2])  # the heap may still grow in the first passes
 """
 
 
@@ -199,7 +199,7 @@ def test_inference_reuses_its_memory():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_'))}
     command = [sys.executable, '-c', FAULTS]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 500, 'pages; without measures about 7000'
+    assert int(result.stdout) < 1500, 'pages; without measures 4000 to 7000'
 
 
 def test_block_refuses_unknown_lean():
