@@ -32,9 +32,9 @@ class LayerWeights(NamedTuple):
     fgate_bias: Tensor
     out_norm_weight: Tensor  # (E, )
     out_norm_bias: Tensor | None
+    skip: Tensor  # (E, )
     down_weight: Tensor  # (D, E)
     down_bias: Tensor | None
-    skip: Tensor  # (E, )
 
 
 class LayerSettings(NamedTuple):

@@ -34,9 +34,10 @@ def draw(cfg, model, datasets, number, out):
     steps = next(innermost_datasets(cfg.test_dataloader.dataset)).pipeline
     load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
     columns, shown = [], set()
-    samples = [dataset.get_data_info(i) for dataset in datasets for i in range(len(dataset))]
+    samples = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
     indices = np.linspace(0, len(samples) - 1, min(number, len(samples))).round().astype(int)
-    for sample in map(samples.__getitem__, indices.tolist()):
+    for dataset, i in map(samples.__getitem__, indices.tolist()):
+        sample = dataset.get_data_info(i)
         loaded = reader.load(sample['img_path'])
         image = reader.picture(loaded['img'])
         truth = load_truth(sample)['gt_seg_map']

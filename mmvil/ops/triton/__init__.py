@@ -127,8 +127,8 @@ def on_its_device(function: Callable) -> Callable:
 
 
 def launch(kernel, *programs: int, **arguments) -> None:
-    """Launch so many programs of a kernel, if any, with products and sums fused, which Triton does
-    from 3.10 on only if asked.
+    """Launch a kernel on a grid of programs, unless it is empty, with fused multiply-add, which is
+    off by default from Triton 3.10 on.
     """
     if all(programs):
         kernel[programs](**arguments, enable_fp_fusion=True)

@@ -42,7 +42,7 @@ def forward(
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     kept = (x_m, z, h, igate, fgate, normalizer, *((a, q, k, v) if settings.keep_cell else ()))
     del q, k, v
-    y = torch.ops.mmvil.after_cell(h, a, z, *_after_cell_parameters(w, settings))
+    y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
     y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
     return y, kept
 
@@ -62,7 +62,7 @@ def gradients(
     # Down-projection, and the fused part after the cell.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
     gated, h_grad, delta, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
-        gated_grad, h, a, z, *_after_cell_parameters(w, settings)
+        y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
     )
     down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
@@ -114,8 +114,10 @@ def _before_cell_weights(w: LayerWeights) -> list[Tensor | None]:
     return [getattr(w, name) for name in BeforeCellWeights._fields]
 
 
-def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:
-    return w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
+def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str, Any]:
+    return dict(
+        weight=w.out_norm_weight, bias=w.out_norm_bias, skip=w.skip, eps=settings.out_norm_eps
+    )
 
 
 # -- Registration with torch -----------------------------------------------------------------------

@@ -92,9 +92,11 @@ def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str
     digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:16]
     files = [folder / f'kernels_{digest}.json' for folder in _folders()]
     # A folder that cannot be written, of an image or another user, may have the verdict.
-    file = next((file for file in files if _read(file, subject)), None)
-    file = file or next(filter(_can_be_written, files), files[-1])
-    verdict = _read(file, subject) or _test_or_wait(file, subject, index)
+    found = ((file, verdict) for file in files if (verdict := _read(file, subject)))
+    file, verdict = next(found, (None, None))
+    if verdict is None:
+        file = next(filter(_can_be_written, files), files[-1])
+        verdict = _test_or_wait(file, subject, index)
     if verdict.problem is None:
         return None
     problem = f'their self-test {verdict.problem} ({subject})'
