@@ -22,10 +22,9 @@ from ..ops.compat import (
 from ..ops.layout import by_head
 from ..ops.log import warn_once
 from ..ops.mlstm import BACKENDS, choose_form
-from ..ops.projections import dense_blocks, gate_preactivations, headwise_linear, token_conv
+from ..ops.projections import dense_blocks, headwise_linear, token_conv
 from ..ops.vil_layer import vil_layer
 from ..ops.vil_layer_common import LayerSettings, LayerWeights
-from ..ops.vil_layer_eager import prepare_projections
 from .drop_path import DropPath
 
 
@@ -163,11 +162,7 @@ class ViLBlock(nn.Module):
         """
         c = F.silu(self.conv(x_m, grid, self.reverse))
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x_m)
-        weights = self._plain_weights()[0] if is_exporting() else None
         with without_autocast(q):
-            if weights is not None:  # a graph without the concatenation below
-                folded = prepare_projections(weights, self.num_heads, q.dtype).folded_gates
-                return c, q, k, v, *gate_preactivations(c, x_m, folded)
             qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=-1)
             qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # (B, N, 3E)
             gates = (_call_promoted(gate, qkv) for gate in (self.igate, self.fgate))
@@ -202,9 +197,10 @@ class ViLBlock(nn.Module):
         The fused layer replaces its submodules only while they are as constructed: one that is
         replaced, hooked, parametrized, quantized or traced has to be called.
         """
-        if not self.lean or self.backend == 'reference':
+        lean = self.lean or is_exporting()  # in a graph, the function is faster, too
+        if not lean or self.backend == 'reference':
             return None
-        if is_exporting() or is_tracing() or is_transforming():
+        if is_tracing() or is_transforming():
             return None
         weights, reason = self._plain_weights()
         if weights is None and not is_compiling():

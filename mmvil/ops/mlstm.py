@@ -103,22 +103,13 @@ def mlstm(
         with without_autocast(q):
             inputs = (x.to(dtype) for x in (q, k, v, igate, fgate))
             return mlstm_reference(*inputs, reverse).to(q.dtype)
+    form = choose_form(q.device, q.dtype, *static_shape(q)[2:], backend, chunk_size)
     if is_exporting() or is_tracing():  # a graph that runs where mmvil is not installed
-        chunk_size = _traced_chunk_size(q, chunk_size)
         with without_autocast(q):
-            return mlstm_traceable(q, k, v, igate, fgate, reverse, chunk_size)[0]
-    form = choose_form(q.device, q.dtype, q.shape[2], q.shape[3], backend, chunk_size)
+            return mlstm_traceable(q, k, v, igate, fgate, reverse, form.chunk_size)[0]
     # Transforms need the rules of the autograd function, which dispatching would hide.
     function = _MLSTM.apply if is_transforming() else torch.ops.mmvil.mlstm
     return function(q, k, v, igate, fgate, reverse, *form)[0]
-
-
-def _traced_chunk_size(q: Tensor, chunk_size: int | None) -> int:
-    """Tokens per chunk of a traced graph, whose number of tokens may be dynamic."""
-    _, _, tokens, head_width = static_shape(q)
-    if isinstance(tokens, torch.SymInt):
-        return chunk_size or max(64, head_width // 2)
-    return chunk_length(tokens, chunk_size or default_chunk_size(tokens, head_width))
 
 
 def choose_form(
@@ -141,6 +132,10 @@ def choose_form(
     Raises:
         ValueError: If the backend is 'triton' and cannot run.
     """
+    if is_exporting() or is_tracing():
+        if isinstance(length, torch.SymInt):  # dynamic
+            return Form(chunk_size or max(64, head_width // 2))
+        return Form(chunk_length(length, chunk_size or default_chunk_size(length, head_width)))
     if backend == 'parallel':
         return Form(length)
     if backend == 'triton' or (backend == 'auto' and device.type == 'cuda'):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import vil_layer_eager
-from .compat import is_compiling, without_autocast
+from .compat import is_compiling, is_exporting, without_autocast
 from .mlstm import refuse_second_derivatives
 from .vil_layer_common import LayerSettings, LayerWeights
 
@@ -32,7 +32,7 @@ def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tens
         Tensor: Shape (B, N, D) in ``settings.dtype``, without the residual connection. First
             derivatives only.
     """
-    if torch.is_grad_enabled() or is_compiling():
+    if not is_exporting() and (torch.is_grad_enabled() or is_compiling()):
         return _ViLLayer.apply(settings, x, *weights)
     return _forward(x, weights, settings)[0]
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compat import is_exporting
 from .layout import by_head
+from .mlstm_export import mlstm_traceable
 from .projections import (
     GateWeights,
     dense_blocks,
@@ -54,7 +56,11 @@ def forward(
     projections = prepare_projections(w, settings.heads, settings.dtype)
     q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
-    h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
+    if is_exporting():  # a graph that runs where mmvil is not installed
+        cell, form = mlstm_traceable, settings.form[:1]
+    else:
+        cell, form = torch.ops.mmvil.mlstm, settings.form
+    h, normalizer = cell(q, k, v, igate, fgate, settings.reverse, *form)
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
