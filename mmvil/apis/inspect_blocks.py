@@ -76,7 +76,7 @@ def decay_weights(igate, fgate, reverse, token):
         Tensor: Shape (..., N), normalized to a maximum of 1; 0 for tokens not read yet.
     """
     stats = gate_statistics(igate, fgate, reverse)
-    weights = torch.exp(stats.source - stats.running_max[..., token, None])
+    weights = torch.exp(stats.log_weight - stats.running_max[..., token, None])
     unread = slice(0, token) if reverse else slice(token + 1, None)
     weights[..., unread] = 0
     return weights

@@ -19,7 +19,7 @@ from ..ops.compat import (
     is_transforming,
     without_autocast,
 )
-from ..ops.layout import by_head
+from ..ops.layout import split_heads
 from ..ops.log import warn_once
 from ..ops.mlstm import BACKENDS, choose_form
 from ..ops.projections import dense_blocks, headwise_linear, token_conv
@@ -187,7 +187,7 @@ class ViLBlock(nn.Module):
             norm_eps=self.norm.eps,
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
-            keep_cell=self.lean == 'cell',
+            save_cell_inputs=self.lean == 'cell',
         )
         return vil_layer(x, weights, settings)
 
@@ -275,9 +275,9 @@ class HeadwiseLinear(nn.Module):
         if is_tracing():  # blocks are not joined, so that FLOP counters count no zeros
             size = self.weight.shape[-1]
             y = torch.einsum('bngi,goi->bngo', x.unflatten(2, (-1, size)), self.weight).flatten(2)
-            return by_head(y if self.bias is None else y + self.bias, self.num_heads)
+            return split_heads(y if self.bias is None else y + self.bias, self.num_heads)
         dense = dense_blocks(self.weight, x.shape[-1] // self.num_heads)
-        return by_head(headwise_linear(x, dense, self.bias), self.num_heads)
+        return split_heads(headwise_linear(x, dense, self.bias), self.num_heads)
 
     def extra_repr(self) -> str:
         blocks, size, _ = self.weight.shape

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gates import GateStatistics, gate_gradients, gate_statistics
-from .layout import like_tokens
+from .layout import empty_like_tokens
 from .parallel import (
     causal_mask,
     decay_weights,
@@ -56,7 +56,7 @@ and masked entries are at most e^40 times a score."""
 
 
 @functools.cache
-def keep_some_freed_memory() -> None:
+def raise_malloc_thresholds() -> None:
     """Make glibc keep up to 64 MiB of freed memory for the tensors of the next layer.
 
     By default it returns blocks of a few megabytes to the system, and the page faults of the next
@@ -83,14 +83,16 @@ class ChunkGates(NamedTuple):
     """
 
     factorized: bool  # whether weights are products; otherwise from decay_weights
-    source: Tensor  # (n, G, L) g_j
+    log_weight: Tensor  # (n, G, L) g_j
     running_max: Tensor  # (n, G, L) M_t
-    write: Tensor  # (n, G, L, 1) exp(g_j - base): factor of token j in the state that it writes
-    read: Tensor  # (n, G, L, 1) exp(base - M_t): factor of token t for the state that it reads
+    # (n, G, L, 1) each: exp(g_j - base), the factor of token j in the state that it writes, and
+    # exp(base - M_t), the factor of token t for the state that it reads.
+    write_weight: Tensor
+    read_weight: Tensor
     # (n - 1, G, 1) each, factors in the state that a chunk reads: of the part written last, and of
     # the state read last.
-    written: Tensor
-    kept: Tensor
+    write_decay: Tensor
+    state_decay: Tensor
 
 
 def chunk_gates(
@@ -105,22 +107,22 @@ def chunk_gates(
         dtype (torch.dtype): Dtype of the features.
         tile (int): Largest G; the last tile may be smaller.
     """
-    source, running_max = stats.source, stats.running_max
-    padding = -source.shape[1] % length
+    log_weight, running_max = stats.log_weight, stats.running_max
+    padding = -log_weight.shape[1] % length
     if padding:
-        source = F.pad(source, (0, padding), value=-math.inf)
+        log_weight = F.pad(log_weight, (0, padding), value=-math.inf)
         running_max = torch.cat([running_max, running_max[:, -1:].expand(-1, padding)], dim=1)
-    source, running_max = (
-        x.unflatten(1, (-1, length)).transpose(0, 1).contiguous() for x in (source, running_max)
+    log_weight, running_max = (
+        x.unflatten(1, (-1, length)).transpose(0, 1).contiguous() for x in (log_weight, running_max)
     )
     lowest, highest = running_max[..., :1], running_max[..., -1:]  # (n, B * NH, 1)
     if reverse:
         lowest, highest = highest, lowest
 
     # Reference points of the states: the base of the chunk, or M when they are written and read.
-    sequences = source.shape[1]
+    sequences = log_weight.shape[1]
     factorized = [False] * math.ceil(sequences / tile)
-    if source.device.type == 'cpu':  # a GPU would have to synchronize
+    if log_weight.device.type == 'cpu':  # a GPU would have to synchronize
         # False for NaN, which results where nothing is written at all.
         fits = [rise <= MAX_RISE for rise in (highest - lowest).amax((0, 2)).tolist()]
         factorized = [all(fits[first : first + tile]) for first in range(0, sequences, tile)]
@@ -128,31 +130,31 @@ def chunk_gates(
     if not all(factorized):
         before = highest.roll(-1 if reverse else 1, 0)
         before[-1 if reverse else 0] = -math.inf  # nothing is read before the first chunk
-        common = torch.tensor(factorized, device=source.device).repeat_interleave(tile)
+        common = torch.tensor(factorized, device=log_weight.device).repeat_interleave(tile)
         common = common[:sequences].unsqueeze(-1)
         write_base = torch.where(common, write_base, highest)
         read_base = torch.where(common, read_base, before)
     by_chunk = (
-        source,
+        log_weight,
         running_max,
-        torch.exp(source - write_base).to(dtype).unsqueeze(-1),
+        torch.exp(log_weight - write_base).to(dtype).unsqueeze(-1),
         torch.exp(read_base - running_max).to(dtype).unsqueeze(-1),
     )
-    reader_base = read_base[_readers(reverse)]
+    reader_base = read_base[_reading_chunks(reverse)]
     by_chunk += (
-        torch.exp(write_base[_writers(reverse)] - reader_base).to(dtype),
+        torch.exp(write_base[_writing_chunks(reverse)] - reader_base).to(dtype),
         torch.exp(reader_base.roll(-1 if reverse else 1, 0) - reader_base).to(dtype),
     )
     tiles = zip(*(x.split(tile, 1) for x in by_chunk))
     return [ChunkGates(products, *parts) for products, parts in zip(factorized, tiles)]
 
 
-def _writers(reverse: bool) -> slice:
+def _writing_chunks(reverse: bool) -> slice:
     """Chunks that write a state which another one reads."""
     return slice(1, None) if reverse else slice(-1)
 
 
-def _readers(reverse: bool) -> slice:
+def _reading_chunks(reverse: bool) -> slice:
     """Chunks that read a state."""
     return slice(-1) if reverse else slice(1, None)
 
@@ -192,10 +194,13 @@ def _pad(x: Tensor, padding: int) -> Tensor:
 
 def _unpad(x: Tensor, length: int) -> Tensor:
     """Remove tokens beyond a length from (B, NH, N, DH), in memory (B, N, NH, DH)."""
-    return x if x.shape[2] == length else like_tokens(x[:, :, :length]).copy_(x[:, :, :length])
+    if x.shape[2] == length:
+        return x
+    x = x[:, :, :length]
+    return empty_like_tokens(x).copy_(x)
 
 
-def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = False) -> Tensor:
+def _scan_states(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = False) -> Tensor:
     """Accumulate the chunks' contributions into the states that later chunks read.
 
     Args:
@@ -208,14 +213,14 @@ def _pass_on(added: Tensor, gates: ChunkGates, reverse: bool, backward: bool = F
     Returns:
         Tensor: States of the reading chunks, shape ((n - 1) * G, ...).
     """
-    steps = added.view(len(gates.written), -1, added[0].numel())  # (n - 1, G, K)
+    steps = added.view(len(gates.write_decay), -1, added[0].numel())  # (n - 1, G, K)
     if not backward:
-        steps = steps * gates.written
+        steps = steps * gates.write_decay
     order = range(len(steps))[::-1] if reverse != backward else range(len(steps))
     for last, this in zip(order, order[1:]):
-        steps[this].addcmul_(steps[last], gates.kept[last if backward else this])
+        steps[this].addcmul_(steps[last], gates.state_decay[last if backward else this])
     if backward:
-        steps = steps.mul_(gates.written)
+        steps = steps.mul_(gates.write_decay)
     return steps.view(added.shape)
 
 
@@ -224,15 +229,15 @@ def _states(k: Tensor, v: Tensor, gates: ChunkGates, reverse: bool) -> tuple[Ten
     ((n - 1) * G, L, DH) of the writing chunks.
     """
     memory, normalizer = torch.bmm(k.transpose(1, 2), v), k.sum(1, keepdim=True)
-    return tuple(_pass_on(x, gates, reverse) for x in (memory, normalizer))
+    return tuple(_scan_states(x, gates, reverse) for x in (memory, normalizer))
 
 
-def _chunks(x: Tensor, which: slice, gates: ChunkGates) -> Tensor:
+def _select_chunks(x: Tensor, which: slice, gates: ChunkGates) -> Tensor:
     """View of some chunks of (n * G, ...)."""
-    return x.view(len(gates.write), -1, *x.shape[1:])[which].flatten(0, 1)
+    return x.view(len(gates.write_weight), -1, *x.shape[1:])[which].flatten(0, 1)
 
 
-def _floor(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
+def _min_denominator(stats: GateStatistics, dtype: torch.dtype) -> Tensor:
     """exp(-m_t), the smallest denominator; infinite where nothing was written, so that h is 0."""
     return torch.exp(-stats.stabilizer).to(dtype)
 
@@ -247,11 +252,11 @@ def _operands(q, k, v, gates: ChunkGates, length: int, reverse: bool) -> tuple[T
     k = _by_chunk(k, length)
     q, v = (_by_chunk(x, length).reshape(-1, length, x.shape[-1]) for x in (q, v))
     state_k = torch.empty_like(q)
-    torch.mul(k, gates.write.view(*k.shape[:-1], 1), out=state_k.view(k.shape))
+    torch.mul(k, gates.write_weight.view(*k.shape[:-1], 1), out=state_k.view(k.shape))
     if gates.factorized:
         return q, state_k, v, causal_mask(length, reverse, q), state_k
-    source, running_max = gates.source.flatten(0, 1), gates.running_max.flatten(0, 1)
-    weights = decay_weights(source, running_max, reverse, q.dtype)
+    log_weight, running_max = gates.log_weight.flatten(0, 1), gates.running_max.flatten(0, 1)
+    weights = decay_weights(log_weight, running_max, reverse, q.dtype)
     return q, k.reshape(q.shape), v, weights, state_k
 
 
@@ -271,7 +276,7 @@ def chunkwise_forward(
         normalizer, shape (B, NH, N), needed for backward.
     """
     if q.device.type == 'cpu':
-        keep_some_freed_memory()
+        raise_malloc_thresholds()
     tokens, scale = q.shape[2], q.shape[3] ** -0.5
     stats = gate_statistics(igate.flatten(0, 1), fgate.flatten(0, 1), reverse)
     length = chunk_length(tokens, chunk_size)
@@ -279,30 +284,31 @@ def chunkwise_forward(
     gates = chunk_gates(stats, length, reverse, q.dtype, size)
 
     q, k, v = (_pad(x, -tokens % length) for x in (q, k, v))
-    h = like_tokens(q)
+    h = empty_like_tokens(q)
     normalizer = q.new_empty(*q.shape[:3], 1)
-    floor = F.pad(_floor(stats, q.dtype), (0, q.shape[2] - tokens)).view_as(normalizer)
-    for q_, k_, v_, h_, normalizer_, floor_, part in zip(
-        *(_sequence_tiles(x, size) for x in (q, k, v, h, normalizer, floor)), gates
+    min_denom = F.pad(_min_denominator(stats, q.dtype), (0, q.shape[2] - tokens))
+    min_denom = min_denom.view_as(normalizer)
+    for q_, k_, v_, h_, normalizer_, min_denom_, part in zip(
+        *(_sequence_tiles(x, size) for x in (q, k, v, h, normalizer, min_denom)), gates
     ):
         q_, k_, v_, weights, state_k = _operands(q_, k_, v_, part, length, reverse)
         numerator, sums = parallel_forward(q_, k_, v_, weights, scale)
         if length < tokens:
-            writers, readers = _writers(reverse), _readers(reverse)
-            state_k, state_v = (_chunks(x, writers, part) for x in (state_k, v_))
+            writing, reading = _writing_chunks(reverse), _reading_chunks(reverse)
+            state_k, state_v = (_select_chunks(x, writing, part) for x in (state_k, v_))
             memory, state_normalizer = _states(state_k, state_v, part, reverse)
-            state_q = _chunks(q_, readers, part)
+            state_q = _select_chunks(q_, reading, part)
             if not part.factorized:
-                state_q = state_q * part.read[readers].flatten(0, 1)
-            _chunks(numerator, readers, part).baddbmm_(state_q, memory, alpha=scale)
+                state_q = state_q * part.read_weight[reading].flatten(0, 1)
+            _select_chunks(numerator, reading, part).baddbmm_(state_q, memory, alpha=scale)
             read_sums = (state_q * state_normalizer).sum(-1, keepdim=True)
-            _chunks(sums, readers, part).add_(read_sums, alpha=scale)
-        h_, normalizer_, floor_ = (_by_chunk(x, length) for x in (h_, normalizer_, floor_))
-        sums, read = sums.view(normalizer_.shape), part.read.view(normalizer_.shape)
+            _select_chunks(sums, reading, part).add_(read_sums, alpha=scale)
+        h_, normalizer_, min_denom_ = (_by_chunk(x, length) for x in (h_, normalizer_, min_denom_))
+        sums, read = sums.view(normalizer_.shape), part.read_weight.view(normalizer_.shape)
         if part.factorized:
             sums.mul_(read)
         normalizer_.copy_(sums)
-        factor = torch.maximum(sums.abs_(), floor_).add_(EPS).reciprocal_()
+        factor = torch.maximum(sums.abs_(), min_denom_).add_(EPS).reciprocal_()
         if part.factorized:
             factor.mul_(read)
         torch.mul(numerator.view(h_.shape), factor, out=h_)
@@ -346,9 +352,9 @@ def chunkwise_backward(
     gates = chunk_gates(stats, length, reverse, q.dtype, size)
 
     projection = (h_grad * h).sum(-1).flatten(0, 1)  # (B * NH, N)
-    normalizer, floor = normalizer.flatten(0, 1), _floor(stats, q.dtype)
-    inverse = torch.maximum(normalizer.abs(), floor).add_(EPS).reciprocal_()
-    by_normalizer = normalizer.abs() >= floor
+    normalizer, min_denom = normalizer.flatten(0, 1), _min_denominator(stats, q.dtype)
+    inverse = torch.maximum(normalizer.abs(), min_denom).add_(EPS).reciprocal_()
+    by_normalizer = normalizer.abs() >= min_denom
     projection_part = projection * inverse
     normalizer_grad = torch.where(by_normalizer, projection_part * -normalizer.sign(), 0)
 
@@ -356,15 +362,15 @@ def chunkwise_backward(
     q, k, v, h_grad, inverse, normalizer_grad = (
         _pad(x.view(*q.shape[:3], -1), padding) for x in (q, k, v, h_grad, inverse, normalizer_grad)
     )
-    grads = [like_tokens(q) for _ in range(3)]
-    source_grad = torch.empty_like(inverse)
-    tensors = (q, k, v, h_grad, inverse, normalizer_grad, *grads, source_grad)
+    grads = [empty_like_tokens(q) for _ in range(3)]
+    log_weight_grad = torch.empty_like(inverse)
+    tensors = (q, k, v, h_grad, inverse, normalizer_grad, *grads, log_weight_grad)
     for q_, k_, v_, h_grad_, inverse_, n_grad, *targets, part in zip(
         *(_sequence_tiles(x, size) for x in tensors), gates
     ):
         q_, k_, v_, weights, state_k = _operands(q_, k_, v_, part, length, reverse)
         h_grad_, inverse_, n_grad = (_by_chunk(x, length) for x in (h_grad_, inverse_, n_grad))
-        read, write = part.read.view(inverse_.shape), part.write.flatten(0, 1)
+        read, write = part.read_weight.view(inverse_.shape), part.write_weight.flatten(0, 1)
         if part.factorized:
             inverse_, n_grad = inverse_ * read, n_grad * read
         numerator_grad = torch.empty_like(q_)
@@ -375,25 +381,25 @@ def chunkwise_backward(
         )
         if length < tokens:
             # Through the state that a chunk reads ...
-            writers, readers = _writers(reverse), _readers(reverse)
+            writing, reading = _writing_chunks(reverse), _reading_chunks(reverse)
             state_k, state_v, state_k_grad, state_v_grad = (
-                _chunks(x, writers, part) for x in (state_k, v_, k_grad, v_grad)
+                _select_chunks(x, writing, part) for x in (state_k, v_, k_grad, v_grad)
             )
             state_q, numerator_grad, n_grad = (
-                _chunks(x, readers, part) for x in (q_, numerator_grad, n_grad)
+                _select_chunks(x, reading, part) for x in (q_, numerator_grad, n_grad)
             )
             memory, state_normalizer = _states(state_k, state_v, part, reverse)
             state_q_grad = torch.bmm(numerator_grad, memory.transpose(1, 2))
             state_q_grad.addcmul_(n_grad, state_normalizer)
             if not part.factorized:
-                read = part.read[readers].flatten(0, 1)
+                read = part.read_weight[reading].flatten(0, 1)
                 state_q, state_q_grad = state_q * read, state_q_grad.mul_(read)
-            _chunks(q_grad, readers, part).add_(state_q_grad, alpha=scale)
+            _select_chunks(q_grad, reading, part).add_(state_q_grad, alpha=scale)
             # ... whose gradients run from chunk to chunk in the opposite direction ...
             memory_grad = scaled_product(state_q.transpose(1, 2), numerator_grad, scale)
             state_normalizer_grad = scaled_product(n_grad.transpose(1, 2), state_q, scale)
             memory_grad, state_normalizer_grad = (
-                _pass_on(x, part, reverse, backward=True)
+                _scan_states(x, part, reverse, backward=True)
                 for x in (memory_grad, state_normalizer_grad)
             )
             # ... and through the state that it writes.
@@ -405,7 +411,7 @@ def chunkwise_backward(
                 through_state = torch.baddbmm(
                     state_normalizer_grad, state_v, memory_grad.transpose(1, 2)
                 )
-                state_k_grad.addcmul_(through_state, part.write[writers].flatten(0, 1))
+                state_k_grad.addcmul_(through_state, part.write_weight[writing].flatten(0, 1))
         products = (k_ * k_grad).sum(-1)
         if part.factorized:
             k_grad.mul_(write)
@@ -415,8 +421,8 @@ def chunkwise_backward(
 
     eps_part = projection_part * EPS  # the stabilizer matters only relative to eps
     row_grad = torch.where(by_normalizer, 0, projection - eps_part)
-    source_grad = source_grad.flatten(0, 1)[:, :tokens, 0]
-    gate_grads = gate_gradients(source_grad, -eps_part, row_grad, fgate, stats, reverse)
+    log_weight_grad = log_weight_grad.flatten(0, 1)[:, :tokens, 0]
+    gate_grads = gate_gradients(log_weight_grad, -eps_part, row_grad, fgate, stats, reverse)
     return (
         *(_unpad(grad, tokens) for grad in grads),
         *(grad.view(igate.shape) for grad in gate_grads),

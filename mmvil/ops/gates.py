@@ -25,8 +25,8 @@ class GateStatistics(NamedTuple):
     order.
     """
 
-    source: Tensor
-    """g: input gate minus cumulative log forget gate; how strongly a token was written."""
+    log_weight: Tensor
+    """g: input gate minus cumulative log forget gate; the unnormalized log weight of a token."""
     running_max: Tensor
     """M: the largest g among the tokens read so far."""
     argmax: Tensor
@@ -53,17 +53,17 @@ def gate_statistics(igate: Tensor, fgate: Tensor, reverse: bool = False) -> Gate
     """
     dtype = torch.float32 if igate.device.type == 'mps' else torch.float64
     cumulative = cumsum(F.logsigmoid(fgate.to(dtype)), reverse)
-    source = igate.to(dtype) - cumulative
+    log_weight = igate.to(dtype) - cumulative
     if reverse:
-        running_max, argmax = source.flip(-1).cummax(-1)
-        running_max, argmax = running_max.flip(-1), source.shape[-1] - 1 - argmax.flip(-1)
+        running_max, argmax = log_weight.flip(-1).cummax(-1)
+        running_max, argmax = running_max.flip(-1), log_weight.shape[-1] - 1 - argmax.flip(-1)
     else:
-        running_max, argmax = source.cummax(-1)
-    return GateStatistics(source, running_max, argmax, cumulative + running_max)
+        running_max, argmax = log_weight.cummax(-1)
+    return GateStatistics(log_weight, running_max, argmax, cumulative + running_max)
 
 
 def gate_gradients(
-    source_grad: Tensor,
+    log_weight_grad: Tensor,
     stabilizer_grad: Tensor,
     row_grad: Tensor,
     fgate: Tensor,
@@ -73,8 +73,8 @@ def gate_gradients(
     r"""Propagate gradients from the weights' logarithms :math:`a_{tj}` to the gate pre-activations.
 
     Args:
-        source_grad (Tensor): :math:`\sum_t \partial a_{tj}` without the stabilizer's part, shape
-            (..., N).
+        log_weight_grad (Tensor): :math:`\sum_t \partial a_{tj}` without the stabilizer's part,
+            shape (..., N).
         stabilizer_grad (Tensor): Gradient of m_t, shape (..., N).
         row_grad (Tensor): :math:`\sum_j \partial a_{tj}`, the stabilizer's part included, shape
             (..., N).
@@ -86,9 +86,9 @@ def gate_gradients(
         tuple[Tensor, Tensor]: Gradients of igate and fgate, shape (..., N), in the dtype of
         ``stats``.
     """
-    dtype = stats.source.dtype
+    dtype = stats.log_weight.dtype
     # m_t is the largest a_tj: its gradient goes to that token j.
-    igate_grad = source_grad.to(dtype).scatter_add(-1, stats.argmax, stabilizer_grad.to(dtype))
+    igate_grad = log_weight_grad.to(dtype).scatter_add(-1, stats.argmax, stabilizer_grad.to(dtype))
     # F_t appears in row t with a plus and in column t with a minus, and log f_s in every F_t from s
     # on.
     log_forget_grad = cumsum(row_grad.to(dtype) - igate_grad, not reverse)

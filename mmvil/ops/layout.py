@@ -4,18 +4,18 @@
 from torch import Tensor
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """View tokens (B, N, E) as (B, NH, N, DH)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def like_tokens(x: Tensor) -> Tensor:
+def empty_like_tokens(x: Tensor) -> Tensor:
     """Allocate a tensor (B, NH, N, DH) like x, in memory (B, N, NH, DH)."""
     batch, heads, tokens, head_width = x.shape
     return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
-def unit_stride(x: Tensor) -> Tensor:
+def with_unit_stride(x: Tensor) -> Tensor:
     """Copy x if its channels are not adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -24,10 +24,10 @@ def token_rows(x: Tensor) -> Tensor:
     """View tokens (B, N, C) of all images as rows (B * N, C) of one stride, or copy where there is
     no such view.
     """
-    return unit_stride(x).flatten(0, 1)
+    return with_unit_stride(x).flatten(0, 1)
 
 
-def token_rows_to_write(x: Tensor) -> Tensor:
+def writable_token_rows(x: Tensor) -> Tensor:
     """View tokens as :func:`token_rows` does, without a copy.
 
     Raises:

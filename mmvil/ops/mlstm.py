@@ -20,12 +20,12 @@ from .compat import (
     static_shape,
     without_autocast,
 )
-from .layout import like_tokens
+from .layout import empty_like_tokens
 from .mlstm_export import mlstm_traceable
 from .reference import mlstm_reference
 from .triton import default_chunk_size as default_triton_chunk_size
-from .triton import unavailable as triton_unavailable
-from .triton import usable as triton_usable
+from .triton import is_usable as triton_is_usable
+from .triton import unavailable_reason as triton_unavailable_reason
 
 BACKENDS = ('auto', 'parallel', 'chunkwise', 'triton', 'reference')
 """``'parallel'`` is quadratic in the sequence length, ``'chunkwise'`` linear, ``'triton'`` has
@@ -99,7 +99,7 @@ def mlstm(
     """
     _check(q, k, v, igate, fgate, backend, chunk_size)
     if backend == 'reference':
-        dtype = torch.promote_types(_working_dtype(q.dtype), igate.dtype)
+        dtype = torch.promote_types(_accumulation_dtype(q.dtype), igate.dtype)
         with without_autocast(q):
             inputs = (x.to(dtype) for x in (q, k, v, igate, fgate))
             return mlstm_reference(*inputs, reverse).to(q.dtype)
@@ -141,13 +141,13 @@ def choose_form(
     if backend == 'triton' or (backend == 'auto' and device.type == 'cuda'):
         head_width = operator.index(head_width)  # a dynamic shape becomes a number
     if backend == 'triton':
-        problem = triton_unavailable(device, dtype, head_width)
+        problem = triton_unavailable_reason(device, dtype, head_width)
         if problem:
             raise ValueError(
                 f"backend='triton' cannot run: {problem}. Use 'auto', which chooses what can."
             )
     triton = backend == 'triton' or (
-        backend == 'auto' and device.type == 'cuda' and triton_usable(device, dtype, head_width)
+        backend == 'auto' and device.type == 'cuda' and triton_is_usable(device, dtype, head_width)
     )
     if chunk_size is None:
         if triton:
@@ -184,7 +184,7 @@ def _check(q, k, v, igate, fgate, backend, chunk_size) -> None:
         raise ValueError(f'chunk_size must be at least 1 token, but is {chunk_size}.')
 
 
-def refuse_second_derivatives() -> None:
+def reject_double_backward() -> None:
     """Raise instead of returning zero as the derivative of a backward pass."""
     raise NotImplementedError(
         "The mLSTM's backward pass cannot be differentiated (create_graph=True). For second "
@@ -210,7 +210,7 @@ _library.define(
 )
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of sums over tokens, for which half precision lacks both range and digits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -222,7 +222,7 @@ def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton
         from .triton.mlstm_launch import mlstm_forward
 
         return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
-    features = (x.to(_working_dtype(q.dtype)) for x in (q, k, v))
+    features = (x.to(_accumulation_dtype(q.dtype)) for x in (q, k, v))
     with without_autocast(q):
         h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
     return h.to(q.dtype), normalizer
@@ -238,7 +238,7 @@ def _mlstm_backward(
         from .triton.mlstm_launch import mlstm_backward
 
         return mlstm_backward(h_grad, *inputs, h, normalizer, reverse, chunk_size, delta)
-    h_grad, q, k, v, h = (x.to(_working_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
+    h_grad, q, k, v, h = (x.to(_accumulation_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     with without_autocast(q):
         grads = chunkwise_backward(
             h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size
@@ -247,14 +247,14 @@ def _mlstm_backward(
 
 
 def _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size, triton=False):
-    return like_tokens(q), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
+    return empty_like_tokens(q), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q.dtype))
 
 
 def _mlstm_backward_fake(
     h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, delta=None
 ):
     return (
-        *(like_tokens(x) for x in (q, k, v)),
+        *(empty_like_tokens(x) for x in (q, k, v)),
         *(x.new_empty(x.shape) for x in (igate, fgate)),
     )
 
@@ -306,7 +306,7 @@ class _MLSTMBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        refuse_second_derivatives()
+        reject_double_backward()
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -314,7 +314,7 @@ class _MLSTMBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *_):
-        refuse_second_derivatives()
+        reject_double_backward()
 
 
 def _fold_into_batch(function, size: int, in_dims, args):

@@ -22,7 +22,7 @@ from .compat import static_shape
 from .gates import cumsum
 from .reference import EPS
 
-NOTHING = -1e30
+LOG_ZERO = -1e30
 """Logarithm of a weight of zero. Unlike minus infinity it can be subtracted from itself."""
 
 
@@ -62,28 +62,29 @@ def mlstm_traceable(
         return x.reshape(-1, chunks, chunk_size, x.shape[3])
 
     cumulative = cumsum(F.logsigmoid(fgate.to(gate_dtype)), reverse)
-    source = F.pad(igate.to(gate_dtype) - cumulative, (0, padding), value=NOTHING)
-    source = source.reshape(-1, chunks, chunk_size)  # (G, n, L)
+    log_weight = F.pad(igate.to(gate_dtype) - cumulative, (0, padding), value=LOG_ZERO)
+    log_weight = log_weight.reshape(-1, chunks, chunk_size)  # (G, n, L)
 
     # Logarithms of the largest weight read so far, in the chunk and before it.
-    top = source.amax(-1)  # (G, n)
-    has_read = _has_read(chunks, chunks, reverse, q.device, strictly=True)
-    written_before = torch.where(has_read, top.unsqueeze(-2), NOTHING)  # (G, n, n)
-    max_before = written_before.amax(-1, keepdim=True)  # (G, n, 1)
-    running_max = torch.maximum(_running_max(source, chunk_size, reverse), max_before)  # (G, n, L)
-    logarithms = (source.unsqueeze(-2) - running_max.unsqueeze(-1)).to(dtype)
-    has_read = _has_read(chunk_size, chunk_size, reverse, q.device)
-    mask = torch.where(has_read, 0.0, NOTHING).to(dtype)  # a constant
+    chunk_max = log_weight.amax(-1)  # (G, n)
+    causal = _causal_mask(chunks, chunks, reverse, q.device, strict=True)
+    earlier_max = torch.where(causal, chunk_max.unsqueeze(-2), LOG_ZERO)  # (G, n, n)
+    max_before = earlier_max.amax(-1, keepdim=True)  # (G, n, 1)
+    running_max = _running_max(log_weight, chunk_size, reverse)
+    running_max = torch.maximum(running_max, max_before)  # (G, n, L)
+    logarithms = (log_weight.unsqueeze(-2) - running_max.unsqueeze(-1)).to(dtype)
+    causal = _causal_mask(chunk_size, chunk_size, reverse, q.device)
+    mask = torch.where(causal, 0.0, LOG_ZERO).to(dtype)  # a constant
     weights = torch.exp(logarithms + mask)  # (G, n, L, L)
-    chunk_weights = torch.exp((written_before - max_before).to(dtype))  # (G, n, n)
-    to_state = torch.exp((source - top.unsqueeze(-1)).to(dtype)).unsqueeze(-1)
-    from_state = torch.exp((max_before - running_max).to(dtype)).unsqueeze(-1)
+    chunk_weights = torch.exp((earlier_max - max_before).to(dtype))  # (G, n, n)
+    write_weight = torch.exp((log_weight - chunk_max.unsqueeze(-1)).to(dtype)).unsqueeze(-1)
+    read_weight = torch.exp((max_before - running_max).to(dtype)).unsqueeze(-1)
 
     q, k, v = to_chunks(q), to_chunks(k), to_chunks(v)
     scores = torch.matmul(q, k.transpose(-1, -2)) * weights
     numerator, normalizer = torch.matmul(scores, v), scores.sum(-1, keepdim=True)
     if not isinstance(chunks, int) or chunks > 1:
-        k, q = k * to_state, q * from_state
+        k, q = k * write_weight, q * read_weight
         memory = torch.matmul(k.transpose(-1, -2), v)  # (G, n, DH, DH)
         memory = torch.matmul(chunk_weights, memory.flatten(-2)).reshape(memory.shape)
         numerator = numerator + torch.matmul(q, memory)
@@ -98,8 +99,8 @@ def mlstm_traceable(
     stabilizer = cumulative + to_tokens(running_max)
     # Numerator and normalizer lack the factor 1 / sqrt(DH) of the queries.
     unit = q.shape[-1] ** 0.5
-    floor = torch.exp(-stabilizer).to(dtype).unsqueeze(-1) * unit
-    h = numerator / (torch.maximum(normalizer.abs(), floor) + EPS * unit)
+    min_denom = torch.exp(-stabilizer).to(dtype).unsqueeze(-1) * unit
+    h = numerator / (torch.maximum(normalizer.abs(), min_denom) + EPS * unit)
     return h.to(out_dtype), normalizer.squeeze(-1) / unit
 
 
@@ -110,18 +111,18 @@ def _running_max(x: Tensor, length: int, reverse: bool) -> Tensor:
     step = 1
     while step < length:
         if reverse:
-            shifted = F.pad(x[..., step:], (0, step), value=NOTHING)
+            shifted = F.pad(x[..., step:], (0, step), value=LOG_ZERO)
         else:
-            shifted = F.pad(x[..., :-step], (step, 0), value=NOTHING)
+            shifted = F.pad(x[..., :-step], (step, 0), value=LOG_ZERO)
         x = torch.maximum(x, shifted)
         step *= 2
     return x
 
 
-def _has_read(rows: int, columns: int, reverse: bool, device, strictly: bool = False) -> Tensor:
+def _causal_mask(rows: int, columns: int, reverse: bool, device, strict: bool = False) -> Tensor:
     """Whether row t has read column j, shape (rows, columns)."""
     t = torch.arange(rows, device=device).unsqueeze(-1)
     j = torch.arange(columns, device=device)
-    if strictly:
+    if strict:
         return j > t if reverse else j < t
     return j >= t if reverse else j <= t

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 
-def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: torch.dtype) -> Tensor:
+def decay_weights(
+    log_weight: Tensor, running_max: Tensor, reverse: bool, dtype: torch.dtype
+) -> Tensor:
     r"""Weights :math:`D_{tj} = \exp(g_j - M_t)` of tokens already read, 0 for the others.
 
     Args:
-        source (Tensor): g of every token, shape (G, L), see :mod:`mmvil.ops.gates`.
+        log_weight (Tensor): g of every token, shape (G, L), see :mod:`mmvil.ops.gates`.
         running_max (Tensor): M of every token, shape (G, L).
         reverse (bool): Whether tokens are read from last to first.
         dtype (torch.dtype): Dtype of the weights.
@@ -22,10 +24,10 @@ def decay_weights(source: Tensor, running_max: Tensor, reverse: bool, dtype: tor
     Returns:
         Tensor: Shape (G, L, L), rows t, columns j, all values in [0, 1].
     """
-    weights = source.new_empty(*source.shape, source.shape[-1], dtype=dtype)
+    weights = log_weight.new_empty(*log_weight.shape, log_weight.shape[-1], dtype=dtype)
     # Rounded after the subtraction: a logarithm of 1000, reached after a few hundred tokens, has an
     # error of 1e-4 in float32, and so would the weight.
-    torch.sub(source.unsqueeze(-2), running_max.unsqueeze(-1), out=weights)
+    torch.sub(log_weight.unsqueeze(-2), running_max.unsqueeze(-1), out=weights)
     # exp may overflow beyond the diagonal; tril_ and triu_ write zeros there and do not multiply.
     weights.exp_()
     return weights.triu_() if reverse else weights.tril_()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compat import is_compiling, is_exporting, is_transforming
 
-DENSE_BLOCK = 32
+DENSE_BLOCK_WIDTH = 32
 """Width up to which small diagonal blocks are joined into one dense block. Matrix units need that
 width, and multiplying zeros costs less than many tiny products."""
 
@@ -50,7 +50,7 @@ def diagonal_blocks(dense: Tensor, size: int) -> Tensor:
 def dense_block_width(size: int, head_width: int) -> int:
     """Width of the blocks that :func:`dense_blocks` makes from blocks of width ``size``."""
     width = size
-    while head_width % (2 * width) == 0 and 2 * width <= DENSE_BLOCK:
+    while head_width % (2 * width) == 0 and 2 * width <= DENSE_BLOCK_WIDTH:
         width *= 2
     return width
 

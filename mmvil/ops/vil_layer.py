@@ -4,8 +4,8 @@
 Autograd over the individual operations saves about 30D values per token. This function saves the
 layer's input (D), both halves of the up-projection (2D each), the cell's output (2D) and a few
 scalars, about 7D in total. Norm, convolution, SiLU, q, k, v and the gated product are cheap next to
-the matrix products and are recomputed; with ``keep_cell``, q, k, v and the convolution's output are
-saved, too (2D each, 15D in total).
+the matrix products and are recomputed; with ``save_cell_inputs``, q, k, v and the convolution's
+output are saved, too (2D each, 15D in total).
 
 The equations are those of :class:`mmvil.layers.ViLBlock`, in the same order.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import vil_layer_eager
 from .compat import is_compiling, is_exporting, without_autocast
-from .mlstm import refuse_second_derivatives
+from .mlstm import reject_double_backward
 from .vil_layer_common import LayerSettings, LayerWeights
 
 
@@ -40,19 +40,20 @@ def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tens
 class _ViLLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, *weights):
-        y, kept = _forward(x, LayerWeights(*weights), settings)
+        y, saved = _forward(x, LayerWeights(*weights), settings)
         ctx.settings = settings
-        ctx.save_for_backward(x, *kept, *weights)
+        ctx.save_for_backward(x, *saved, *weights)
         return y
 
     @staticmethod
     def backward(ctx, y_grad):
         if torch.is_grad_enabled() and not is_compiling():
-            refuse_second_derivatives()
-        saved, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
-        x, kept, weights = saved[0], saved[:-count], LayerWeights(*saved[-count:])
+            reject_double_backward()
+        tensors, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
+        x, saved, weights = tensors[0], tensors[:-count], LayerWeights(*tensors[-count:])
+        form = _implementation(ctx.settings)
         with without_autocast(x):
-            x_grad, grads = _form(ctx.settings).gradients(y_grad, kept, weights, ctx.settings)
+            x_grad, grads = form.gradients(y_grad, saved, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,
@@ -68,10 +69,10 @@ def _forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with without_autocast(x):  # dtypes are explicit here
-        return _form(settings).forward(x, w, settings)
+        return _implementation(settings).forward(x, w, settings)
 
 
-def _form(settings: LayerSettings):
+def _implementation(settings: LayerSettings):
     """The module with ``forward`` and ``gradients`` of the layer."""
     if settings.form.triton:
         from .triton import fused_layer

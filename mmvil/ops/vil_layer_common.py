@@ -48,7 +48,7 @@ class LayerSettings(NamedTuple):
     out_norm_eps: float
     dtype: torch.dtype
     """Dtype of features and matrix products; gates and statistics are at least float32."""
-    keep_cell: bool = False
+    save_cell_inputs: bool = False
     """Keep q, k, v and the convolution's output for backward."""
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compat import is_exporting
-from .layout import by_head
+from .layout import split_heads
 from .mlstm_export import mlstm_traceable
 from .projections import (
     GateWeights,
@@ -52,7 +52,7 @@ def forward(
     bias_m, bias_z = (None, None) if w.up_bias is None else cast(w.up_bias, settings.dtype).chunk(2)
     x_m, z = F.linear(x_norm, up_m, bias_m), F.linear(x_norm, up_z, bias_z)
     a = _convolve(x_m, w, settings)
-    c = F.silu(a, inplace=not settings.keep_cell)
+    c = F.silu(a, inplace=not settings.save_cell_inputs)
     projections = prepare_projections(w, settings.heads, settings.dtype)
     q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
@@ -64,22 +64,22 @@ def forward(
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    cell = (a, q, k, v) if settings.keep_cell else ()
+    cell = (a, q, k, v) if settings.save_cell_inputs else ()
     return y, (x_m, z, h, igate, fgate, normalizer, *cell)
 
 
 def gradients(
-    y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
+    y_grad: Tensor, saved: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
     """Compute the gradients of the input (B, N, D) and of all weights.
 
     Args:
         y_grad (Tensor): Gradient of the output, shape (B, N, D).
-        kept (tuple[Tensor, ...]): The input and the tensors that :func:`forward` returned for
+        saved (tuple[Tensor, ...]): The input and the tensors that :func:`forward` returned for
             backward.
         w, settings: As in the forward pass.
     """
-    x, x_m, z, h, igate, fgate, normalizer, *cell = kept
+    x, x_m, z, h, igate, fgate, normalizer, *cell = saved
     y_grad = y_grad.to(settings.dtype)
     a, *qkv = cell or [_convolve(x_m, w, settings)]
     c = F.silu(a)
@@ -89,11 +89,11 @@ def gradients(
     mixed = _mix_(h_norm.clone(), c, w, settings)
 
     # Down-projection and output gate.
-    open_gate = F.silu(z)
-    down_grads = linear_parameter_grads(y_grad, mixed * open_gate, w.down_bias)
+    output_gate = F.silu(z)
+    down_grads = linear_parameter_grads(y_grad, mixed * output_gate, w.down_bias)
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
     z_grad = torch.ops.aten.silu_backward(gated_grad * mixed, z)
-    mixed_grad = gated_grad.mul_(open_gate)
+    mixed_grad = gated_grad.mul_(output_gate)
 
     # Skip and head-wise norm.
     skip_grad = sum_tokens(mixed_grad * c)
@@ -114,7 +114,7 @@ def gradients(
     folded = projections.folded_gates
     with_bias = w.q_bias is not None
     q_grad, k_grad, v_grad = (grad.transpose(1, 2).flatten(2) for grad in qkv_grads)
-    q_dense, k_dense, v_dense = projections.by_operand
+    q_dense, k_dense, v_dense = projections.qkv_weights
     q_grads = headwise_linear_backward(q_grad, c, q_dense, with_bias, c_grad)
     k_grads = headwise_linear_backward(k_grad, c, k_dense, with_bias, c_grad)
     gates_c_grad = gate_preactivations_backward(gates_grad, c, folded.c, c_grad)
@@ -184,7 +184,7 @@ class Projections(NamedTuple):
     """Weights between the convolution and the cell, in the form that the matrix products use."""
 
     dense: Tensor  # of q, k and v, (groups, width, width), at least float32
-    by_operand: tuple[Tensor, ...]  # the same in the dtype of the features
+    qkv_weights: tuple[Tensor, ...]  # the same in the dtype of the features
     biases: Tensor | None  # (3, E), at least float32
     gates: Tensor  # (2 NH, 3E), at least float32
     folded_gates: GateWeights
@@ -215,8 +215,8 @@ def _project(
     """Queries and keys from c, values from x_m, (B, N, E) to (B, NH, N, DH)."""
     biases = (w.q_bias, w.k_bias, w.v_bias)
     return tuple(
-        by_head(headwise_linear(x, weight, cast(bias, settings.dtype)), settings.heads)
-        for x, weight, bias in zip((c, c, x_m), projections.by_operand, biases)
+        split_heads(headwise_linear(x, weight, cast(bias, settings.dtype)), settings.heads)
+        for x, weight, bias in zip((c, c, x_m), projections.qkv_weights, biases)
     )
 
 

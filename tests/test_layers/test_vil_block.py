@@ -80,7 +80,7 @@ def test_fused_layer_keeps_a_few_widths_per_token(lean, widths):
     )
 
 
-def test_fused_layer_refuses_second_derivatives():
+def test_fused_layer_rejects_double_backward():
     block = make_block()
     x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):

@@ -181,7 +181,7 @@ def test_mlstm_gradcheck():
         )
 
 
-def test_mlstm_refuses_second_derivatives():
+def test_mlstm_rejects_double_backward():
     inputs = make_inputs(5, 4)
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4])
     (grad,) = torch.autograd.grad(h.sum(), inputs[0], create_graph=True)

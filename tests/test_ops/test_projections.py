@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvil.ops.layout import by_head
+from mmvil.ops.layout import split_heads
 from mmvil.ops.projections import (
     GateWeights,
     dense_blocks,
@@ -30,7 +30,7 @@ def test_headwise_linear_equals_dense_product(head_width):
     torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
     with torch.no_grad():  # written in place
         torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
-    assert by_head(expected, heads).shape == (3, heads, 7, head_width)
+    assert split_heads(expected, heads).shape == (3, heads, 7, head_width)
 
 
 def test_diagonal_blocks_undoes_dense_blocks():

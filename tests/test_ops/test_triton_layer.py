@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvil.layers import ViLBlock
 from mmvil.ops.projections import token_conv
-from mmvil.ops.triton import interpreted, triton_problem, unavailable
+from mmvil.ops.triton import is_interpreted, triton_problem, unavailable_reason
 from tests.conftest import relative_error
 
-DEVICE = torch.device('cuda' if torch.cuda.is_available() and not interpreted() else 'cpu')
-PROBLEM = unavailable(DEVICE, torch.float32, 8)
+DEVICE = torch.device('cuda' if torch.cuda.is_available() and not is_interpreted() else 'cpu')
+PROBLEM = unavailable_reason(DEVICE, torch.float32, 8)
 if triton_problem():
     pytest.skip(triton_problem(), allow_module_level=True)
 
@@ -100,7 +100,7 @@ LARGE_CASES = [
     for dtype in TOLERANCE
 ]
 cases = pytest.mark.parametrize(
-    'case', CASES + LARGE_CASES * (DEVICE.type == 'cuda' and not interpreted()), ids=str
+    'case', CASES + LARGE_CASES * (DEVICE.type == 'cuda' and not is_interpreted()), ids=str
 )
 
 
@@ -410,10 +410,10 @@ def test_fake_operators_match_real_outputs(case):
 
 
 @runs_kernels
-@pytest.mark.parametrize('keep_cell', [True, False])
-def test_layer_with_kernels_compiles_with_gradients(keep_cell):
+@pytest.mark.parametrize('save_cell_inputs', [True, False])
+def test_layer_with_kernels_compiles_with_gradients(save_cell_inputs):
     torch.manual_seed(0)
-    block = ViLBlock(16, num_heads=2, backend='triton', lean='cell' if keep_cell else True)
+    block = ViLBlock(16, num_heads=2, backend='triton', lean='cell' if save_cell_inputs else True)
     x = randn(2, 6, 16)
 
     def run(block):
@@ -453,7 +453,7 @@ def test_kernels_refuse_tensors_on_several_devices():
         layer_norm_backward(x, x, weight[:0].new_ones(16), bias=None, eps=1e-6)
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
 def test_operators_launch_by_keyword_on_the_gpu_of_their_tensors(monkeypatch):
     """Played on the CPU: which tensor's device is the current one when a kernel is launched."""
     launches, current = [], []
@@ -543,7 +543,7 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
             assert {**loop._asdict(), **facts}[key] <= value, (label, key)
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
 @pytest.mark.parametrize(
     'arch, head_width, size',
     [
@@ -560,7 +560,7 @@ def test_kernels_compile_to_short_loops_without_spills(arch, head_width, size):
     check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=ITERATION)
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
 @pytest.mark.parametrize(
     'arch, head_width, dtype, version',
     [
@@ -582,7 +582,7 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
     check_compiled(arch, head_width, 224, dtype, version, 64 if dtype == torch.float32 else 8)
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
 @pytest.mark.parametrize('arch, limited', [('sm_90', 1), ('gfx942', 0)])
 def test_registers_are_limited_on_nvidia_gpus_alone(arch, limited):
     from tests.test_ops.triton_offline import layer_launches
@@ -591,7 +591,7 @@ def test_registers_are_limited_on_nvidia_gpus_alone(arch, limited):
     assert sum('maxnreg' in launch.kwargs for launch in launches) == limited
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter does not compile')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
 def test_one_compilation_serves_all_sizes():
     sizes = {'tokens', 'length', 'height', 'width', 'tokens_per_program'}
     from tests.test_ops.triton_offline import layer_launches
@@ -650,7 +650,7 @@ class Traffic(TorchDispatchMode):
                 self.bytes += x.numel() * x.element_size()
 
 
-def traffic(head_width, size, keep_cell=False):
+def traffic(head_width, size, save_cell_inputs=False):
     """Counts of the forward and the backward pass, without the residual connection, and the bytes
     of one (B, N, E).
     """
@@ -658,7 +658,7 @@ def traffic(head_width, size, keep_cell=False):
     from tests.test_ops.triton_offline import layer_inputs
 
     x, weights, settings = layer_inputs(head_width, size)
-    settings = settings._replace(keep_cell=keep_cell)
+    settings = settings._replace(save_cell_inputs=save_cell_inputs)
 
     def count(function, *args):
         mode = Traffic()
@@ -669,17 +669,17 @@ def traffic(head_width, size, keep_cell=False):
         with mock.patch.object(JITFunction, 'run', launch), mode:
             return mode, function(*args)
 
-    forward, (y, kept) = count(fused_layer.forward, x, weights, settings)
-    backward, _ = count(fused_layer.gradients, y, (x, *kept), weights, settings)
+    forward, (y, saved) = count(fused_layer.forward, x, weights, settings)
+    backward, _ = count(fused_layer.gradients, y, (x, *saved), weights, settings)
     return forward, backward, x.numel() * 2 * 2
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
 @pytest.mark.parametrize('head_width', [96, 192, 384])
 @pytest.mark.parametrize('size', [224, 512, 1024])
-@pytest.mark.parametrize('keep_cell, backward', [(False, 46), (True, 41)])
-def test_layer_moves_few_bytes(head_width, size, keep_cell, backward):
-    *counts, unit = traffic(head_width, size, keep_cell)
+@pytest.mark.parametrize('save_cell_inputs, backward', [(False, 46), (True, 41)])
+def test_layer_moves_few_bytes(head_width, size, save_cell_inputs, backward):
+    *counts, unit = traffic(head_width, size, save_cell_inputs)
     for count, most, most_beside_cell in zip(counts, (20, backward), (15.2, backward - 6.8)):
         units, of_cell = count.bytes / unit, count.cell_bytes / unit
         print(f'{head_width} {size}: {units:.1f} (B, N, E), cell {of_cell:.1f}, {count.launches}')
@@ -687,8 +687,8 @@ def test_layer_moves_few_bytes(head_width, size, keep_cell, backward):
         assert units <= most or size > 224, 'the states of the cell come on top for long sequences'
 
 
-@pytest.mark.skipif(interpreted(), reason='the interpreter launches nothing')
-@pytest.mark.parametrize('keep_cell, launches', [(False, 22), (True, 20)])
-def test_layer_launches_few_kernels(keep_cell, launches):
-    forward, backward, _ = traffic(96, 224, keep_cell)
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.parametrize('save_cell_inputs, launches', [(False, 22), (True, 20)])
+def test_layer_launches_few_kernels(save_cell_inputs, launches):
+    forward, backward, _ = traffic(96, 224, save_cell_inputs)
     assert forward.launches <= 12 and backward.launches <= launches

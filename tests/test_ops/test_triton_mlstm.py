@@ -18,19 +18,19 @@ import torch
 from mmvil.layers import ViLBlock
 from mmvil.ops import mlstm
 from mmvil.ops.mlstm import Form, choose_form
-from mmvil.ops.triton import interpreted, triton_problem
+from mmvil.ops.triton import is_interpreted, triton_problem
 from tests.conftest import ROOT, relative_error
 from tests.test_ops.test_mlstm import make_inputs, output_and_gradients
 
 pytestmark = pytest.mark.triton
-DEVICE = 'cuda' if torch.cuda.is_available() and not interpreted() else 'cpu'
+DEVICE = 'cuda' if torch.cuda.is_available() and not is_interpreted() else 'cpu'
 needs_triton = pytest.mark.skipif(bool(triton_problem()), reason=str(triton_problem()))
 
 
 def launches(test):
     """Mark a comparison that runs on a GPU or in the interpreter."""
     problem = triton_problem()
-    if DEVICE == 'cpu' and not interpreted():
+    if DEVICE == 'cpu' and not is_interpreted():
         problem = problem or 'needs a GPU or TRITON_INTERPRET=1'
     return pytest.mark.gpu(pytest.mark.skipif(problem is not None, reason=str(problem))(test))
 
@@ -259,7 +259,7 @@ def test_kernels_repeat_to_the_bit_in_deterministic_mode():
 
 
 @needs_triton
-@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+@pytest.mark.skipif(DEVICE == 'cuda' or is_interpreted(), reason='kernels run in this process')
 @pytest.mark.parametrize('which', ['not slow', *slow('slow')])
 def test_kernels_pass_in_the_interpreter(which):
     """All cases above and those of the layer, in one process in which Triton interprets kernels."""
@@ -275,7 +275,7 @@ def test_kernels_pass_in_the_interpreter(which):
     assert ' passed' in result.stdout
 
 
-@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+@pytest.mark.skipif(DEVICE == 'cuda' or is_interpreted(), reason='kernels run in this process')
 def test_backend_triton_reports_why_it_cannot_run():
     x, gate = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5)
     with pytest.raises(ValueError, match="backend='triton' cannot run: .* Use 'auto'"):
@@ -286,11 +286,11 @@ def test_backend_triton_reports_why_it_cannot_run():
     assert choose_form(x.device, x.dtype, 5, 8, 'auto') == Form(5, triton=False)
 
 
-@pytest.mark.skipif(DEVICE == 'cuda' or interpreted(), reason='kernels run in this process')
+@pytest.mark.skipif(DEVICE == 'cuda' or is_interpreted(), reason='kernels run in this process')
 def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     monkeypatch.setattr('mmvil.ops.triton.triton_problem', lambda: None)
     monkeypatch.setattr('mmvil.ops.triton.device_problem', lambda kind, index: None)
-    monkeypatch.setattr('mmvil.ops.triton.verdict.failure', lambda *_: None)
+    monkeypatch.setattr('mmvil.ops.triton.verdict.self_test_problem', lambda *_: None)
     gpu = torch.device('cuda', 0)
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto').triton
     assert choose_form(gpu, torch.bfloat16, 196, 96, 'auto', 64) == Form(64, triton=True)
@@ -311,7 +311,7 @@ PER_SCORE = {96: 16, 192: 30, 384: 37}
 
 
 @needs_triton
-@pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
+@pytest.mark.skipif(is_interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
 @pytest.mark.parametrize(
     'arch, width, size, labels',
     [(arch, width, 1024, labels) for arch, width, labels in QUICK]
@@ -339,7 +339,7 @@ def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
 
 
 @needs_triton
-@pytest.mark.skipif(interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
+@pytest.mark.skipif(is_interpreted(), reason='TRITON_INTERPRET=1 leaves nothing to compile')
 @pytest.mark.parametrize(
     'arch, width, dtype',
     slow(

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from mmvil.ops.mlstm import choose_form
-from mmvil.ops.triton import interpreted, triton_problem
+from mmvil.ops.triton import is_interpreted, triton_problem
 
 if sys.platform == 'win32':
     pytest.skip('Triton is for Unix', allow_module_level=True)
@@ -31,7 +31,7 @@ from mmvil.ops.triton.self_test import Case, check  # noqa: E402
 from mmvil.ops.triton.verdict import FAILED, IMPOSSIBLE  # noqa: E402
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
-SUBJECT = verdict.Subject('Fake', 'bfloat16', 96, False, '3.9', '12.9', 'TRITON_PTXAS_PATH', 'x')
+KEY = verdict.CacheKey('Fake', 'bfloat16', 96, False, '3.9', '12.9', 'TRITON_PTXAS_PATH', 'x')
 needs_triton = pytest.mark.skipif(bool(triton_problem()), reason=str(triton_problem()))
 
 
@@ -116,8 +116,8 @@ def machine(monkeypatch, tmp_path):
             return self.ask()
 
         def ask(self):
-            verdict._failure.cache_clear()
-            return verdict.failure(GPU, torch.bfloat16, 96)
+            verdict._cached_problem.cache_clear()
+            return verdict.self_test_problem(GPU, torch.bfloat16, 96)
 
         @property
         def runs(self):
@@ -131,11 +131,11 @@ def machine(monkeypatch, tmp_path):
     Machine.temporary.mkdir()
     monkeypatch.setattr(tempfile, 'tempdir', str(Machine.temporary))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT)
+    monkeypatch.setattr(verdict, '_cache_key', lambda *_: KEY)
     monkeypatch.setattr('mmvil.ops.triton.triton_problem', lambda: None)
     monkeypatch.setattr('mmvil.ops.triton.device_problem', lambda kind, index: None)
     yield Machine()
-    verdict._failure.cache_clear()
+    verdict._cached_problem.cache_clear()
 
 
 def test_verdict_is_cached(machine):
@@ -143,7 +143,7 @@ def test_verdict_is_cached(machine):
         assert machine.play('print("The kernels are right.")') is None
     assert machine.runs == 1
     content = json.loads(machine.verdicts[0].read_text())
-    assert content == dict(subject=SUBJECT._asdict(), problem=None)
+    assert content == dict(subject=KEY._asdict(), problem=None)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_verdict_that_cannot_be_read_is_replaced(machine, content):
 
 def test_verdict_on_another_compiler_does_not_count(machine, monkeypatch):
     machine.play('import os; os.abort()')
-    monkeypatch.setattr(verdict, '_subject', lambda *_: SUBJECT._replace(ptxas='13.4'))
+    monkeypatch.setattr(verdict, '_cache_key', lambda *_: KEY._replace(ptxas='13.4'))
     assert machine.play('pass') is None
 
 
@@ -352,10 +352,10 @@ WITHOUT_GPU = 'raised RuntimeError: 0 active drivers'
 
 
 def command_on_cpu():
-    return [x.replace('cuda:0', 'cpu') for x in verdict._command(SUBJECT, 0)]
+    return [x.replace('cuda:0', 'cpu') for x in verdict._command(KEY, 0)]
 
 
-@pytest.mark.skipif(interpreted(), reason='interpreted kernels run without a GPU')
+@pytest.mark.skipif(is_interpreted(), reason='interpreted kernels run without a GPU')
 @needs_triton
 def test_self_test_takes_the_arguments_of_its_command(monkeypatch, capsys):
     """Without a GPU no kernel runs, which is not the fault of these."""
@@ -409,7 +409,7 @@ def form(backend='auto', dtype=torch.bfloat16):
     return choose_form(GPU, dtype, 196, 96, backend)
 
 
-@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+@pytest.mark.skipif(is_interpreted(), reason='interpreted kernels are not tested')
 def test_auto_takes_only_kernels_that_passed(machine, caplog):
     machine.play('pass')
     assert form().triton and not caplog.records
@@ -422,7 +422,7 @@ def test_auto_takes_only_kernels_that_passed(machine, caplog):
     assert form('triton').triton, 'who names the kernels gets them'
 
 
-@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+@pytest.mark.skipif(is_interpreted(), reason='interpreted kernels are not tested')
 def test_kernels_are_tested_only_where_they_would_be_taken(machine, monkeypatch):
     assert not form(dtype=torch.float64).triton
     assert form('triton').triton
@@ -435,11 +435,11 @@ def test_kernels_are_tested_only_where_they_would_be_taken(machine, monkeypatch)
     assert not machine.runs
 
 
-@pytest.mark.skipif(interpreted(), reason='interpreted kernels are not tested')
+@pytest.mark.skipif(is_interpreted(), reason='interpreted kernels are not tested')
 def test_self_test_is_not_traced(machine):
     machine.play('pass')
     machine.verdicts[0].unlink()
-    verdict._failure.cache_clear()
+    verdict._cached_problem.cache_clear()
 
     @torch.compile(fullgraph=True, backend='eager')
     def function(x):

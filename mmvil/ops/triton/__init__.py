@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @torch.compiler.assume_constant_result
-def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Reason why the kernels cannot run, or None if they can.
 
     Args:
@@ -35,22 +35,22 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> st
         return f'the dtype is {dtype}, not one of {", ".join(map(str, DTYPES))}'
     if head_width > MAX_HEAD_WIDTH:
         return f'heads are {head_width} wide, more than {MAX_HEAD_WIDTH}'
-    if not _switched_on('MMVIL_TRITON', '1'):
+    if not _is_enabled('MMVIL_TRITON', '1'):
         return 'MMVIL_TRITON disables the kernels'
     return triton_problem() or device_problem(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
-def usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+def is_usable(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether the kernels can run and pass their self-test, which the first call may run.
 
     If not, the reason is logged once.
     """
-    problem = unavailable(device, dtype, head_width)
-    if not problem and not interpreted():
-        from .verdict import failure
+    problem = unavailable_reason(device, dtype, head_width)
+    if not problem and not is_interpreted():
+        from .verdict import self_test_problem
 
-        problem = failure(device, dtype, head_width)
+        problem = self_test_problem(device, dtype, head_width)
     if problem:
         warn_once(f'The mLSTM runs in plain PyTorch, without GPU kernels: {problem}.')
     return not problem
@@ -74,7 +74,7 @@ def triton_problem() -> str | None:
 @lru_cache
 def device_problem(kind: str, index: int | None) -> str | None:
     """Reason why a device cannot run the kernels, or None if it can."""
-    if interpreted():
+    if is_interpreted():
         return None
     if torch.version.hip:
         return 'the kernels compile for AMD GPUs, but have never run on one, and are disabled there'
@@ -87,12 +87,12 @@ def device_problem(kind: str, index: int | None) -> str | None:
     return None
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton runs kernels as Python code, which it decides when it is imported."""
-    return _switched_on('TRITON_INTERPRET', '0')
+    return _is_enabled('TRITON_INTERPRET', '0')
 
 
-def _switched_on(variable: str, default: str) -> bool:
+def _is_enabled(variable: str, default: str) -> bool:
     """Read an environment variable as Triton does."""
     return os.environ.get(variable, default).lower() in ('1', 'true', 'on', 'yes', 'y')
 
@@ -106,7 +106,7 @@ def shared_memory(device: torch.device) -> int:
     return limits.get(torch.cuda.get_device_capability(device), 99) * 1024
 
 
-def on_its_device(function: Callable) -> Callable:
+def on_input_device(function: Callable) -> Callable:
     """Make a function launch its kernels on the GPU of its tensors; Triton takes the current one.
 
     Raises:

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import by_head, contiguous, token_rows
-from . import launch, on_its_device
+from ..layout import contiguous, split_heads, token_rows
+from . import launch, on_input_device
 from .activation import sigmoid
 from .tiles import dot, dot_precision, load_row
 
@@ -192,7 +192,7 @@ def before_cell_kernel(
 # -- Launches --------------------------------------------------------------------------------------
 
 
-@on_its_device
+@on_input_device
 def before_cell(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -251,7 +251,7 @@ def before_cell(
         num_warps=4,
         num_stages=1,
     )
-    q, k, v = (by_head(y, heads) for y in (q, k, v))
+    q, k, v = (split_heads(y, heads) for y in (q, k, v))
     return a, q, k, v, gates_by_head.sum(0)
 
 

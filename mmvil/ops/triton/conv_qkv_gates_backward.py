@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import contiguous, token_rows, token_rows_to_write
-from . import launch, on_its_device
+from ..layout import contiguous, token_rows, writable_token_rows
+from . import launch, on_input_device
 from .activation import sigmoid
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -252,7 +252,7 @@ def convolution_backward_kernel(
 # -- Launches --------------------------------------------------------------------------------------
 
 
-@on_its_device
+@on_input_device
 def before_cell_backward(
     q_grad: Tensor,
     k_grad: Tensor,
@@ -290,7 +290,7 @@ def before_cell_backward(
         y.transpose(1, 2).flatten(2).contiguous() for y in (q_grad, k_grad, v_grad)
     )
     w = BeforeCellWeights(*map(contiguous, weights))
-    x_rows, x_grad_rows = token_rows(x), token_rows_to_write(x_grad)
+    x_rows, x_grad_rows = token_rows(x), writable_token_rows(x_grad)
     a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     single = x.dtype == torch.float32

@@ -1,6 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`. They save
-the same tensors for backward, and more with ``settings.keep_cell``.
+the same tensors for backward, and more with ``settings.save_cell_inputs``.
 
 What remains are torch's matrix products, the norm, the cell, and one fused part before and one
 after it. Under autocast, including casts of weights, this takes 10 launches besides the cell's in
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import by_head
+from ..layout import split_heads
 from ..vil_layer_common import LayerSettings, LayerWeights, cast, linear_parameter_grads
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
@@ -40,18 +40,19 @@ def forward(
     )
     igate, fgate = gates.unbind(0)
     h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
-    kept = (x_m, z, h, igate, fgate, normalizer, *((a, q, k, v) if settings.keep_cell else ()))
+    cell = (a, q, k, v) if settings.save_cell_inputs else ()
+    saved = (x_m, z, h, igate, fgate, normalizer, *cell)
     del q, k, v
     y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
     y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    return y, kept
+    return y, saved
 
 
 def gradients(
-    y_grad: Tensor, kept: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
+    y_grad: Tensor, saved: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients like :func:`mmvil.ops.vil_layer_eager.gradients`."""
-    x, x_m, z, h, igate, fgate, normalizer, *cell = kept
+    x, x_m, z, h, igate, fgate, normalizer, *cell = saved
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
     weights = _before_cell_weights(w)
@@ -162,7 +163,7 @@ def _layer_norm_backward_fake(y_grad, x, *_):
 
 def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
     a, q, k, v = (x.new_empty(x.shape) for _ in range(4))
-    q, k, v = (by_head(y, heads) for y in (q, k, v))
+    q, k, v = (split_heads(y, heads) for y in (q, k, v))
     shape = (2, x.shape[0], heads, x.shape[1]) if with_gates else (0,)
     return a, q, k, v, x.new_empty(shape, dtype=torch.float32)
 
@@ -182,7 +183,7 @@ def _after_cell_backward_fake(y_grad, h, a, z, *_):
     up_grad = z.new_empty(*z.shape[:2], 2 * z.shape[2])
     parameter_grads = z.new_empty(4, z.shape[2], dtype=torch.float32)
     delta = h.new_empty(h.shape[:3], dtype=torch.float32)
-    return y, by_head(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
+    return y, split_heads(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
 
 
 for _function, _fake in (

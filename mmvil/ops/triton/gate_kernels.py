@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .tiles import matrix
 
-BITS = tl.constexpr(1 / math.log(2))
+LOG2_E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _last(x, index, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def gate_statistics_kernel(
-    igate, fgate, igate_strides, fgate_strides, source, running_max, base, floor,
+    igate, fgate, igate_strides, fgate_strides, log_weight, running_max, base, min_denom,
     heads, length,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -67,21 +67,22 @@ def gate_statistics_kernel(
         of_tile = tl.sum(first, 1)
         of_token = tl.reshape(tl.broadcast_to(of_tile[:, None], first.shape), (BLOCK,))
         stored = start + tile * ROWS < padded
-        tl.store(base + start // ROWS + tile, of_tile * BITS, mask=stored)
+        tl.store(base + start // ROWS + tile, of_tile * LOG2_E, mask=stored)
         stored = token < padded
-        g = (g - of_token) * BITS
-        m = tl.where(inside, (largest - of_token) * BITS, float('inf'))
-        tl.store(source + row + token, g.to(tl.float32), mask=stored)
+        g = (g - of_token) * LOG2_E
+        m = tl.where(inside, (largest - of_token) * LOG2_E, float('inf'))
+        tl.store(log_weight + row + token, g.to(tl.float32), mask=stored)
         tl.store(running_max + row + token, m.to(tl.float32), mask=stored)
-        tl.store(floor + row + token, tl.exp(-(cumulative + largest)).to(tl.float32), mask=stored)
+        smallest = tl.exp(-(cumulative + largest)).to(tl.float32)
+        tl.store(min_denom + row + token, smallest, mask=stored)
         log_forget_before = _last(cumulative, index, BLOCK)
         max_before = tl.max(largest, 0)
 
 
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def gate_gradients_kernel(
-    fgate, fgate_strides, source, running_max, source_grad, row_grad, stabilizer_grad, igate_grad,
-    fgate_grad, igate_grad_strides, fgate_grad_strides,
+    fgate, fgate_strides, log_weight, running_max, log_weight_grad, row_grad, stabilizer_grad,
+    igate_grad, fgate_grad, igate_grad_strides, fgate_grad_strides,
     heads, length, padded,
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -104,10 +105,10 @@ def gate_gradients_kernel(
         token = length - 1 - start - index  # the last token comes first
         inside = token >= 0
         at = row + token
-        g = tl.load(source + at, mask=inside, other=0.0)
+        g = tl.load(log_weight + at, mask=inside, other=0.0)
         is_max = g == tl.load(running_max + at, mask=inside, other=0.0)
         next_inside = inside & (token + 1 < length)
-        next_g = tl.load(source + at + 1, mask=next_inside, other=0.0)
+        next_g = tl.load(log_weight + at + 1, mask=next_inside, other=0.0)
         next_max = tl.load(running_max + at + 1, mask=next_inside, other=0.0)
         starts = (next_g == next_max).to(tl.int32)
         of_m = tl.load(stabilizer_grad + at, mask=inside, other=0.0).to(tl.float64)
@@ -115,7 +116,7 @@ def gate_gradients_kernel(
         run += tl.where(any_start != 0, 0.0, run_before)
         of_i = tl.zeros((BLOCK,), tl.float64)
         for part in tl.static_range(PARTS):
-            grad = source_grad + tl.cast(part * tl.num_programs(0), tl.int64) * padded
+            grad = log_weight_grad + tl.cast(part * tl.num_programs(0), tl.int64) * padded
             of_i += tl.load(grad + at, mask=inside, other=0.0).to(tl.float64)
         of_i += tl.where(is_max, run, 0.0)
         of_row = tl.load(row_grad + at, mask=inside, other=0.0).to(tl.float64)

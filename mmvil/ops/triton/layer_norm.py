@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows
-from . import launch, on_its_device
+from . import launch, on_input_device
 from .reduction import split_tokens
 from .tiles import load_row
 
@@ -86,7 +86,7 @@ def layer_norm_backward_kernel(
     tl.store(sums + D, tl.sum(bias_grad, axis=0), mask=present)
 
 
-@on_its_device
+@on_input_device
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -119,7 +119,7 @@ def layer_norm(
     return y
 
 
-@on_its_device
+@on_input_device
 def layer_norm_backward(
     y_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
-    delta, normalizer, delta_strides, normalizer_strides, floor, inverse, normalizer_grad,
+    delta, normalizer, delta_strides, normalizer_strides, min_denom, inverse, normalizer_grad,
     row_grad, stabilizer_grad,
     heads, length, padded,
     ROWS: tl.constexpr,
@@ -49,7 +49,7 @@ def denominators_kernel(
     n = tl.load(n, mask=token < length, other=0.0)
     projection = matrix(delta, delta_strides, program, heads) + step * delta_strides[2]
     projection = tl.load(projection, mask=token < length, other=0.0)
-    smallest = tl.load(floor + at)
+    smallest = tl.load(min_denom + at)
     by_normalizer = tl.abs(n) >= smallest
     inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
     eps_part = projection * inv * EPS
@@ -62,7 +62,7 @@ def denominators_kernel(
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def chunk_sums_kernel(
-    a, b, a_strides, b_strides, source, running_max, base, inverse, normalizer_grad, states,
+    a, b, a_strides, b_strides, log_weight, running_max, base, inverse, normalizer_grad, states,
     state_vectors,
     heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
@@ -102,7 +102,7 @@ def chunk_sums_kernel(
             of_n = weight * tl.load(normalizer_grad + row + token)
             weight *= tl.load(inverse + row + token)
         else:
-            weight = tl.exp2(tl.load(source + row + token) - at_end)
+            weight = tl.exp2(tl.load(log_weight + row + token) - at_end)
             of_n = weight
         a_tile = load_tile(a, a_strides, start, length, top, STEP, DH, WIDTH).to(tl.float32)
         b_tile = load_tile(b, b_strides, start, length, left, STEP, DH, WIDTH)
@@ -187,8 +187,8 @@ def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def query_side_kernel(
-    a, b, c, out, a_strides, b_strides, c_strides, out_strides, source, running_max, base, floor,
-    normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
+    a, b, c, out, a_strides, b_strides, c_strides, out_strides, log_weight, running_max, base,
+    min_denom, normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
     place, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
@@ -256,7 +256,7 @@ def query_side_kernel(
         for left in range(first, last, COLUMNS):
             column = left + column_index
             shift = (tl.load(base + left // ROWS) - own_base).to(tl.float32)
-            g = tl.load(source + row + column)
+            g = tl.load(log_weight + row + column)
             b_tiles = load_tiles(b, b_strides, left, length, 0, COLUMNS, DH, WIDTH, TILES)
             c_tiles = load_tiles(c, c_strides, left, length, own, COLUMNS, DH, WIDTH, OWN)
             weight = scores(a_tiles, b_tiles, ROWS, COLUMNS, TILES, PRECISION)
@@ -275,7 +275,7 @@ def query_side_kernel(
 
     totals = scaled(totals, 1 / scale_of_row, OWN)
     if not GRAD:
-        smallest = tl.load(floor + row + token)
+        smallest = tl.load(min_denom + row + token)
         totals = scaled(totals, 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS), OWN)
         to = matrix(normalizer, normalizer_strides, program, heads)
         to += tl.cast(token, tl.int64) * normalizer_strides[2]
@@ -287,8 +287,8 @@ def query_side_kernel(
 @triton.jit(do_not_specialize=['heads', 'length'])
 def gradients_kernel(
     q, k, v, h_grad, q_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
-    q_grad_strides, k_grad_strides, v_grad_strides, source, running_max, base, inverse,
-    normalizer_grad, source_grad, states, state_vectors, states_grad, state_vectors_grad,
+    q_grad_strides, k_grad_strides, v_grad_strides, log_weight, running_max, base, inverse,
+    normalizer_grad, log_weight_grad, states, state_vectors, states_grad, state_vectors_grad,
     heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
@@ -306,7 +306,7 @@ def gradients_kernel(
     places = tl.num_programs(0) // ROLES
     if role == 0:
         query_side_kernel(
-            h_grad, v, k, q_grad, h_grad_strides, v_strides, k_strides, q_grad_strides, source,
+            h_grad, v, k, q_grad, h_grad_strides, v_strides, k_strides, q_grad_strides, log_weight,
             running_max, base, None, None, None, inverse, normalizer_grad, states, state_vectors,
             place, heads, length, chunk, scale,
             DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES, True, PRECISION,
@@ -315,8 +315,8 @@ def gradients_kernel(
         if role == ROLE:
             _key_side(
                 q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
-                k_grad_strides, v_grad_strides, source, running_max, base, inverse,
-                normalizer_grad, source_grad, states_grad, state_vectors_grad,
+                k_grad_strides, v_grad_strides, log_weight, running_max, base, inverse,
+                normalizer_grad, log_weight_grad, states_grad, state_vectors_grad,
                 place, places, heads, length, chunk, scale,
                 DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS // 2 if TOGETHER else COLUMNS, STATES,
                 TOGETHER or ROLE == 1, TOGETHER or ROLE == 2, PRECISION,
@@ -326,8 +326,8 @@ def gradients_kernel(
 @triton.jit
 def _key_side(
     q, k, v, h_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
-    k_grad_strides, v_grad_strides, source, running_max, base, inverse, normalizer_grad,
-    source_grad, states, state_vectors,
+    k_grad_strides, v_grad_strides, log_weight, running_max, base, inverse, normalizer_grad,
+    log_weight_grad, states, state_vectors,
     place, places, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
@@ -348,7 +348,7 @@ def _key_side(
     base += program * tiles
     index, column_index = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     own_base = tl.load(base + start // ROWS)
-    g = tl.load(source + row + start + index)
+    g = tl.load(log_weight + row + start + index)
 
     dk, dv = zero_tiles(ROWS, WIDTH, OWN), zero_tiles(ROWS, WIDTH, OWN)
     chunk_end = tl.minimum((start // chunk + 1) * chunk, length)
@@ -416,11 +416,11 @@ def _key_side(
         store_tiles(v_grad, v_grad_strides, start, length, own, dv, ROWS, DH, WIDTH, OWN)
     if KEYS:
         dk = scaled(dk, 1 / dk_scale, OWN)
-        of_source = tl.zeros((ROWS,), tl.float32)
+        dg = tl.zeros((ROWS,), tl.float32)
         for i in tl.static_range(OWN):
             k_tile = load_tile(k, k_strides, start, length, own + i * WIDTH, ROWS, DH, WIDTH)
-            of_source += tl.sum(k_tile.to(tl.float32) * dk[i], 1)
-        to = source_grad + tl.cast(part, tl.int64) * (places // PARTS) * ROWS + row
-        tl.store(to + start + index, of_source)
+            dg += tl.sum(k_tile.to(tl.float32) * dk[i], 1)
+        to = log_weight_grad + tl.cast(part, tl.int64) * (places // PARTS) * ROWS + row
+        tl.store(to + start + index, dg)
         k_grad = matrix(k_grad, k_grad_strides, program, heads)
         store_tiles(k_grad, k_grad_strides, start, length, own, dk, ROWS, DH, WIDTH, OWN)

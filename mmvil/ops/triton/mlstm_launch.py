@@ -31,8 +31,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layout import like_tokens
-from . import default_chunk_size, launch, on_its_device, shared_memory
+from ..layout import empty_like_tokens
+from . import default_chunk_size, launch, on_input_device, shared_memory
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
@@ -124,17 +124,17 @@ class _Cell:
         self.padded = triton.cdiv(self.length, rows) * rows
         shape = (self.programs, self.padded // rows)
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
-        self.gates = dict(source=self.scalars(), running_max=self.scalars(), base=bases)
-        self.floor = self.scalars()
+        self.gates = dict(log_weight=self.scalars(), running_max=self.scalars(), base=bases)
+        self.min_denom = self.scalars()
         # In the forward pass, which does not read them, any pointers.
-        self.denominators = dict(inverse=self.floor, normalizer_grad=self.floor)
+        self.denominators = dict(inverse=self.min_denom, normalizer_grad=self.min_denom)
         self.block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
         launch(
             gate_statistics_kernel,
             self.programs,
             **self.in_reading_order(igate=igate, fgate=fgate),
             **self.gates,
-            floor=self.floor,
+            min_denom=self.min_denom,
             **self.sizes,
             BLOCK=self.block,
             ROWS=rows,
@@ -227,7 +227,7 @@ class _Cell:
         )
 
 
-@on_its_device
+@on_input_device
 def mlstm_forward(
     q: Tensor,
     k: Tensor,
@@ -250,19 +250,19 @@ def mlstm_forward(
         in float32, needed for backward.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    h, normalizer = like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    h, normalizer = empty_like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     cell.products(
         query_side_kernel,
         **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
-        floor=cell.floor,
+        min_denom=cell.min_denom,
         place=None,
         GRAD=False,
     )
     return h, normalizer
 
 
-@on_its_device
+@on_input_device
 def mlstm_backward(
     h_grad: Tensor,
     q: Tensor,
@@ -290,7 +290,7 @@ def mlstm_backward(
         their dtypes.
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    q_grad, k_grad, v_grad = (like_tokens(x) for x in (q, k, v))
+    q_grad, k_grad, v_grad = (empty_like_tokens(x) for x in (q, k, v))
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
@@ -300,7 +300,7 @@ def mlstm_backward(
         denominators_kernel,
         cell.programs * cell.padded // cell.tiling.rows,
         **cell.in_reading_order(delta=delta, normalizer=normalizer),
-        floor=cell.floor,
+        min_denom=cell.min_denom,
         **cell.denominators,
         row_grad=row_grad,
         stabilizer_grad=stabilizer_grad,
@@ -310,7 +310,7 @@ def mlstm_backward(
         num_warps=1,
     )
     states, states_grad = cell.states(k, v), cell.states(q, h_grad, grad=True)
-    source_grad = cell.scalars(parts=cell.tiling.parts)
+    log_weight_grad = cell.scalars(parts=cell.tiling.parts)
     cell.products(
         gradients_kernel,
         roles=2 if cell.tiling.together else 3,
@@ -319,16 +319,16 @@ def mlstm_backward(
         ),
         **states,
         **{f'{name}_grad': x for name, x in states_grad.items()},
-        source_grad=source_grad,
+        log_weight_grad=log_weight_grad,
         TOGETHER=cell.tiling.together,
     )
     launch(
         gate_gradients_kernel,
         cell.programs,
         **cell.in_reading_order(fgate=fgate, igate_grad=igate_grad, fgate_grad=fgate_grad),
-        source=cell.gates['source'],
+        log_weight=cell.gates['log_weight'],
         running_max=cell.gates['running_max'],
-        source_grad=source_grad,
+        log_weight_grad=log_weight_grad,
         row_grad=row_grad,
         stabilizer_grad=stabilizer_grad,
         **cell.sizes,

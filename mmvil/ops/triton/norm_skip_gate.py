@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import by_head, contiguous, token_rows, unit_stride
-from . import launch, on_its_device
+from ..layout import contiguous, split_heads, token_rows, with_unit_stride
+from . import launch, on_input_device
 from .activation import sigmoid
 from .layer_norm import normalize, normalize_backward
 from .reduction import split_tokens
@@ -129,7 +129,7 @@ def after_cell_backward_kernel(
 # -- Launches --------------------------------------------------------------------------------------
 
 
-@on_its_device
+@on_input_device
 def after_cell(
     h: Tensor,
     a: Tensor,
@@ -160,7 +160,7 @@ def after_cell(
     return y
 
 
-@on_its_device
+@on_input_device
 def after_cell_backward(
     y_grad: Tensor,
     h: Tensor,
@@ -208,12 +208,12 @@ def after_cell_backward(
         sums_stride=sums.stride(0),
         tokens_per_program=share,
     )
-    return y, by_head(h_grad, heads), delta, c_grad, up_grad, sums.sum(0).view(4, channels)
+    return y, split_heads(h_grad, heads), delta, c_grad, up_grad, sums.sum(0).view(4, channels)
 
 
 def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:
     """Arguments of both kernels, with tiles of about ``tile_size`` values."""
-    h, rows = unit_stride(h), token_rows(z)
+    h, rows = with_unit_stride(h), token_rows(z)
     heads, channels = h.shape[1], z.shape[-1]
     batch_stride, head_stride, position_stride, _ = h.stride()
     channel_tile = triton.next_power_of_2(channels // heads)

@@ -26,7 +26,7 @@ from .verdict import FAILED, IMPOSSIBLE, TIMEOUT
 
 TILE = 16
 """Rows of the smallest tile. If one head's part of it is wrong, its error is about 0.5."""
-SLACK = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Tolerance for rounding errors of a tile, in addition to four times the error of PyTorch."""
 
 
@@ -63,7 +63,7 @@ def check(
     """
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     tf32 = dtype == torch.float32 and tf32_is_allowed()  # same precision as float16
-    slack = SLACK[torch.float16 if tf32 else dtype]
+    tolerance = TOLERANCE[torch.float16 if tf32 else dtype]
     for case in cases:
         for name, run in (('cell', _run_cell), ('layer', _run_layer)):
             inputs = (case, head_width, device)
@@ -76,7 +76,7 @@ def check(
             for key, value in expected.items():
                 what = f'{key} of the {name} ({case})'
                 error, usual = (_error(x[key], value, floor) for x in (results, plain))
-                if not error <= 4 * usual + slack:
+                if not error <= 4 * usual + tolerance:
                     return f'got wrong numbers: {what}, error {error:.1e}, PyTorch has {usual:.1e}'
                 if not torch.equal(results[key], again[key]):
                     return f'got different bits in a second run: {what}'
@@ -202,7 +202,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Print the verdict as the last line and return an exit status."""
     parser = argparse.ArgumentParser(prog='python -m mmvil.ops.triton.self_test')
     parser.add_argument('--device', type=torch.device, default='cuda')
-    parser.add_argument('--dtype', choices=[str(dtype)[6:] for dtype in SLACK], required=True)
+    parser.add_argument('--dtype', choices=[str(dtype)[6:] for dtype in TOLERANCE], required=True)
     parser.add_argument('--head-width', type=int, required=True)
     parser.add_argument('--tf32', action='store_true', help='round operands in float32 to TF32')
     args = parser.parse_args(args)

@@ -42,7 +42,7 @@ IMPOSSIBLE = 75
 _logger = logging.getLogger('mmvil')
 
 
-class Subject(NamedTuple):
+class CacheKey(NamedTuple):
     """Combination of hardware, software and sizes that a verdict applies to."""
 
     gpu: str
@@ -67,11 +67,11 @@ class Verdict(NamedTuple):
     """Outcome of a self-test."""
 
     problem: str | None
-    lasting: bool = True
+    cacheable: bool = True
     """Whether a second test would give the same result; if not, the kernels remain untested."""
 
 
-def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+def self_test_problem(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Reason not to trust the kernels, or None. The first call takes about a minute.
 
     Args:
@@ -80,44 +80,44 @@ def failure(device: torch.device, dtype: torch.dtype, head_width: int) -> str | 
         head_width (int): DH.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _failure(index, dtype, head_width, dtype == torch.float32 and tf32_is_allowed())
+    return _cached_problem(index, dtype, head_width, dtype == torch.float32 and tf32_is_allowed())
 
 
 @cache
-def _failure(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str | None:
+def _cached_problem(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> str | None:
     try:
-        subject = _subject(index, dtype, head_width, tf32)
+        key = _cache_key(index, dtype, head_width, tf32)
     except Exception as error:  # versions of Triton without a compiler, or with another interface
         return f"the compiler's version cannot be read ({type(error).__name__}: {error})"
-    digest = hashlib.sha256(repr(subject).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     files = [folder / f'kernels_{digest}.json' for folder in _folders()]
     # A folder that cannot be written, of an image or another user, may have the verdict.
-    found = ((file, verdict) for file in files if (verdict := _read(file, subject)))
+    found = ((file, verdict) for file in files if (verdict := _read(file, key)))
     file, verdict = next(found, (None, None))
     if verdict is None:
-        file = next(filter(_can_be_written, files), files[-1])
-        verdict = _test_or_wait(file, subject, index)
+        file = next(filter(_is_writable, files), files[-1])
+        verdict = _test_or_wait(file, key, index)
     if verdict.problem is None:
         return None
-    problem = f'their self-test {verdict.problem} ({subject})'
-    if not verdict.lasting:
+    problem = f'their self-test {verdict.problem} ({key})'
+    if not verdict.cacheable:
         return f'{problem}; the next process tries again'
     return (
-        f'{problem}. Try another ptxas ({subject.ptxas_variable}=/path/to/ptxas, from another CUDA '
+        f'{problem}. Try another ptxas ({key.ptxas_variable}=/path/to/ptxas, from another CUDA '
         f'toolkit) or another Triton. To test again, remove {file}'
     )
 
 
-# -- Subject of a test -----------------------------------------------------------------------------
+# -- Cache key -------------------------------------------------------------------------------------
 
 
-def _subject(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> Subject:
+def _cache_key(index: int, dtype: torch.dtype, head_width: int, tf32: bool) -> CacheKey:
     import triton
 
     major, minor = torch.cuda.get_device_capability(index)
     ptxas, variable = assembler(10 * major + minor)
     sources = sorted(Path(__file__).parent.glob('*.py'))
-    return Subject(
+    return CacheKey(
         gpu=f'{torch.cuda.get_device_name(index)} (sm_{major}{minor})',
         dtype=str(dtype)[6:],
         head_width=head_width,
@@ -158,7 +158,7 @@ def _folders() -> list[Path]:
     return [temporary] if cache.parts[0] == '~' else [cache, temporary]  # a user without a home
 
 
-def _can_be_written(file: Path) -> bool:
+def _is_writable(file: Path) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -166,38 +166,38 @@ def _can_be_written(file: Path) -> bool:
     return os.access(file.parent, os.W_OK)
 
 
-def _read(file: Path, subject: Subject) -> Verdict | None:
+def _read(file: Path, key: CacheKey) -> Verdict | None:
     """Read a verdict, or None if there is no valid one."""
     try:
         content = json.loads(file.read_text())
         problem = content['problem']
-        known = content['subject'] == subject._asdict()
+        known = content['subject'] == key._asdict()
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return Verdict(problem) if known and isinstance(problem, (str, type(None))) else None
 
 
-def _test_or_wait(file: Path, subject: Subject, index: int) -> Verdict:
+def _test_or_wait(file: Path, key: CacheKey, index: int) -> Verdict:
     """Test, or wait for the verdict of another process that does."""
     deadline = time.monotonic() + TIMEOUT + 60
     try:
         lock = file.with_suffix(f'.{os.getuid()}.lock').open('w')  # others could not open it
     except OSError as error:
         _logger.warning(f'GPU kernels are tested in every process, as nothing can be kept: {error}')
-        return _test(subject, index)
+        return _test(key, index)
     with lock:
         while not _acquire(lock.fileno()):
-            if verdict := _read(file, subject):  # the lock lives on in forks of its process
+            if verdict := _read(file, key):  # the lock lives on in forks of its process
                 return verdict
             if time.monotonic() > deadline:
                 problem = f'timed out waiting for the process with {lock.name}'
-                return Verdict(problem, lasting=False)
+                return Verdict(problem, cacheable=False)
             time.sleep(0.2)
-        verdict = _read(file, subject)
+        verdict = _read(file, key)
         if verdict is None:
-            verdict = _test(subject, index)
-            if verdict.lasting:
-                _keep(file, subject, verdict)
+            verdict = _test(key, index)
+            if verdict.cacheable:
+                _store(file, key, verdict)
         return verdict
 
 
@@ -212,9 +212,9 @@ def _acquire(lock: int) -> bool:
     return True
 
 
-def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
+def _store(file: Path, key: CacheKey, verdict: Verdict) -> None:
     """Write a verdict atomically, for all users to read."""
-    content = dict(subject=subject._asdict(), problem=verdict.problem)
+    content = dict(subject=key._asdict(), problem=verdict.problem)
     partial = file.with_suffix(f'.{uuid.uuid4().hex}.tmp')
     try:
         partial.write_text(json.dumps(content, indent=2))
@@ -227,12 +227,12 @@ def _keep(file: Path, subject: Subject, verdict: Verdict) -> None:
 # -- The test in a separate process ----------------------------------------------------------------
 
 
-def _test(subject: Subject, index: int) -> Verdict:
-    _logger.info(f'Testing the GPU kernels, once for this machine: {subject}.')
+def _test(key: CacheKey, index: int) -> Verdict:
+    _logger.info(f'Testing the GPU kernels, once for this machine: {key}.')
     path = [*sys.path, Path(__file__).parents[3]]  # the last for programs that change directory
     try:
         process = subprocess.Popen(
-            _command(subject, index),
+            _command(key, index),
             env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, filter(None, path)))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -242,7 +242,7 @@ def _test(subject: Subject, index: int) -> Verdict:
             start_new_session=True,  # so that its compilers end with it
         )
     except OSError as error:
-        return Verdict(f'could not start: {error}', lasting=False)
+        return Verdict(f'could not start: {error}', cacheable=False)
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -259,16 +259,16 @@ def _test(subject: Subject, index: int) -> Verdict:
     if status == FAILED:
         return Verdict(last_line)
     if status == IMPOSSIBLE:
-        return Verdict(f'was impossible: {last_line}', lasting=False)
+        return Verdict(f'was impossible: {last_line}', cacheable=False)
     if status < 0:
         name = signal.Signals(-status).name
         ended_by_others = name in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP')
-        return Verdict(f'crashed with {name}', lasting=not ended_by_others)
+        return Verdict(f'crashed with {name}', cacheable=not ended_by_others)
     error = (err.strip() or last_line).splitlines()[-1]
-    return Verdict(f'could not run: {error}', lasting=False)
+    return Verdict(f'could not run: {error}', cacheable=False)
 
 
-def _command(subject: Subject, index: int) -> list[str]:
+def _command(key: CacheKey, index: int) -> list[str]:
     command = [sys.executable, '-m', f'{__package__}.self_test', f'--device=cuda:{index}']
-    command += [f'--dtype={subject.dtype}', f'--head-width={subject.head_width}']
-    return command + ['--tf32'] * subject.tf32
+    command += [f'--dtype={key.dtype}', f'--head-width={key.head_width}']
+    return command + ['--tf32'] * key.tf32
