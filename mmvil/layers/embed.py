@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
                 f'but are {height} x {width}.'
             )
         if is_tracing():
-            x = only_this_size(x, height, width)
+            x = check_traced_size(x, height, width)
         # Written with // because torch.compile cannot compute % of open sizes.
         bottom, right = (
             patch_size + (side - patch_size + stride - 1) // stride * stride - side
@@ -92,7 +92,7 @@ def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.jit.script_if_tracing
-def only_this_size(x: Tensor, height: int, width: int) -> Tensor:
+def check_traced_size(x: Tensor, height: int, width: int) -> Tensor:
     """Return images (B, C, H, W) unchanged; raise for other sizes, even in a trace.
 
     torch.jit.trace records the padding and grid of one image size, but no Python checks. This one

@@ -212,29 +212,29 @@ class ViLBlock(nn.Module):
 
     def _plain_weights(self) -> tuple[LayerWeights | None, str | None]:
         """Weights of all submodules, or None and the reason to call the submodules instead."""
-        reason = self._why_not_fused()
+        reason = self._unfusible_reason()
         if reason is not None:
             return None, reason
         weights = self._weights()
         unsupported = set(map(type, weights)) - PLAIN_TENSORS
         if unsupported:
             return None, f'a weight is a {min(kind.__name__ for kind in unsupported)}'
-        for name, shape, made in zip(weights._fields, shapes(weights), self._weight_shapes):
-            if shape != made:
-                return None, f'{name} has the shape {shape} instead of {made}'
+        for name, shape, built in zip(weights._fields, shapes(weights), self._weight_shapes):
+            if shape != built:
+                return None, f'{name} has the shape {shape} instead of {built}'
         return weights, None
 
     def _weights(self) -> LayerWeights:
         weights = {'skip': self.skip}
         for name in FUSED_SUBMODULES:
             module = self._modules[name]
-            part = FIELDS.get(name, name)
+            part = FIELD_PREFIXES.get(name, name)
             weights[f'{part}_weight'], weights[f'{part}_bias'] = module.weight, module.bias
         return LayerWeights(**weights)
 
-    def _why_not_fused(self) -> str | None:
+    def _unfusible_reason(self) -> str | None:
         """Describe the first submodule that is not as constructed, or return None."""
-        for (name, kind), forward in zip(FUSED_SUBMODULES.items(), FORWARDS):
+        for (name, kind), forward in zip(FUSED_SUBMODULES.items(), FUSED_FORWARDS):
             module = self._modules[name]
             if type(module) is not kind:
                 return f'{name} is a {type(module).__name__}'
@@ -329,10 +329,10 @@ FUSED_SUBMODULES = dict(
 )
 """Submodules of a block that the fused layer replaces, with their exact types."""
 
-FIELDS = dict(proj_up='up', q_proj='q', k_proj='k', v_proj='v', proj_down='down')
+FIELD_PREFIXES = dict(proj_up='up', q_proj='q', k_proj='k', v_proj='v', proj_down='down')
 """Submodules that :class:`LayerWeights` names differently."""
 
-FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
+FUSED_FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
 """Forward methods that the fused layer replaces; other libraries may patch those of a class."""
 
 PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
