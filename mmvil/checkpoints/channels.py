@@ -7,7 +7,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-_FIRST_WEIGHT = 'patch_embed.projection.weight'
+_PATCH_EMBED_WEIGHT = 'patch_embed.projection.weight'
 
 
 def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -54,7 +54,7 @@ def adapt_backbone_channels(
     given = input_channels(state_dict, prefix)
     if given in (None, in_channels):
         return state_dict
-    name = prefix + _FIRST_WEIGHT
+    name = prefix + _PATCH_EMBED_WEIGHT
     adapted = adapt_input_channels(state_dict[name], in_channels)
     print_log(f'Adapted {name} from {given} to {in_channels} input channels.', 'current')
     return {**state_dict, name: adapted}
@@ -62,5 +62,5 @@ def adapt_backbone_channels(
 
 def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> int | None:
     """Input channels of a backbone's weights, or None if there is no patch embedding."""
-    weight = state_dict.get(prefix + _FIRST_WEIGHT)
+    weight = state_dict.get(prefix + _PATCH_EMBED_WEIGHT)
     return weight.shape[1] if weight is not None and weight.dim() == 4 else None

@@ -83,7 +83,7 @@ def register_safe_loaders() -> None:
 
 def cached_path(official: OfficialCheckpoint) -> Path:
     """Path at which mmengine, PyTorch and timm cache an official file."""
-    return _cached(official.url)
+    return _cache_path(official.url)
 
 
 def fetch_checkpoint(address: str) -> Path:
@@ -131,13 +131,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _cached(url: str) -> Path:
+def _cache_path(url: str) -> Path:
     return Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(url).path))
 
 
 def _fetch(url: str, address: str = '') -> Path:
     """Download a file unless it is cached, process 0 first."""
-    path = _cached(url)
+    path = _cache_path(url)
     if not is_main_process():
         barrier()
     if not path.is_file():  # in other processes, on other machines only

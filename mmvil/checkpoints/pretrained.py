@@ -51,13 +51,13 @@ def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], sour
     """
     own = backbone.state_dict()
     trunk = ('patch_embed.', 'pos_embed', 'layers.')
-    misfit = 'it has no ViL blocks'
+    mismatch = 'it has no ViL blocks'
     if any(name.startswith('layers.') for name in state_dict):
         optional = [name for name in own if not name.startswith(trunk)]
-        misfit = describe_misfit(state_dict, own, optional)
-    if misfit:
+        mismatch = describe_misfit(state_dict, own, optional)
+    if mismatch:
         raise ValueError(
             f'{source} does not fit this VisionLSTM (embed_dims={backbone.embed_dims}, '
-            f'version={backbone.version}): {misfit}. Choose the arch and version of the '
+            f'version={backbone.version}): {mismatch}. Choose the arch and version of the '
             'checkpoint, or another checkpoint.'
         )
