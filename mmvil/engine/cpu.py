@@ -74,11 +74,11 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         channels = x.shape[1]
         numel = x.new_tensor([x.numel() // channels])
-        sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), numel]))
+        sums = _AllReduceSum.apply(torch.cat([x.sum((0, 2, 3)), numel]))
         count = sums[-1].detach()
         mean = (sums[:-1] / count).view(1, channels, 1, 1)
         centred = x - mean  # a second pass, because E[x²] - E[x]² loses digits
-        var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        var = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / count
         if self.track_running_stats:
             self.num_batches_tracked += 1
             momentum = self.momentum
@@ -94,7 +94,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         return y + self.bias.view(1, channels, 1, 1) if self.affine else y
 
 
-class _SumOverProcesses(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """All-reduce whose gradient is all-reduced, too, because each input contributes to all sums."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _SumOverProcesses.forward(ctx, grad)
+        return _AllReduceSum.forward(ctx, grad)
 
 
 def fit_to_cpu(cfg: Config) -> list[str]:
@@ -116,7 +116,7 @@ def fit_to_cpu(cfg: Config) -> list[str]:
     """
     if get_device() != 'cpu':
         return []
-    keep_freed_memory()
+    set_malloc_thresholds()
     notes = []
     wrapper = cfg.get('optim_wrapper') or {}
     if type_name(wrapper) == 'AmpOptimWrapper':
@@ -158,7 +158,7 @@ def fit_to_cpu(cfg: Config) -> list[str]:
     return notes
 
 
-def keep_freed_memory() -> None:
+def set_malloc_thresholds() -> None:
     """Make glibc keep up to 512 MiB of freed memory for the next layer.
 
     By default it returns blocks of a few megabytes to the system, and the page faults of the next

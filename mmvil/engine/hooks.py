@@ -50,14 +50,14 @@ class IterationSeedHook(Hook):
 
     def before_run(self, runner) -> None:
         """Store the seed that the data loaders were built with."""
-        self._seed_of_loaders = runner.seed
+        self._loader_seed = runner.seed
 
     def before_train(self, runner) -> None:
         """Seed the samples, from the iteration at which a resumed training continues."""
         loop = runner.train_loop
         loader = loop.dataloader
         sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
-        if getattr(sampler, 'seed', None) == self._seed_of_loaders:
+        if getattr(sampler, 'seed', None) == self._loader_seed:
             sampler.seed = runner.seed  # of the checkpoint
         try:
             seed_samples(loader, runner.seed, epoch=runner.epoch, passed=runner.iter)

@@ -47,10 +47,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.custom_keys = self.paramwise_cfg.get('custom_keys', {})
 
         known = ['layer_decay_rate', 'flat_decay_mult', 'custom_keys']
-        _refuse_unknown('paramwise_cfg', self.paramwise_cfg, known)
+        _reject_unknown('paramwise_cfg', self.paramwise_cfg, known)
         for key, options in self.custom_keys.items():
             where = f'paramwise_cfg.custom_keys[{key!r}]'
-            _refuse_unknown(where, options, ['lr_mult', 'decay_mult'])
+            _reject_unknown(where, options, ['lr_mult', 'decay_mult'])
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
         if self.base_lr is None:
@@ -137,7 +137,7 @@ def plain_name(name: str) -> str:
     return re.sub(r'^module\.|_(fsdp|checkpoint)_wrapped_module\.', '', name)
 
 
-def _refuse_unknown(where: str, options: dict, known: list[str]) -> None:
+def _reject_unknown(where: str, options: dict, known: list[str]) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

@@ -67,7 +67,7 @@ def seed_samples(loader: DataLoader, seed: int, epoch: int = 0, passed: int = 0)
         indices = batches.sampler._indices_of_rank()
         batches.sampler.indices = itertools.islice(indices, passed_samples, None)
     batches.sampler = _NumberedSampler(batches.sampler, epoch, passed_samples)
-    dataset.__getitems__ = functools.partial(_load, dataset, seed)
+    dataset.__getitems__ = functools.partial(_load_samples, dataset, seed)
 
 
 def seed_generators(*numbers: int) -> int:
@@ -102,24 +102,24 @@ class _NumberedSampler:
         return getattr(self.sampler, name)
 
 
-def _load(dataset, seed: int, draws: list[tuple[int, tuple]]) -> list:
+def _load_samples(dataset, seed: int, indices: list[tuple[int, tuple]]) -> list:
     """Load the samples of a batch, each with its own seed, and check their labels."""
     samples = []
-    for index, position in draws:
+    for index, position in indices:
         seed_generators(seed, *position)
         try:
             samples.append(dataset[index])
         except Exception as error:
-            message = f'cannot load {_name(dataset, index)}: {type(error).__name__}: {error}'
+            message = f'cannot load {_sample_name(dataset, index)}: {type(error).__name__}: {error}'
             raise SampleError(' '.join(message.split())) from error
         try:
-            _check(dataset, samples[-1])
+            _check_labels(dataset, samples[-1])
         except ValueError as error:
-            raise SampleError(f'{_name(dataset, index)}: {error}') from None
+            raise SampleError(f'{_sample_name(dataset, index)}: {error}') from None
     return samples
 
 
-def _name(dataset, index: int) -> str:
+def _sample_name(dataset, index: int) -> str:
     try:
         info = dataset.get_data_info(index)
         files = [info.get(key) for key in ('img_path', 'seg_map_path')]
@@ -128,7 +128,7 @@ def _name(dataset, index: int) -> str:
     return ' with annotation '.join(filter(None, files)) or f'sample {index}'
 
 
-def _check(dataset, sample) -> None:
+def _check_labels(dataset, sample) -> None:
     """Raise a ValueError for labels that crash the loss, which on a GPU gives no reason."""
     target = sample.get('data_samples') if isinstance(sample, dict) else None
     labels = getattr(target, 'gt_label', None)
