@@ -164,9 +164,9 @@ def _check_complete(path: Path, state_dict: Mapping[str, Tensor], model: dict) -
     except ValueError as error:
         raise ValueError(f'{path} is no Vision-LSTM that can be built: {error}') from error
     wanted = {**backbone.state_dict(prefix='backbone.'), **fc.state_dict(prefix='head.fc.')}
-    if misfit := describe_misfit(state_dict, wanted, strict=True, limit=None):
+    if mismatch := describe_misfit(state_dict, wanted, strict=True, limit=None):
         raise ValueError(
             f'{path} is not the Vision-LSTM that its tensors suggest (version {backbone.version}, '
             f'{backbone.embed_dims} wide, {len(backbone.layers)} blocks). By the names of mmvil, '
-            f'{misfit}.'
+            f'{mismatch}.'
         )

@@ -106,9 +106,9 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
         for name in head:
             del own[name]
             state.pop(name, None)
-    if misfit := describe_misfit(state, own, limit=None):
+    if mismatch := describe_misfit(state, own, limit=None):
         raise ValueError(
-            f'{address} does not fit this model: {misfit}. Choose another model or checkpoint'
+            f'{address} does not fit this model: {mismatch}. Choose another model or checkpoint'
             + (', or give num_classes.' if not keep_head else '.')
         )
     model.load_state_dict(state, strict=False)

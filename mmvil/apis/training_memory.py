@@ -41,7 +41,7 @@ class TrainingMemory:
             the config by :func:`training_size`.
 
     Attributes:
-        always (dict[str, int]): Bytes that do not depend on the batch size, by purpose.
+        fixed_bytes (dict[str, int]): Bytes that do not depend on the batch size, by purpose.
         accumulates (bool): Whether gradients of earlier steps are kept in a step; initially False.
 
     Raises:
@@ -58,12 +58,13 @@ class TrainingMemory:
         self.model = build_training_model(cfg)
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        self.always = {'weights': weights, 'optimizer state': int(optimizer_state(cfg) * trained)}
+        optimizer = int(optimizer_state(cfg) * trained)
+        self.fixed_bytes = {'weights': weights, 'optimizer state': optimizer}
         hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
         if any(type_name(hook) == 'EMAHook' for hook in hooks):
-            self.always['averaged weights (EMA)'] = weights
+            self.fixed_bytes['averaged weights (EMA)'] = weights
         if gpus > 1:
-            self.always['buffers of gradients (DDP)'] = trained
+            self.fixed_bytes['buffers of gradients (DDP)'] = trained
         self.accumulates, self._steps = False, {}
         self._mode = FakeTensorMode()
         with FakeCopyMode(self._mode):
@@ -85,7 +86,7 @@ class TrainingMemory:
 
     def total(self, batch):
         """Bytes of training with ``batch`` images per GPU."""
-        return sum(self.always.values()) + self.step(batch)
+        return sum(self.fixed_bytes.values()) + self.step(batch)
 
     def per_image(self):
         """Bytes of each additional image."""

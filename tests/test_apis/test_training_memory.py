@@ -97,8 +97,8 @@ def test_amp_dtype_recognizes_the_wrapper_in_all_spellings(kind):
 def test_training_memory_knows_averaged_weights_in_all_spellings(classifier, kind):
     cfg = copy.deepcopy(classifier)
     cfg.custom_hooks = [dict(type=kind)]
-    always = TrainingMemory(cfg).always
-    assert always['averaged weights (EMA)'] == always['weights']
+    fixed_bytes = TrainingMemory(cfg).fixed_bytes
+    assert fixed_bytes['averaged weights (EMA)'] == fixed_bytes['weights']
 
 
 def test_training_memory_finds_the_largest_batch(segmentor):

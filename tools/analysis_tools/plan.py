@@ -100,7 +100,7 @@ def print_memory(args, cfg, memory, largest):
     height, width = memory.size
     precision = str(training_memory.amp_dtype(cfg) or torch.float32).removeprefix('torch.')
     print(f'{args.config}: {height} x {width} pixels, {precision}')
-    for name, size in {**memory.always, 'each image of a step': memory.per_image()}.items():
+    for name, size in {**memory.fixed_bytes, 'each image of a step': memory.per_image()}.items():
         print(f'  {name:32}{size / GIB:8.2f} GiB')
     print(
         f'Of {args.gpu_memory:g} GiB, {100 * args.headroom:.0f}% are reserved for CUDA. '
@@ -150,7 +150,7 @@ def main():
         largest_batch=largest,
         batch=total,
         gpus=args.gpus,
-        always=memory.always,
+        always=memory.fixed_bytes,
         per_image=memory.per_image(),
         batch_per_gpu=batch,
         accumulated=steps,

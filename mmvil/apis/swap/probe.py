@@ -36,11 +36,11 @@ class BackboneProbe:
         frozen (bool): Whether no parameter is trainable.
         masked (bool): Whether it takes a mask in addition to the images.
         pooled (bool): Whether the features are pooled, by the backbone or by the neck.
-        to_pool (bool): Whether its single map is pooled later.
-        read (set[int]): Indices of the outputs that are read.
-        maps (list[Tensor] | None): Input of the heads; None if the neck cannot be run.
+        pooled_later (bool): Whether its single map is pooled later.
+        used_outputs (set[int]): Indices of the outputs that are read.
+        head_inputs (list[Tensor] | None): Input of the heads; None if the neck cannot be run.
         failure (str | None): Why the heads cannot be run on the meta device, if so.
-        results (dict[str, list[int]]): Channels of the heads' outputs.
+        head_channels (dict[str, list[int]]): Channels of the heads' outputs.
 
     Raises:
         ValueError: If VisionLSTM cannot replace the backbone, or its outputs are unknown.
@@ -65,26 +65,26 @@ class BackboneProbe:
         self.pooled = len(self.shapes) == 1 and (len(self.shapes[0]) == 2 or self.neck_pools)
         self._check_shapes()
         # mmpretrain's necks and heads pool a single map of any size.
-        self.to_pool = scope == 'mmpretrain' and len(self.shapes) == 1
+        self.pooled_later = scope == 'mmpretrain' and len(self.shapes) == 1
         self.widths = [shape[1] for shape in self.shapes]
         self.has_neck = bool(model.get('neck'))
         self.has_heads = any('head' in key and model[key] for key in model)
         features = [torch.empty(shape, device='meta', requires_grad=True) for shape in self.shapes]
-        self.maps, results, self.failure = run_readers(model, features)
-        self.results = {key: channels(tensors) for key, tensors in results.items()}
-        if self.maps is None:  # not even the neck runs here, so its input is unknown
-            self.read = set(range(len(features)))
+        self.head_inputs, results, self.failure = run_neck_and_heads(model, features)
+        self.head_channels = {key: channels(tensors) for key, tensors in results.items()}
+        if self.head_inputs is None:  # not even the neck runs here, so its input is unknown
+            self.used_outputs = set(range(len(features)))
         elif results or self.has_neck:
-            self.read = outputs_read(results or self.maps, features)
+            self.used_outputs = find_used_outputs(results or self.head_inputs, features)
         else:  # for instance, heads with compiled operators do not run on the meta device
-            self.read = _configured_to_read(model, len(features))
+            self.used_outputs = _configured_outputs(model, len(features))
         main = {key: tensors for key, tensors in results.items() if key != 'auxiliary_head'}
         if main and not self.has_neck:
-            read, last = outputs_read(main, features), max(self.read, default=0)
-            if last not in read:
+            used, last = find_used_outputs(main, features), max(self.used_outputs, default=0)
+            if last not in used:
                 raise ValueError(
                     f'{self.name} is a whole network rather than a backbone: its main head reads '
-                    f'output {sorted(read)}, auxiliary heads read later ones up to {last}. Choose '
+                    f'output {sorted(used)}, auxiliary heads read later ones up to {last}. Choose '
                     'a config whose main head reads the last map, such as FCN, PSPNet or UPerNet.'
                 )
 
@@ -141,7 +141,7 @@ class BackboneProbe:
         return [2 ** round(math.log2(max(self.size) / max(shape[2:]))) for shape in self.shapes]
 
 
-def run_readers(model: dict, features: Sequence[Tensor]):
+def run_neck_and_heads(model: dict, features: Sequence[Tensor]):
     """Run the neck and the heads of a model on features. Returns the heads' input (list[Tensor], or
     None if the neck cannot be run), the outputs of each kind of head (dict[str, list[Tensor]]), and
     the reason why the heads cannot be run (str | None).
@@ -165,35 +165,35 @@ def run_readers(model: dict, features: Sequence[Tensor]):
     return maps, results, None if results else 'it has none of ' + ', '.join(HEADS)
 
 
-def outputs_read(results, features: Sequence[Tensor]) -> set:
+def find_used_outputs(results, features: Sequence[Tensor]) -> set:
     """Indices of the features that arbitrarily nested tensors depend on."""
     total = sum(tensor.sum() for tensor in _tensors(results) if tensor.requires_grad)
     grads = torch.autograd.grad(total, features, allow_unused=True, retain_graph=True)
     return {index for index, grad in enumerate(grads) if grad is not None}
 
 
-def readers(node, name: str) -> Iterator[tuple[str, dict]]:
+def consumers(node, name: str) -> Iterator[tuple[str, dict]]:
     """Iterate over the configs inside a neck or head that read its input, with their names."""
     if isinstance(node, (list, tuple)):
         # The first of several necks reads the backbone; all of several heads do.
         for number, each in enumerate(node[:1] if name == 'neck' else node):
-            yield from readers(each, f'{name}[{number}]')
+            yield from consumers(each, f'{name}[{number}]')
     elif isinstance(node, dict):
         yield name, node
         for key, child in node.items():  # heads that contain heads, such as K-Net's
             if isinstance(child, dict) and 'in_index' in child:
-                yield from readers(child, f'{name}.{key}')
+                yield from consumers(child, f'{name}.{key}')
 
 
-def _configured_to_read(model: dict, number: int) -> set:
+def _configured_outputs(model: dict, number: int) -> set:
     """Indices of the features that the heads read according to their configs."""
-    read = set()
-    for _, node in (reader for key in HEADS for reader in readers(model.get(key), key)):
+    used = set()
+    for _, node in (each for key in HEADS for each in consumers(model.get(key), key)):
         if 'in_channels' in node:
             default = -1 if isinstance(node.in_channels, int) else range(number)
-            read |= {each % number for each in as_list(node.get('in_index', default))}
-            read |= {0} if node.get('c1_in_channels') else set()
-    return read or set(range(number))
+            used |= {each % number for each in as_list(node.get('in_index', default))}
+            used |= {0} if node.get('c1_in_channels') else set()
+    return used or set(range(number))
 
 
 def _build(cfg) -> nn.Module:

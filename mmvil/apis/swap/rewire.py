@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backbones import MaskedVisionLSTM, VisionLSTM
 from ...engine.config_nodes import dicts, type_name
-from .probe import HEADS, BackboneProbe, channels, outputs_read, readers, run_readers
+from .probe import HEADS, BackboneProbe, channels, consumers, find_used_outputs, run_neck_and_heads
 
 # Config keys for the width of a module's input.
 INPUT_WIDTHS = ('in_channels', 'embed_dim', 'input_features')
@@ -92,12 +92,12 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
 
     if new.get('neck'):
         notes += _rewrite(new.neck, 'neck', old.widths, channels(features))
-    maps, _, failure = run_readers(dict(neck=new.get('neck')), features)
+    maps, _, failure = run_neck_and_heads(dict(neck=new.get('neck')), features)
     if maps is None:
         raise RewireError(failure)
-    if old.maps is None:
+    if old.head_inputs is None:
         raise RewireError('the old neck cannot be run here')
-    before, after = channels(old.maps), channels(maps)
+    before, after = channels(old.head_inputs), channels(maps)
     if before != after and old.has_heads:
         if old.failure:
             raise RewireError(f'the heads cannot be run here on shapes alone, {old.failure}')
@@ -110,7 +110,7 @@ def _rewrite_model(model: ConfigDict, old: BackboneProbe, backbone: dict):
 def _rewrite(neck_or_head, name: str, old: Sequence[int], new: Sequence[int]) -> list[str]:
     """Rewrite the input widths of a neck or head in place, and return the changes."""
     notes = []
-    for where, node in readers(neck_or_head, name):
+    for where, node in consumers(neck_or_head, name):
         expected = {key: node.get('in_index') for key in INPUT_WIDTHS if key in node}
         if node.get('c1_in_channels'):  # DeepLabV3+ reads details from the first map
             expected['c1_in_channels'] = 0
@@ -143,13 +143,13 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
     """
     plain = backbone.get('stride') or backbone.get('patch_size', 16)
     strides = [
-        max(stride, FINEST_STRIDE) if index in old.read else plain
+        max(stride, FINEST_STRIDE) if index in old.used_outputs else plain
         for index, stride in enumerate(old.strides)
     ]
-    if old.to_pool:  # pooling over all patches loses nothing
+    if old.pooled_later:  # pooling over all patches loses nothing
         strides = [plain]
     if not old.has_neck:  # blocks after the last map that is read would be unused
-        strides = strides[: max(old.read, default=0) + 1]
+        strides = strides[: max(old.used_outputs, default=0) + 1]
     options = {}
     if len(strides) > 1:
         indices = choose_out_indices(len(strides), count_blocks(backbone))
@@ -158,7 +158,7 @@ def _map_options(model: dict, old: BackboneProbe, backbone: dict, keep: bool = F
         options['pyramid'] = pyramid = dict(strides=tuple(strides))
         if keep:
             widths = enumerate(old.widths[: len(strides)])
-            pyramid['out_channels'] = tuple(w if i in old.read else None for i, w in widths)
+            pyramid['out_channels'] = tuple(w if i in old.used_outputs else None for i, w in widths)
         if 'SyncBN' in str(model):
             pyramid['norm_cfg'] = dict(type='SyncBN')
     return {key: value for key, value in options.items() if key not in backbone}
@@ -202,14 +202,14 @@ def _build_vil(backbone: dict, cls: type[VisionLSTM] = VisionLSTM) -> VisionLSTM
 
 def _check_runs(new: dict, old: BackboneProbe, features: Sequence[Tensor]) -> None:
     """Raise if necks and heads do not run on the new features like on the old ones."""
-    if old.maps is None:
+    if old.head_inputs is None:
         return
-    maps, results, failure = run_readers(new, features)
+    maps, results, failure = run_neck_and_heads(new, features)
     if maps is None or (failure and not old.failure):
         raise RewireError(failure)
-    read = outputs_read(results, features) if results else old.read
-    if read != old.read:
-        raise RewireError(f'outputs {sorted(read)} are read instead of {sorted(old.read)}')
+    used = find_used_outputs(results, features) if results else old.used_outputs
+    if used != old.used_outputs:
+        raise RewireError(f'outputs {sorted(used)} are read instead of {sorted(old.used_outputs)}')
     widths = {key: channels(tensors) for key, tensors in results.items()}
-    if not old.failure and widths != old.results:
-        raise RewireError(f'heads output {widths} channels instead of {old.results}')
+    if not old.failure and widths != old.head_channels:
+        raise RewireError(f'heads output {widths} channels instead of {old.head_channels}')
