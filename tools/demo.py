@@ -21,7 +21,7 @@ from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, find_images
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
 
-VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
+VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
 
 def main():
@@ -35,7 +35,7 @@ def main():
     cfg = load_config(args.config, args.cfg_options)
     path = Path(args.input)
     is_webcam = args.input.isdigit() and not path.exists()
-    is_video = path.suffix.lower() in VIDEOS
+    is_video = path.suffix.lower() in VIDEO_SUFFIXES
     if is_video and not path.is_file():
         raise UserError(f'video not found: {path.absolute()}')
     images = None if is_webcam or is_video else find_images(path)
@@ -52,7 +52,7 @@ def main():
         draw_images(images, reader.load, draw, out_dir)
         return
     out_file = out_dir / (f'webcam{path}.mp4' if is_webcam else f'{path.stem}.mp4')
-    keep_input(path, out_file)
+    check_not_input(path, out_file)
     source = int(args.input) if is_webcam else args.input
     draw_video(source, draw, out_file, args.every, args.max_frames, args.show)
 
@@ -73,7 +73,7 @@ def make_demo_parser():
     return parser
 
 
-def keep_input(path, out_file):
+def check_not_input(path, out_file):
     if out_file.resolve() == path.resolve():
         raise UserError(f'{out_file} is the input; choose another --out-dir')
 
@@ -84,7 +84,7 @@ def draw_images(images, load, draw, out_dir):
     names = [image.stem if stems[image.stem] == 1 else image.name for image in images]
     out_files = [out_dir / f'{name}.png' for name in names]
     for image, out_file in zip(images, out_files):
-        keep_input(image, out_file)
+        check_not_input(image, out_file)
     start = time.perf_counter()
     for image, out_file in zip(images, out_files):
         drawn, found = draw(load(image))

@@ -28,12 +28,12 @@ def main():
     args = parse_args(make_eval_parser())
     if args.data_root is None:
         raise UserError('specify the folder with train/CLASS and val/CLASS with --data-root')
-    kept = get_features(args)
-    if kept is None:
+    features = get_features(args)
+    if features is None:
         print('Config, data and checkpoint are in place.')
         return
     (train, train_labels), (val, val_labels) = (
-        (tensor.to(get_device()) for tensor in kept[split]) for split in ('train', 'val')
+        (tensor.to(get_device()) for tensor in features[split]) for split in ('train', 'val')
     )
     if args.k > len(train):
         raise UserError(f'--k {args.k} is more than the {len(train)} training images')
@@ -73,12 +73,12 @@ def get_features(args):
         **identify(args.checkpoint),
     )
     if args.features and os.path.exists(args.features):
-        kept = torch.load(args.features, weights_only=True)
-        if kept['source'] != source:
+        features = torch.load(args.features, weights_only=True)
+        if (stored := features['source']) != source:
             raise UserError(
-                f'{args.features} was made from {kept["source"]}. Name another file, or remove it.'
+                f'{args.features} was made from {stored}. Name another file, or remove it.'
             )
-        return kept
+        return features
     cfg = load_config(args.config, args.cfg_options, args.backbone)
     if cfg.get('default_scope') != 'mmpretrain' or cfg.get('test_dataloader') is None:
         raise UserError(f'{args.config} is not of a classifier; its test pipeline prepares images')
@@ -96,11 +96,11 @@ def get_features(args):
     if args.check:
         return None
     parts = [part.to(get_device()).eval() for part in (backbone, preprocessor)]
-    kept = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
-    kept['source'] = source
+    features = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
+    features['source'] = source
     if args.features:
-        torch.save(kept, args.features)
-    return kept
+        torch.save(features, args.features)
+    return features
 
 
 def make_dataloader(cfg, args, split):

@@ -17,10 +17,10 @@ from mmengine.runner import FlexibleRunner, Runner
 from ..apis import swap_backbone
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error, one_line
-from .own_data import describe_own_data
+from .own_data import configure_own_data
 
 
-def configs_of(library: str) -> Path:
+def config_dir(library: str) -> Path:
     """Folder with the configs of an installed library.
 
     ``mmengine.hub.get_config`` requires the distribution mmsegmentation even if the maintained
@@ -29,7 +29,7 @@ def configs_of(library: str) -> Path:
     return Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'configs'
 
 
-CONFIGS = configs_of('mmvil')
+CONFIGS = config_dir('mmvil')
 # Settings that runners read from any config.
 _RUNNER_SETTINGS = {
     *inspect.signature(Runner).parameters,
@@ -50,7 +50,7 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
     if '::' in path:
         library, inner = path.split('::', 1)
         _require([library], path)
-        path = str(configs_of(library) / inner)
+        path = str(config_dir(library) / inner)
     if not os.path.isfile(path):
         known = {config.name: config for config in CONFIGS.glob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
@@ -67,8 +67,8 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if close:  # mmengine would add it, and nothing would read it
             raise UserError(f'--cfg-options: no setting {name!r}. Did you mean {close[0]}?')
-    misfits = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-    with as_user_error(f'--cfg-options do not fit {path}', misfits):
+    kinds = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+    with as_user_error(f'--cfg-options do not fit {path}', kinds):
         cfg.merge_from_dict(options)
 
     types = [node.get('type') for node in dicts(cfg)]
@@ -113,7 +113,7 @@ def require(cfg: Config, *names: str) -> None:
 def set_data_root(cfg: Config, data_root: str | None) -> None:
     """Set the data root of all datasets of a config and of metrics that read their annotations,
     unless it is None, and describe a user's own dataset: see
-    :func:`mmvil.cli.own_data.describe_own_data`.
+    :func:`mmvil.cli.own_data.configure_own_data`.
     """
     if data_root is not None:
         metrics = list(dicts([cfg.get('val_evaluator'), cfg.get('test_evaluator')]))
@@ -125,7 +125,7 @@ def set_data_root(cfg: Config, data_root: str | None) -> None:
                     if file and metric.get('ann_file') == old:
                         metric.ann_file = os.path.join(data_root, file)
                 dataset.data_root = data_root
-    describe_own_data(cfg)
+    configure_own_data(cfg)
 
 
 def build_lazily(dataset_cfg: dict, scope: str | None):

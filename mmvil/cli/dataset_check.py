@@ -20,7 +20,7 @@ from ..engine.sampling import UnknownLabelsError
 from .config import list_files
 from .errors import one_line
 from .inference import build_pipeline, data_preprocessor, loads
-from .preflight import stems_of_images_and_annotations
+from .preflight import image_and_annotation_stems
 
 
 class Problem(NamedTuple):
@@ -69,13 +69,13 @@ def check_dataset(
     results = track_progress_rich(check, samples, count, jobs, chunksize=8, description='images')
 
     problems = [problem for found, _, _ in results for problem in found]
-    images, annotations = stems_of_images_and_annotations(dataset)
+    images, annotations = image_and_annotation_stems(dataset)
     for stem in sorted(annotations - images):
         file = os.path.join(dataset.data_prefix['seg_map_path'], stem + dataset.seg_map_suffix)
         problems.append(Problem('annotation without an image', file))
-    sound = [(channels, sample) for sample, (bad, _, channels) in zip(samples, results) if not bad]
-    problems += _channel_misfits(sound, pipeline, cfg)
-    problems += _class_misfits(classes, cfg)
+    valid = [(channels, sample) for sample, (bad, _, channels) in zip(samples, results) if not bad]
+    problems += _channel_mismatches(valid, pipeline, cfg)
+    problems += _class_mismatches(classes, cfg)
     counts = [counts for _, counts, _ in results if counts is not None]
     if not counts or not classes:
         return count, classes, problems, None
@@ -145,7 +145,7 @@ def _read_size(sample, load):
     """
     path = sample['img_path']
     if load is None:
-        with _opened(path) as file:
+        with _open_image(path) as file:
             is_deep = bool(file.mode[0] in 'IF' or re.search('(RGBA?|LA);16', str(file.tile)))
             # Loaders apply the orientation that the camera recorded.
             size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
@@ -170,7 +170,7 @@ def _check_not_empty(path):
 
 
 @contextmanager
-def _opened(path):
+def _open_image(path):
     """Open an image file; errors here or within the block become a ``ValueError``."""
     _check_not_empty(path)
     try:
@@ -187,7 +187,7 @@ def _opened(path):
 
 def _read_annotation(path, image_size, to_labels):
     """Labels of the pixels, (H, W) int64."""
-    with _opened(path) as file:
+    with _open_image(path) as file:
         if to_labels is None and file.mode not in ('L', 'P', '1', 'I', 'I;16'):
             raise ValueError(
                 f'has colors (mode {file.mode}), not one label per pixel; declare the colors of '
@@ -238,7 +238,7 @@ def _count(labels, sample, classes, ignore):
 # -- The model -------------------------------------------------------------------------------------
 
 
-def _channel_misfits(samples, pipeline, cfg) -> Iterator[Problem]:
+def _channel_mismatches(samples, pipeline, cfg) -> Iterator[Problem]:
     """Pass one image for each number of loaded channels through the whole pipeline."""
     kinds = {}
     for channels, sample in samples if pipeline else ():
@@ -276,7 +276,7 @@ def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
             yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
 
 
-def _class_misfits(classes, cfg) -> Iterator[Problem]:
+def _class_mismatches(classes, cfg) -> Iterator[Problem]:
     """Heads whose number of classes differs from that of the dataset."""
     for head in dicts(cfg.model):
         kind, number = type_name(head), head.get('num_classes')

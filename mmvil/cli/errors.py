@@ -25,7 +25,7 @@ def is_first_process() -> bool:
     return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
 
 
-def explain(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """Return one line for an error that the user can fix, None for any other.
 
     The user can fix a ``UserError``, a ``ValueError`` raised by mmvil itself about an argument, an

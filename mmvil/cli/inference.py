@@ -18,7 +18,7 @@ from .config import build_lazily
 from .errors import UserError, as_user_error
 from .preflight import check_checkpoint, check_fit
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -59,8 +59,8 @@ def build_model(cfg, checkpoint, device='cpu'):
 
 def build_untrained(model_cfg):
     """Build a model in the default scope."""
-    misfits = (AssertionError, KeyError, TypeError)
-    with warnings.catch_warnings(), as_user_error('cannot build the model', misfits):
+    kinds = (AssertionError, KeyError, TypeError)
+    with warnings.catch_warnings(), as_user_error('cannot build the model', kinds):
         warnings.simplefilter('ignore')  # deprecations inside the libraries
         return MODELS.build(model_cfg)
 
@@ -81,9 +81,9 @@ def find_images(path):
         return [path]
     if not path.is_dir():
         raise UserError(f'image not found: {path.absolute()}')
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise UserError(f'no images in {path.absolute()} (looked for {", ".join(IMAGES)})')
+        raise UserError(f'no images in {path.absolute()} (looked for {", ".join(IMAGE_SUFFIXES)})')
     return images
 
 

@@ -13,12 +13,12 @@ from mmengine.dist import is_distributed
 
 from ..checkpoints import register_safe_loaders
 from ..engine import SampleError
-from .errors import UserError, explain, is_first_process
+from .errors import UserError, is_first_process, user_message
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     """Call ``main``. Errors that the user can fix are reported in one line, with exit status 2, see
-    :func:`mmvil.cli.errors.explain`.
+    :func:`mmvil.cli.errors.user_message`.
 
     ``--traceback``, or MMVIL_TRACEBACK=1 in the environment, shows the full traceback. Checkpoints
     are loaded without running code in them, unless ``--trust-checkpoint`` is given.
@@ -33,7 +33,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     try:
         main()
     except (UserError, ValueError, FloatingPointError, OSError) as error:
-        message = explain(error)
+        message = user_message(error)
         if message is None or '--traceback' in argv or os.getenv('MMVIL_TRACEBACK', '0') != '0':
             raise
         # All ranks report the same errors, except for those of their own samples.

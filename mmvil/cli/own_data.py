@@ -12,13 +12,13 @@ from PIL import Image
 from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
 from .errors import UserError, as_user_error
 
-FILES = ('classes.yaml', 'classes.txt')
+CLASS_FILES = ('classes.yaml', 'classes.txt')
 PER_CLASS = ('colors', 'values', 'class_weight')
-MAPPED = 'mmvil.apis.annotations.LoadMappedAnnotations'
-MAPPING = ('colors', 'values', 'ignore')  # its options
+MAPPED_LOADER = 'mmvil.apis.annotations.LoadMappedAnnotations'
+MAPPING_OPTIONS = ('colors', 'values', 'ignore')  # its options
 
 
-def describe_own_data(cfg: Config) -> None:
+def configure_own_data(cfg: Config) -> None:
     """Write classes and suffixes of the data into a config, in place.
 
     This applies to configs with ``classes_from_data_root``, and to datasets in them that do not
@@ -33,24 +33,24 @@ def describe_own_data(cfg: Config) -> None:
     root = Path(datasets[0].data_root) if datasets else None
     if root is None or not root.is_dir():  # reported by the checks before a run
         return
-    file = next((root / name for name in FILES if (root / name).is_file()), None)
+    file = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
     own = read_classes(file) if file else {}
     if cfg.default_scope == 'mmpretrain':
-        own['classes'] = _describe_class_folders(datasets, own.get('classes'))
+        own['classes'] = _configure_class_folders(datasets, own.get('classes'))
     elif file is None:
         raise UserError(f'no classes: write their names into {root}/classes.txt, one per line')
     else:
-        _describe_masks(cfg, datasets, own)
+        _configure_masks(cfg, datasets, own)
     if own['classes']:
-        _describe_model(cfg, own)
+        _configure_model(cfg, own)
 
 
 def read_classes(path: Path) -> dict:
     """Read a class file.
 
     Args:
-        path (Path): YAML with ``classes`` and the keys of ``PER_CLASS`` and ``MAPPING``, or a text
-            file with one class per line, optionally with a color: ``road 128 64 128``.
+        path (Path): YAML with ``classes`` and the keys of ``PER_CLASS`` and ``MAPPING_OPTIONS``, or
+            a text file with one class per line, optionally with a color: ``road 128 64 128``.
 
     Raises:
         UserError: If keys are unknown or lengths differ.
@@ -91,7 +91,7 @@ def _read_lines(path):
     return dict(classes=[name for name, *_ in found], **(dict(colors=colors) if colors else {}))
 
 
-def _describe_masks(cfg, datasets, own):
+def _configure_masks(cfg, datasets, own):
     for dataset in datasets:
         dataset.metainfo = dict(classes=own['classes'])
         if 'colors' in own:
@@ -103,10 +103,10 @@ def _describe_masks(cfg, datasets, own):
             found = found or datasets[0].get(suffix)  # of a split to come, as in training
             if found:
                 dataset[suffix] = found
-    mapping = {key: own[key] for key in MAPPING if key in own}
+    mapping = {key: own[key] for key in MAPPING_OPTIONS if key in own}
     for node in dicts(cfg) if mapping else ():
         if type_name(node) == 'LoadAnnotations':
-            node.update(type=MAPPED, **mapping)
+            node.update(type=MAPPED_LOADER, **mapping)
 
 
 def _suffix_in(folder):
@@ -122,7 +122,7 @@ def _suffix_in(folder):
     return found[0] if found else None
 
 
-def _describe_class_folders(datasets, classes):
+def _configure_class_folders(datasets, classes):
     """Check that all splits have the same folders, one per class; return their names."""
     source = 'the file of classes'
     for dataset in datasets:
@@ -142,7 +142,7 @@ def _describe_class_folders(datasets, classes):
     return classes
 
 
-def _describe_model(cfg, own):
+def _configure_model(cfg, own):
     nodes = list(dicts([cfg.model, cfg.get('data_preprocessor')]))
     for node in nodes:
         if 'num_classes' in node:

@@ -134,11 +134,11 @@ def check_folders(cfg: Config, *names: str) -> list:
             files = scandir(folder, suffixes, recursive=True, case_sensitive=not extensions)
             if os.path.isdir(folder) and not any(files):
                 none = f'there is no *{", *".join(suffixes)} in {os.path.abspath(folder)}'
-                raise UserError(f'no images: {none}.{_without(name)}')
+                raise UserError(f'no images: {none}.{_no_validate_hint(name)}')
     return datasets
 
 
-def _without(loader: str) -> str:
+def _no_validate_hint(loader: str) -> str:
     """Hint for running without the data of a dataloader."""
     return ' To train without validation: --no-validate.' if loader.startswith('val') else ''
 
@@ -147,7 +147,8 @@ def _check_folder(folder: str | None, loader: str) -> None:
     if folder and '://' not in folder and not os.path.isdir(folder):
         raise UserError(
             f'data not found: {os.path.abspath(folder)} ({loader} of the config reads it). Put or '
-            f'link the data there, or specify its folder with --data-root.{_without(loader)}'
+            'link the data there, or specify its folder with --data-root.'
+            + _no_validate_hint(loader)
         )
 
 
@@ -155,7 +156,7 @@ def check_annotations(dataset) -> None:
     """Check that each image of a segmentation dataset has an annotation (complete download)."""
     if getattr(dataset, 'test_mode', True):
         return
-    images, annotations = stems_of_images_and_annotations(dataset)
+    images, annotations = image_and_annotation_stems(dataset)
     missing = sorted(images - annotations)
     if missing:
         folders = dataset.data_prefix
@@ -166,7 +167,7 @@ def check_annotations(dataset) -> None:
         )
 
 
-def stems_of_images_and_annotations(dataset) -> tuple[set[str], set[str]]:
+def image_and_annotation_stems(dataset) -> tuple[set[str], set[str]]:
     """Names of the files in the folders of images and annotations, without suffix; empty if the
     dataset does not use all files of two local folders.
     """
@@ -222,10 +223,10 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     sharded = hasattr(model, 'summon_full_params')
     while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
-    misfit = describe_misfit(weights_of(checkpoint), model.state_dict())
-    if misfit:
+    mismatch = describe_misfit(weights_of(checkpoint), model.state_dict())
+    if mismatch:
         raise UserError(
-            f'{path} does not fit the config: {misfit}. '
+            f'{path} does not fit the config: {mismatch}. '
             'Test and resume with the config that it was trained with.'
         )
 

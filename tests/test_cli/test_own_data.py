@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmvil.cli.config import load_config, set_data_root
 from mmvil.cli.errors import UserError
-from mmvil.cli.own_data import MAPPED, MAPPING, read_classes
+from mmvil.cli.own_data import MAPPED_LOADER, MAPPING_OPTIONS, read_classes
 from mmvil.cli.preflight import check_folders
 from mmvil.engine.config_nodes import dicts
 from tests.conftest import ROOT
@@ -93,7 +93,7 @@ def test_masks_of_each_kind_give_the_same_labels(tmp_path, mask, file, text):
         assert dataset.metainfo['palette'] == COLORS.tolist()
 
 
-def test_describe_own_data_writes_plain_values_that_stay(tmp_path):
+def test_configure_own_data_writes_plain_values_that_stay(tmp_path):
     write_data(tmp_path / 'data', LABELS, image_suffix='.png')
     text = NAMES + 'values: [0, 1, 2]\nclass_weight: [1, 1, 3]\n'
     cfg = described(SEGMENTOR, tmp_path / 'data', 'classes.yaml', text)
@@ -110,7 +110,7 @@ def test_describe_own_data_writes_plain_values_that_stay(tmp_path):
     assert again.to_dict() == cfg.to_dict()
 
 
-def test_describe_own_data_leaves_other_configs_alone(tmp_path):
+def test_configure_own_data_leaves_other_configs_alone(tmp_path):
     (tmp_path / 'classes.txt').write_text('a\nb\n')
     cfg = Config(
         dict(
@@ -241,7 +241,7 @@ def test_documented_file_of_classes_is_read(tmp_path):
     (tmp_path / 'classes.yaml').write_text(documented('yaml'))
     own = read_classes(tmp_path / 'classes.yaml')
     assert own['ignore'] == [254] and own['class_weight'] == [1, 1, 5]
-    assert TRANSFORMS.build(dict(type=MAPPED, **{key: own[key] for key in MAPPING}))
+    assert TRANSFORMS.build(dict(type=MAPPED_LOADER, **{key: own[key] for key in MAPPING_OPTIONS}))
 
 
 # -- Classification --------------------------------------------------------------------------------

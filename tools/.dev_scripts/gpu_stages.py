@@ -100,7 +100,7 @@ def emit(**row):
 
 
 @contextlib.contextmanager
-def watched(note):
+def intercept_launches(note):
     """Call ``note(label, launch, args, kwargs)`` before each launch of a kernel."""
     from triton.runtime.jit import KernelInterface
 
@@ -131,7 +131,7 @@ def kernels(context, width, dtype='bfloat16', grid=None, ptxas='default', device
 
     cases = [self_test.Case(1, tuple(grid), True, 2)] if grid else self_test.CASES
     device = torch.device(device or context.device)
-    with watched(note):
+    with intercept_launches(note):
         problem = self_test.check(device, getattr(torch, dtype), width, cases)
     verdict = problem or 'right'
     emit(width=width, dtype=dtype, ptxas=ptxas, kernels=len(seen), verdict=verdict)
@@ -278,7 +278,7 @@ def layer_kernels(context, arch, size):
             found[label] = nbytes, launch, args, kwargs
 
     model, image = context.vil(arch, depth=2, img_size=size).train(), context.images(size)
-    with watched(note):
+    with intercept_launches(note):
         gradients(model, image)
     copy, product = limits(context)
     emit(card='limits', **{'GB/s': copy, 'TFLOP/s': product})

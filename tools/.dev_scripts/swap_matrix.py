@@ -24,7 +24,7 @@ from mmengine.logging import MMLogger
 
 from mmvil import swap_backbone
 from mmvil.apis.training_memory import build_training_model, random_batch
-from mmvil.cli.config import configs_of, dicts
+from mmvil.cli.config import config_dir, dicts
 from mmvil.cli.errors import one_line
 from mmvil.cli.main import run
 
@@ -74,7 +74,7 @@ def main():
             continue
         cases = find_cases(library, args.only)
         for number, (path, parts) in enumerate(cases.items(), start=1):
-            verdict, remarks = try_config(configs_of(library) / path)
+            verdict, remarks = try_config(config_dir(library) / path)
             outcomes.setdefault(library, {})[path] = (parts, verdict, remarks)
             progress = f'[{number}/{len(cases)}] {path}: {verdict}'
             print(f'{progress} ({remarks})' if remarks else progress, file=sys.stderr, flush=True)
@@ -89,7 +89,7 @@ def main():
 
 def find_cases(library, only):
     """Choose one config per combination: its path and its parts, 'backbone → neck → heads'."""
-    root = configs_of(library)
+    root = config_dir(library)
     cases = {}
     # The shortest names are the plainest configs.
     for path in sorted(root.glob('*/**/*.py'), key=lambda path: (len(str(path)), path.name)):
