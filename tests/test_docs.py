@@ -143,8 +143,8 @@ def test_commands_are_accepted_by_their_tools(tmp_path):
                 calls[(page, *call)] = call
     assert len(calls) > 40
     errors = run_python(PARSE, [str(ROOT), list(calls.values())], tmp_path)
-    refused = {call: error for call, error in zip(calls, errors) if error}
-    assert not refused
+    rejected = {call: error for call, error in zip(calls, errors) if error}
+    assert not rejected
 
 
 @every_page

@@ -42,7 +42,7 @@ def test_subset_accuracy_counts_nan_as_wrong():
     assert metrics['accuracy/top1'] == 0
 
 
-def test_subset_accuracy_refuses_a_dataset_with_other_classes():
+def test_subset_accuracy_rejects_a_dataset_with_other_classes():
     with pytest.raises(ValueError, match='has 4 classes.*was given 3'):
         evaluate(SubsetAccuracy(classes=[1, 3, 4]), [sample([0.5, 0.5], 0)], 'abcd')
 
@@ -75,7 +75,7 @@ def test_mean_corruption_error_reports_no_mean_of_a_part(seen):
     assert metrics['corruption/top1'] == 50 and 'corruption/mCE' not in metrics
 
 
-def test_mean_corruption_error_refuses_paths_of_another_layout():
+def test_mean_corruption_error_rejects_paths_of_another_layout():
     metric = MeanCorruptionError(reference_errors=dict(fog=80.0))
     with pytest.raises(ValueError, match="'mist'.*CORRUPTION/SEVERITY"):
         evaluate(metric, corrupted('mist', 1, 1, 0))

@@ -68,7 +68,7 @@ def test_check_versions_reports_all_clashes_in_words(installed):
     assert "pip install 'mmcv>=2.0.0,<3.0'" in lines[1]
 
 
-def test_check_versions_refuses_the_first_version_that_is_too_new(installed):
+def test_check_versions_rejects_the_first_version_that_is_too_new(installed):
     installed['mmengine'] = '1.0.0'
     with pytest.raises(ImportError, match='mmengine>=0.10.0,<1.0'):
         version.check_versions()

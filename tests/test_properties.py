@@ -157,7 +157,7 @@ def test_backbone_equals_the_plain_path_for_large_images(case):
 
 @given(st.integers(0, 15), st.integers(0, 600), st.booleans())
 @thorough(25)
-def test_backbone_refuses_images_below_one_patch(small, other, is_height):
+def test_backbone_rejects_images_below_one_patch(small, other, is_height):
     model = mmvil.VisionLSTM(arch=ARCH, img_size=32)
     size = (small, other) if is_height else (other, small)
     with pytest.raises(ValueError, match='patch'):
@@ -166,7 +166,7 @@ def test_backbone_refuses_images_below_one_patch(small, other, is_height):
 
 @given(st.integers(0, 6).filter(lambda channels: channels != 3))
 @thorough(5)
-def test_backbone_refuses_other_numbers_of_channels(channels):
+def test_backbone_rejects_other_numbers_of_channels(channels):
     model = mmvil.VisionLSTM(arch=ARCH, img_size=32)
     with pytest.raises((ValueError, RuntimeError), match=f'{channels}'):
         model(torch.zeros(1, channels, 32, 32))

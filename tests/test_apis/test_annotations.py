@@ -89,7 +89,7 @@ def test_load_mapped_annotations_names_unknown_values_and_file(tmp_path, mask, o
         (dict(values=range(255)), 'at most 254 classes'),
     ],
 )
-def test_load_mapped_annotations_refuses_what_is_ambiguous(options, message):
+def test_load_mapped_annotations_rejects_what_is_ambiguous(options, message):
     with pytest.raises(ValueError, match=message):
         LoadMappedAnnotations(**options)
 
@@ -98,7 +98,7 @@ def test_load_mapped_annotations_passes_an_image_without_annotation():
     assert LoadMappedAnnotations()(dict(img_path='a.jpg')) == dict(img_path='a.jpg')
 
 
-def test_load_mapped_annotations_refuses_a_second_mapping(tmp_path):
+def test_load_mapped_annotations_rejects_a_second_mapping(tmp_path):
     path = save(tmp_path / 'a.png', np.uint8([[0, 1]]))
     with pytest.raises(ValueError, match='use values and ignore instead'):
         LoadMappedAnnotations()(dict(seg_map_path=str(path), reduce_zero_label=True))

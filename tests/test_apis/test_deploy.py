@@ -166,7 +166,7 @@ def test_export_writes_tasks_to_onnx_by_name(tmp_path):
     torch.testing.assert_close(actual, predicted(model, images, 'labels'))
 
 
-def test_every_head_of_mmpretrain_is_tested_or_refused():
+def test_every_head_of_mmpretrain_is_tested_or_rejected():
     heads = pytest.importorskip('mmpretrain').models.heads
     tested = {head['type'] for head in CLASSIFIER_HEADS.values()}
     for name, head in inspect.getmembers(heads, inspect.isclass):
@@ -177,7 +177,7 @@ def test_every_head_of_mmpretrain_is_tested_or_refused():
 
 
 @pytest.mark.parametrize(
-    ('name', 'owner', 'method', 'refused'),
+    ('name', 'owner', 'method', 'rejected'),
     [
         ('linear', 'head', '_get_predictions', ('probabilities', 'labels')),
         ('threshold', 'head', 'predict', ('probabilities', 'labels')),
@@ -189,13 +189,13 @@ def test_every_head_of_mmpretrain_is_tested_or_refused():
         ('corners', 'decode_head', 'predict_by_feat', ('probabilities',)),
     ],
 )
-def test_method_of_a_subclass_is_refused_by_name(name, owner, method, refused):
+def test_method_of_a_subclass_is_rejected_by_name(name, owner, method, rejected):
     model = build_with_head(name)
     module = getattr(model, owner) if owner else model
     own = {method: lambda self, *args: getattr(super(type(self), self), method)(*args)}
     module.__class__ = type('Own', (type(module),), own)
     for output in OUTPUTS:
-        if output in refused:
+        if output in rejected:
             with pytest.raises(ValueError, match='Own has its own rule'):
                 Deployed(model, output)
         else:
@@ -203,14 +203,14 @@ def test_method_of_a_subclass_is_refused_by_name(name, owner, method, refused):
 
 
 @needs_exporter
-def test_scores_that_are_no_tensor_are_refused_by_name():
+def test_scores_that_are_no_tensor_are_rejected_by_name():
     model = build_with_head('plain')
     model.head = None
     with pytest.raises(ValueError, match='ImageClassifier returns a tuple'):
         trace(Deployed(model), (32, 32))
 
 
-def test_binary_cascade_is_refused():
+def test_binary_cascade_is_rejected():
     head = [BINARY, dict(DECODE_HEADS['cascade'][1], num_classes=2, out_channels=1)]
     model = build_with_head('cascade', head)
     with pytest.raises(AttributeError, match='threshold'):

@@ -217,7 +217,7 @@ def test_set_input_size_resamples_patches():
         (dict(patch_size=0), 'patch_size must give a whole stride .* but is 0'),
     ],
 )
-def test_set_input_size_refuses_what_does_not_fit_and_changes_nothing(kwargs, match):
+def test_set_input_size_rejects_what_does_not_fit_and_changes_nothing(kwargs, match):
     model = create(1, stride=8, dynamic_img_pad=False)
     before = dict(model.state_dict())
     with pytest.raises(ValueError, match=match):
@@ -275,7 +275,7 @@ def test_reset_classifier_keeps_device_dtype_mode_and_frozen_weights():
     assert not any(module.training for module in model.modules())
 
 
-def test_unknown_arguments_are_refused():
+def test_unknown_arguments_are_rejected():
     with pytest.raises(TypeError, match='not_an_argument'):
         create(not_an_argument=1)
     with pytest.raises(TypeError, match='does not take out_type, with_cp; timm has features_only'):

@@ -117,7 +117,7 @@ def test_vmap_over_images_and_over_models_equals_loops(context):
         torch.testing.assert_close(actual, torch.stack([net(batches[0])[0] for net in nets]))
 
 
-def test_vjp_equals_autograd_and_higher_derivatives_are_refused_in_words():
+def test_vjp_equals_autograd_and_higher_derivatives_are_rejected_in_words():
     net, image = build(torch.float64), images(1, 3, 40, 64, dtype=torch.float64)
     y, pull = vjp(lambda x: net(x)[0], image)
     (actual,) = pull(torch.ones_like(y))

@@ -408,7 +408,7 @@ def test_init_cfg_is_recognized_in_all_spellings(tmp_path, kind, others):
         (lambda state: {k: v for k, v in state.items() if 'layers.3' not in k}, 'are missing'),
     ],
 )
-def test_init_cfg_refuses_what_does_not_fit(tmp_path, change, message):
+def test_init_cfg_rejects_what_does_not_fit(tmp_path, change, message):
     backbone = build(init_cfg=save(tmp_path, change(build().state_dict())))
     with pytest.raises(ValueError, match=message):
         backbone.init_weights()

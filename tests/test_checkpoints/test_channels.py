@@ -29,6 +29,6 @@ def test_equal_channels_stay_as_they_are():
 
 
 @pytest.mark.parametrize('given, in_channels', [(1, 3), (4, 3), (4, 8)])
-def test_other_channels_than_rgb_are_refused(given, in_channels):
+def test_other_channels_than_rgb_are_rejected(given, in_channels):
     with pytest.raises(ValueError, match=f'{given} input channels, .* in_channels={in_channels}: '):
         adapt_input_channels(torch.randn(8, given, 4, 4), in_channels)

@@ -80,7 +80,7 @@ def test_weights_of_a_checkpoint_have_our_names(prefix, nested):
         assert found is not state and found.keys() == expected.keys()
 
 
-def test_other_state_dicts_are_refused():
+def test_other_state_dicts_are_rejected():
     assert not is_official({'layers.0.skip': torch.ones(1)})
     with pytest.raises(ValueError, match='not an official Vision-LSTM state dict'):
         vil_to_mmvil({'conv1.weight': torch.ones(1)})

@@ -144,7 +144,7 @@ def test_damaged_file_in_the_cache_is_to_be_removed(hub):
 
 
 @pytest.mark.parametrize('dropped', ['layers.1.', 'layers.1.xlstm.q_proj.weight'])
-def test_official_file_without_a_part_of_a_block_is_refused(hub, dropped):
+def test_official_file_without_a_part_of_a_block_is_rejected(hub, dropped):
     state = {
         name: value
         for name, value in load('vil2_dim32').items()

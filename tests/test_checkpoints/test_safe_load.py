@@ -81,7 +81,7 @@ def test_load_safely_runs_nothing(tmp_path, function, arguments, protocol, zippe
     assert [path.name for path in tmp_path.iterdir()] == ['evil.pth']
 
 
-def test_index_of_shards_that_would_run_code_is_refused(tmp_path):
+def test_index_of_shards_that_would_run_code_is_rejected(tmp_path):
     try:
         require_shards()
     except ValueError as error:
@@ -97,7 +97,7 @@ def test_index_of_shards_that_would_run_code_is_refused(tmp_path):
         load_safely(tmp_path)
 
 
-def test_torchscript_is_refused(tmp_path):
+def test_torchscript_is_rejected(tmp_path):
     torch.jit.script(nn.Linear(1, 1)).save(tmp_path / 'model.pt')
     with pytest.raises(UntrustedCheckpointError, match='model.pt is TorchScript'):
         load_safely(tmp_path / 'model.pt')

@@ -26,7 +26,7 @@ def test_missing_library_is_named(tmp_path):
         load_config(str(config), {})
 
 
-def test_detector_without_compiled_operators_is_refused(tmp_path, monkeypatch):
+def test_detector_without_compiled_operators_is_rejected(tmp_path, monkeypatch):
     config = tmp_path / 'config.py'
     config.write_text("default_scope = 'mmdet'\n")
     monkeypatch.setattr(
@@ -48,7 +48,7 @@ def test_options_that_do_not_fit_are_named(tmp_path):
         load_config(str(config), {'lr.value': 2})
 
 
-def test_misspelt_settings_are_refused(tmp_path):
+def test_misspelt_settings_are_rejected(tmp_path):
     config = tmp_path / 'config.py'
     config.write_text("default_scope = 'mmengine'\nmy_scale = 1\n")
     options = {'my_scale': 2, 'randomness.seed': 0, 'auto_scale_lr.base_batch_size': 8, 'mine': 1}

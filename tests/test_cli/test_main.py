@@ -102,7 +102,7 @@ def test_parse_args_reports_malformed_cfg_options(capsys):
     assert 'KEY=VALUE pairs without white space' in capsys.readouterr().err
 
 
-def test_parse_args_refuses_a_launcher_that_has_not_started_it(monkeypatch, capsys):
+def test_parse_args_rejects_a_launcher_that_has_not_started_it(monkeypatch, capsys):
     monkeypatch.delenv('RANK', raising=False)
     parser = make_parser('Train.')
     add_runner_arguments(parser)

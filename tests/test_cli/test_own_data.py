@@ -163,7 +163,7 @@ def test_split_without_images_takes_the_suffixes_of_the_training(tmp_path):
         check_folders(cfg, 'train_dataloader', 'val_dataloader')
 
 
-def test_class_weights_without_a_loss_for_them_are_refused(tmp_path):
+def test_class_weights_without_a_loss_for_them_are_rejected(tmp_path):
     config = tmp_path / 'mine.py'
     dice = "dict(loss_decode=dict(_delete_=True, type='DiceLoss'))"
     config.write_text(
@@ -205,7 +205,7 @@ def test_read_classes_takes_empty_keys_as_absent_and_semicolons_as_separators(tm
     assert read_classes(text) == dict(classes=['a', 'b'], colors=[[1, 2, 3], [4, 5, 6]])
 
 
-def test_own_data_without_classes_is_refused(tmp_path):
+def test_own_data_without_classes_is_rejected(tmp_path):
     cfg = load_config(SEGMENTOR, {})
     with pytest.raises(UserError, match=r'no classes: write their names into .*classes\.txt'):
         set_data_root(cfg, str(tmp_path))
@@ -274,7 +274,7 @@ def test_class_weights_of_a_classifier_reach_its_loss(flowers):
         described(CLASSIFIER, flowers, 'classes.txt', 'rose\ndaisy\n')
 
 
-def test_splits_with_different_class_folders_are_refused(flowers):
+def test_splits_with_different_class_folders_are_rejected(flowers):
     (flowers / 'val/rose').rename(flowers / 'val/tulip')
     cfg = load_config(CLASSIFIER, {})
     with pytest.raises(UserError, match=r'val must .* \(daisy, rose\), but has: daisy, tulip'):

@@ -28,7 +28,7 @@ def test_missing_data_is_named_with_what_to_do(tmp_path):
         preflight.check_data(cfg, 'train_dataloader')
 
 
-def test_empty_dataset_is_refused(tmp_path):
+def test_empty_dataset_is_rejected(tmp_path):
     pytest.importorskip('mmseg')
     for kind in ('images', 'annotations'):
         (tmp_path / kind / 'training').mkdir(parents=True)
@@ -39,7 +39,7 @@ def test_empty_dataset_is_refused(tmp_path):
         preflight.check_data(cfg, 'train_dataloader')
 
 
-def test_folder_without_readable_images_is_refused(tmp_path):
+def test_folder_without_readable_images_is_rejected(tmp_path):
     pytest.importorskip('mmpretrain')
     (tmp_path / 'deep').mkdir()
     (tmp_path / 'deep/a.webp').touch()
@@ -64,7 +64,7 @@ def test_missing_annotation_file_is_named(tmp_path):
     preflight.check_data(cfg, 'train_dataloader')
 
 
-def test_missing_or_foreign_checkpoint_is_refused(tmp_path):
+def test_missing_or_foreign_checkpoint_is_rejected(tmp_path):
     with pytest.raises(UserError, match='checkpoint not found'):
         preflight.check_checkpoint(str(tmp_path / 'none.pth'))
     page = tmp_path / 'page.pth'
@@ -79,7 +79,7 @@ def test_missing_or_foreign_checkpoint_is_refused(tmp_path):
         preflight.check_config_checkpoints(cfg)
 
 
-def test_checkpoint_of_another_model_is_refused():
+def test_checkpoint_of_another_model_is_rejected():
     small, large = (
         mmvil.VisionLSTM(arch=dict(embed_dims=width, depth=2), img_size=32) for width in (16, 32)
     )
@@ -127,13 +127,13 @@ def test_masked_backbone_is_checked_too():
         preflight.check_backbone(load_config(path, {'model.backbone.extra': 1}))
 
 
-def test_work_dir_below_a_file_is_refused(tmp_path):
+def test_work_dir_below_a_file_is_rejected(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot use the work dir .*/file: it is a file'):
         preflight.check_work_dir(Config(dict(work_dir=str(tmp_path / 'file/work'))))
 
 
-def test_work_dir_without_permission_is_refused(tmp_path, monkeypatch):
+def test_work_dir_without_permission_is_rejected(tmp_path, monkeypatch):
     work_dir = tmp_path / 'locked/work'
     (tmp_path / 'locked').mkdir(mode=0o555)
     if os.geteuid() == 0:  # root may write everywhere

@@ -34,7 +34,7 @@ def test_choose_checkpoint_passes_over_what_is_damaged(tmp_path):
     assert 'iter_2.pth is damaged' in notes[0] and notes[1] == f'resuming from {cfg.load_from}'
 
 
-def test_choose_checkpoint_refuses_half_a_file(tmp_path):
+def test_choose_checkpoint_rejects_half_a_file(tmp_path):
     (tmp_path / 'half.pth').write_bytes(b'PK half a file')
     cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=str(tmp_path / 'half.pth')))
     with pytest.raises(UserError, match='half.pth is damaged.*--resume without a name'):

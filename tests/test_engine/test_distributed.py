@@ -449,8 +449,8 @@ def test_shards_are_read_by_any_number_of_processes_and_by_the_plain_model(folde
     assert 'exists' in call_tool(MERGE, straight / 'iter_6.pth', tmp_path / 'whole.pth', status=2)
 
     plain = (TRAIN, folder / 'classifier.py', '--work-dir', tmp_path / 'plain')
-    refused = call_tool(*plain, '--resume', straight / 'iter_3.pth', status=2)
-    assert 'is from sharded training: resume it with its own config' in refused
+    rejected = call_tool(*plain, '--resume', straight / 'iter_3.pth', status=2)
+    assert 'is from sharded training: resume it with its own config' in rejected
     options = (f'load_from={straight / "iter_6.pth"}', 'train_cfg.max_iters=1')
     call_tool(*plain, '--cfg-options', *options, 'train_dataloader.batch_size=4')
 

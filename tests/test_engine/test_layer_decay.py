@@ -129,20 +129,20 @@ def test_constructor_steps_each_layer_by_its_rate():
         assert moved[name] == pytest.approx(RATE**layers_above, rel=1e-2), name
 
 
-def test_constructor_refuses_a_backbone_without_depth():
+def test_constructor_rejects_a_backbone_without_depth():
     model = Segmentor(nn.Conv2d(3, 16, 1))
     with pytest.raises(TypeError, match='get_layer_depth.*Segmentor is Conv2d'):
         build(model)
     assert len(settings(model, paramwise_cfg=dict(flat_decay_mult=0.0))) == 6
 
 
-def test_constructor_refuses_a_model_without_backbone():
+def test_constructor_rejects_a_model_without_backbone():
     with pytest.raises(TypeError, match='get_layer_depth'):
         build(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize('rate', [0, -0.5, 1.5])
-def test_constructor_refuses_a_rate_outside_its_range(rate):
+def test_constructor_rejects_a_rate_outside_its_range(rate):
     with pytest.raises(ValueError, match='layer_decay_rate'):
         build(Segmentor(), paramwise_cfg=dict(layer_decay_rate=rate))
 
@@ -150,6 +150,6 @@ def test_constructor_refuses_a_rate_outside_its_range(rate):
 @pytest.mark.parametrize(
     'paramwise_cfg', [dict(norm_decay_mult=0.0), dict(custom_keys=dict(norm=dict(lr_scale=1.0)))]
 )
-def test_constructor_refuses_unknown_options(paramwise_cfg):
+def test_constructor_rejects_unknown_options(paramwise_cfg):
     with pytest.raises(ValueError, match='unknown option'):
         build(Segmentor(), paramwise_cfg=paramwise_cfg)

@@ -113,11 +113,11 @@ def test_guard_reports_skipped_steps_of_float16(tmp_path, caplog):
     assert skips == [0, 1, 1, 2]
 
 
-def test_guard_refuses_an_interval_of_zero():
+def test_guard_rejects_an_interval_of_zero():
     with pytest.raises(ValueError, match='interval must be at least 1, but is 0'):
         NaNGuardHook(interval=0)
 
 
-def test_cpu_amp_refuses_other_dtypes():
+def test_cpu_amp_rejects_other_dtypes():
     with pytest.raises(ValueError, match="must be 'float16' or 'bfloat16', but is 'float8'"):
         CPUAmpOptimWrapper(dtype='float8', optimizer=None)

@@ -115,7 +115,7 @@ def test_gates_are_those_that_the_forward_pass_computes(version):
     assert all(torch.equal(actual, expected) for actual, expected in zip(gates, seen))
 
 
-def test_odd_width_is_refused():
+def test_odd_width_is_rejected():
     with pytest.raises(ValueError, match='multiple of 2 . num_heads = 8.*is 12'):
         ViLBlock(12)
     with pytest.raises(ValueError, match='Unknown mLSTM backend'):
@@ -202,6 +202,6 @@ def test_inference_reuses_its_memory():
     assert int(result.stdout) < 1500, 'pages; without measures 4000 to 7000'
 
 
-def test_block_refuses_unknown_lean():
+def test_block_rejects_unknown_lean():
     with pytest.raises(ValueError, match="lean must be True, False or 'cell', but is 'most'"):
         ViLBlock(16, lean='most')

@@ -334,7 +334,7 @@ def test_operators_accept_any_layout(operator, data):
         torch.empty(6, 16).expand(2, 6, 16),
     ],
 )
-def test_before_cell_refuses_to_write_to_a_copy(x_grad):
+def test_before_cell_rejects_an_output_that_it_cannot_view(x_grad):
     case = Case(2, 8, (2, 3))
     x, weights = before_cell_inputs(case)
     q, gate, tokens = randn(2, 2, 6, 8), randn(2, 2, 6), randn(2, 6, 16)
@@ -445,7 +445,7 @@ def test_layer_with_kernels_trains_some_weights_or_none():
     assert torch.autograd.grad(empty.sum(), block.skip)[0].count_nonzero() == 0
 
 
-def test_kernels_refuse_tensors_on_several_devices():
+def test_kernels_reject_tensors_on_several_devices():
     x, weight = torch.ones(1, 2, 16), torch.ones(16, device='meta')
     with pytest.raises(ValueError, match='tensors on one device, not cpu and meta'):
         layer_norm(x, weight, None, 1e-6, x.dtype)

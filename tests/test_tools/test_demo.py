@@ -69,7 +69,7 @@ def test_demo_draws_every_nth_frame_of_a_video(tmp_path):
         (('--out-dir', DEMO), '--out-dir must be a folder, but'),
     ],
 )
-def test_demo_refuses_what_it_cannot_draw_with(option, words):
+def test_demo_rejects_what_it_cannot_draw_with(option, words):
     said = call_tool(DEMO, 'a.jpg', 'config.py', 'model.pth', *option, status=2)
     assert words in said
 

@@ -138,7 +138,7 @@ def test_demo_dataset_classes_equal_those_of_config(demo):
     assert [list(color) for color in objects.palette] == metainfo.palette[-len(demo.OBJECTS) :]
 
 
-def test_demo_dataset_refuses_tiny_images(tmp_path):
+def test_demo_dataset_rejects_tiny_images(tmp_path):
     command = [sys.executable, SCRIPT, tmp_path, '--size', '16', '16']
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2

@@ -153,7 +153,7 @@ class Attack:
 
 
 @pytest.mark.parametrize('way', ['--resume', slow('load_from'), 'init_cfg', slow('test')])
-def test_malicious_checkpoint_is_refused_whichever_way_it_comes(tiny, way):
+def test_malicious_checkpoint_is_rejected_whichever_way_it_comes(tiny, way):
     trace, evil = tiny.parent / 'was_here', tiny.parent / 'evil.pth'
     torch.save(dict(state_dict={}, meta=Attack(str(trace))), evil)
     arguments = {

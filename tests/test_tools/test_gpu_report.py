@@ -134,7 +134,7 @@ def test_resumed_report_keeps_what_passed(report):
     assert '| One | failed |' in text
 
 
-def test_unknown_stage_is_refused(report):
+def test_unknown_stage_is_rejected(report):
     with pytest.raises(UserError, match='--stages all is none of kernels, tests, models'):
         report('right', '--stages', 'all')
 

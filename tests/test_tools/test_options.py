@@ -85,7 +85,7 @@ def test_label_maps_are_not_written_to_a_file(tmp_path):
         read(test_tool, test_tool.make_test_parser, *options, config='upernet_vil_t_camvid')
 
 
-def test_config_without_what_a_run_needs_is_refused():
+def test_config_without_what_a_run_needs_is_rejected():
     imagenet_a, vtab = dict(config='robustness/vil_t_imagenet_a'), dict(config='vtab1k/cifar')
     with pytest.raises(UserError, match='has no train_dataloader, train_cfg, optim_wrapper, which'):
         read(train_tool, train_tool.make_train_parser, '--amp', **imagenet_a)

@@ -71,7 +71,7 @@ def test_plot_log_puts_epochs_at_their_iterations(tmp_path, monkeypatch):
     assert [run['top1'] for run in drawn] == [{100: 50.0, 200: 60.0}, {50: 40.0}]
 
 
-def test_plot_predictions_refuses_a_classifier(tmp_path):
+def test_plot_predictions_rejects_a_classifier(tmp_path):
     config = SCRIPT.parents[2] / 'configs/vil_t_imagenet.py'
     said = call_tool(SCRIPT.with_name('plot_predictions.py'), config, 'model.pth', status=2)
     assert 'is not of a segmentor' in said
