@@ -73,8 +73,10 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
         architecture = infer_architecture(state_dict)
     except ValueError as error:
         raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
-    found = (stride, 'as given') if stride is not None else find_stride(checkpoint, path)
-    architecture['stride'], architecture['stride_from'] = found or assumed_stride(architecture)
+    found = stride, 'as given'
+    if stride is None:
+        found = find_stride(checkpoint, path, architecture['patch_size'])
+    architecture['stride'], architecture['stride_from'] = found
     model = _classifier_config(architecture)
     _check_complete(path, {**state_dict, **unknown}, model)
     return dict(
@@ -89,9 +91,9 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     )
 
 
-def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None:
+def find_stride(checkpoint: Mapping, path: str | Path, patch_size: int) -> tuple[int, str]:
     """Find the patch stride, which the tensors do not contain, and its origin: metadata in our, the
-    authors' or mmengine's checkpoint, or the file name. Return None if none of them has it.
+    authors' or mmengine's checkpoint, the file name, or the assumption that patches do not overlap.
     """
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
@@ -101,13 +103,9 @@ def find_stride(checkpoint: Mapping, path: str | Path) -> tuple[int, str] | None
         noted = noted[0] if isinstance(noted, (list, tuple)) and noted else noted
         if isinstance(noted, int):
             return noted, 'noted in the file'
-    by_name = re.search(r'stride(\d+)', Path(path).stem)
-    return by_name and (int(by_name[1]), 'by the name of the file')
-
-
-def assumed_stride(architecture: Mapping) -> tuple[int, str]:
-    """Default patch stride where :func:`find_stride` finds none, and its origin."""
-    return architecture['patch_size'], 'assumed: the patch size, because tensors do not tell'
+    if by_name := re.search(r'stride(\d+)', Path(path).stem):
+        return int(by_name[1]), 'by the name of the file'
+    return patch_size, 'assumed: the patch size, because tensors do not tell'
 
 
 def _read_stored_config(text: Any) -> dict[str, int]:

@@ -15,7 +15,7 @@ from mmengine.runner import CheckpointLoader
 
 from ..checkpoints import infer_architecture, weights_of
 from ..checkpoints.loaders import sha256
-from .convert import assumed_stride, find_stride
+from .convert import find_stride
 
 GROUPS = dict(
     natural='caltech101 cifar dtd oxford_flowers102 oxford_iiit_pet svhn sun397'.split(),
@@ -151,7 +151,7 @@ def read_architecture(checkpoint: str) -> dict:
         architecture = infer_architecture(weights_of(loaded))
     except ValueError as error:
         raise ValueError(f'{checkpoint} is not a Vision-LSTM classifier: {error}') from error
-    stride, origin = find_stride(loaded, checkpoint) or assumed_stride(architecture)
+    stride, origin = find_stride(loaded, checkpoint, architecture['patch_size'])
     return dict(architecture, stride=stride, stride_from=origin)
 
 

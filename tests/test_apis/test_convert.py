@@ -69,9 +69,10 @@ def test_stride_comes_from_the_caller_the_file_its_name_or_the_patch_size(tmp_pa
     )
     for options, expected in (('', 16), (', stride=8', 8), (', patch_size=4', 4)):
         noted = dict(cfg=f'lr = 1e-3\n{model.format(options)}')  # mmengine's text, not run
-        assert find_stride(dict(meta=noted), 'a.pth') == (expected, 'noted in the file')
+        assert find_stride(dict(meta=noted), 'a.pth', 16) == (expected, 'noted in the file')
     for text in ('raise SystemExit', 'model = dict(', None, b'', "backbone = dict(type='ViT')"):
-        assert find_stride(dict(meta=dict(cfg=text)), 'a.pth') is None
+        number, origin = find_stride(dict(meta=dict(cfg=text)), 'a.pth', 12)
+        assert number == 12 and origin.startswith('assumed')
     assert stride('a_stride8.th', 4, ctor_kwargs=dict(stride=8)) == (4, 'as given')
     with pytest.raises(ValueError, match='cannot|stride must be between 1 and the patch size 16'):
         stride('a.th', 32)
