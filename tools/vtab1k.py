@@ -61,17 +61,17 @@ def main():
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # release the run
     screen = Screen()
-    screen.say(f'{protocol.progress()}; {args.work_dir}')
+    screen.log(f'{protocol.progress()}; {args.work_dir}')
 
     def describe(job, result):
         time_taken = timedelta(seconds=round(result['seconds']))
         return f'{job}: {result["accuracy"]:.2f} % in {time_taken}; {protocol.progress()}'
 
-    do = partial(train, args=args, architecture=architecture, show=screen.show)
+    execute = partial(train, args=args, architecture=architecture, show=screen.show)
     try:
-        work(claims, protocol.runs, do, describe, screen.say)
+        work(claims, protocol.runs, execute, describe, screen.log)
     except KeyboardInterrupt:
-        screen.say('stopped; run the same command to continue')
+        screen.log('stopped; run the same command to continue')
         sys.exit(130)
     if not report(protocol, args):
         sys.exit(1)
@@ -216,7 +216,7 @@ class Screen:
         self.print = partial(print, file=sys.stdout, flush=True)  # in runs, stdout is discarded
         self.start = '\r\033[K' if sys.stdout.isatty() else ''
 
-    def say(self, text):
+    def log(self, text):
         self.print(f'{self.start}{time.strftime("%H:%M:%S")} {text}')
 
     def show(self, text):

@@ -223,8 +223,7 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     sharded = hasattr(model, 'summon_full_params')
     while not sharded and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
-    mismatch = describe_misfit(weights_of(checkpoint), model.state_dict())
-    if mismatch:
+    if mismatch := describe_misfit(weights_of(checkpoint), model.state_dict()):
         raise UserError(
             f'{path} does not fit the config: {mismatch}. '
             'Test and resume with the config that it was trained with.'

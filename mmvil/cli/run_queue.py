@@ -11,6 +11,9 @@ An attempt begins by creating its file exclusively, which a file system (includi
 one process only. It ends when it fails, or when its file was not touched for a while; then any
 process may begin attempt K + 1. No file is moved or reused, so two processes never hold the same
 run. The clocks of the machines need not agree: ages are measured by the clock of the file system.
+
+File locks of the operating system would need no heartbeat. But some cluster file systems apply them
+within one machine only, without an error, and others keep those of a crashed machine.
 """
 
 import json
@@ -48,17 +51,17 @@ class Claims:
         self.stale_after = stale_after
         self.max_attempts = max_attempts
         self.heartbeat = stale_after / 10
-        self._suspects = {}
+        self._stale_since = {}
 
     def states(self, names: list[str]) -> dict[str, str]:
         """State of each run: 'done', 'running', 'failed', 'open', or 'again' (open after a
         failure).
         """
-        return {name: state for name, (state, _) in self._look_at(names).items()}
+        return {name: state for name, (state, _) in self._read_states(names).items()}
 
     def claim(self, name: str) -> 'Claim | None':
         """Begin a run, or return None if it is not open."""
-        state, last = self._look_at([name])[name]
+        state, last = self._read_states([name])[name]
         if state not in ('open', 'again'):
             return None
         try:
@@ -92,7 +95,7 @@ class Claims:
         for path in self.folder.glob(f'{name}.attempt-*'):
             path.unlink(missing_ok=True)
 
-    def _look_at(self, names: list[str]) -> dict[str, tuple[str, int]]:
+    def _read_states(self, names: list[str]) -> dict[str, tuple[str, int]]:
         """State of each run, and number of its last attempt."""
         files = set(os.listdir(self.folder))
         last = dict.fromkeys(names, 0)
@@ -118,7 +121,7 @@ class Claims:
                 return 'running'
             # Not dead at first sight: after a pause of the machine, all look dead for one
             # heartbeat.
-            since = self._suspects.setdefault((name, attempt, touched), time.monotonic())
+            since = self._stale_since.setdefault((name, attempt, touched), time.monotonic())
             if time.monotonic() - since < 2 * self.heartbeat:
                 return 'running'
         return 'failed' if attempt >= self.max_attempts else 'again'
@@ -133,8 +136,8 @@ class Claim:
         self.attempt = attempt
         self.path = claims.folder / f'{name}.attempt-{attempt}'
         self.lost = False
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
         self._thread.start()
 
     def finish(self, result: dict) -> None:
@@ -143,27 +146,27 @@ class Claim:
         Raises:
             ClaimLost: If another process has taken over the run.
         """
-        self._end()
+        self._stop_heartbeat()
         if self.superseded():
             raise ClaimLost(self.name)
         write(self.claims.result_path(self.name), json.dumps(result, indent=1) + '\n')
 
     def fail(self, trace: str) -> None:
         """Publish the traceback of a failed attempt."""
-        self._end()
+        self._stop_heartbeat()
         write(self.path.with_name(self.path.name + '.error'), trace)
 
     def release(self) -> None:
         """Withdraw the attempt as if it had never begun."""
-        self._end()
+        self._stop_heartbeat()
         self.path.unlink(missing_ok=True)
 
     def superseded(self) -> bool:
         """Whether another process has begun the next attempt."""
         return self.path.with_name(f'{self.name}.attempt-{self.attempt + 1}').exists()
 
-    def _keep_alive(self) -> None:
-        while not self._over.wait(self.claims.heartbeat):
+    def _send_heartbeats(self) -> None:
+        while not self._stopped.wait(self.claims.heartbeat):
             try:
                 os.utime(self.path)
             except FileNotFoundError:
@@ -172,8 +175,8 @@ class Claim:
                 continue  # a temporary outage of the file server
             self.lost = self.lost or self.superseded()
 
-    def _end(self) -> None:
-        self._over.set()
+    def _stop_heartbeat(self) -> None:
+        self._stopped.set()
         self._thread.join()
 
 
@@ -187,18 +190,18 @@ def write(path: Path, text: str) -> None:
 def work(
     claims: Claims,
     states: Callable[[], dict],
-    do: Callable[[Any, Claim], dict],
+    execute: Callable[[Any, Claim], dict],
     describe: Callable[[Any, dict], str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Do open runs until none is left in any process.
 
     Args:
         claims (Claims): The shared folder.
         states (Callable): Returns {run: state} for the runs known so far; each run has a ``name``.
-        do (Callable): Does a run and returns its result.
+        execute (Callable): Does a run and returns its result.
         describe (Callable): Returns a line about a run and its published result.
-        say (Callable): Reports a line.
+        log (Callable): Reports a line.
 
     Raises:
         UserError: If three runs in a row have failed.
@@ -210,25 +213,25 @@ def work(
         run, claim = next((pair for pair in claimed if pair[1]), (None, None))
         if claim is None:
             if not waiting:
-                say('Other processes are doing the remaining runs; waiting for them.')
+                log('Other processes are doing the remaining runs; waiting for them.')
             waiting = True
             time.sleep(min(5.0, claims.heartbeat))
             continue
 
         waiting = False
         try:
-            result = do(run, claim)
+            result = execute(run, claim)
             claim.finish(result)
             failed.clear()
-            say(describe(run, result))
+            log(describe(run, result))
         except ClaimLost:
             claim.release()
-            say(f'{run}: no heartbeat for too long; another process has taken over')
+            log(f'{run}: no heartbeat for too long; another process has taken over')
         except Exception as error:
             claim.fail(traceback.format_exc())
             failed.add(run)
             reason = textwrap.shorten(one_line(error), 200, placeholder='…')
-            say(f'{run}: FAILED (attempt {claim.attempt}), {reason}')
+            log(f'{run}: FAILED (attempt {claim.attempt}), {reason}')
             if len(failed) == 3:
                 raise UserError(
                     'stopped, because three runs in a row failed, which suggests a common '
