@@ -57,10 +57,10 @@ def forward(
     q, k, v = _project(c, x_m, projections, w, settings)
     igate, fgate = gate_preactivations(c, x_m, projections.folded_gates)
     if is_exporting():  # a graph that runs where mmvil is not installed
-        cell, form = mlstm_traceable, settings.form[:1]
+        mlstm, form = mlstm_traceable, settings.form[:1]
     else:
-        cell, form = torch.ops.mmvil.mlstm, settings.form
-    h, normalizer = cell(q, k, v, igate, fgate, settings.reverse, *form)
+        mlstm, form = torch.ops.mmvil.mlstm, settings.form
+    h, normalizer = mlstm(q, k, v, igate, fgate, settings.reverse, *form)
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
