@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import functools
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader
 
+from ..backbones import VisionLSTM
 from ..checkpoints import OFFICIAL_CHECKPOINTS, describe_misfit, find_official, weights_of
 
 
@@ -58,7 +60,7 @@ def get_model(
             classes is not loaded.
         out_indices (int | Sequence[int], optional): Omit the classifier and return the feature maps
             (B, D, h, w) after these blocks as a tuple.
-        **kwargs: Other settings of the model config, such as ``backbone=dict(frozen_stages=24)``.
+        **kwargs: Other settings of the model config, such as ``backbone=dict(img_size=384)``.
 
     Returns:
         ImageClassifier: The model, in evaluation mode.
@@ -66,6 +68,7 @@ def get_model(
     Raises:
         ImportError: If mmpretrain is not installed.
         ValueError: If there is no such model, or the checkpoint does not fit.
+        TypeError: If an option of the backbone is given to the model.
 
     Example:
         >>> logits = mmvil.get_model('vil2-tiny', pretrained=True)(images)
@@ -76,6 +79,11 @@ def get_model(
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
         raise ValueError(f'Unknown model {name!r}.{hint} Choose from {", ".join(names)}.')
+    for option in inspect.signature(VisionLSTM).parameters.keys() & kwargs.keys() - {'init_cfg'}:
+        raise TypeError(
+            f'{option!r} is an option of the backbone: get_model({name!r}, '
+            f'backbone=dict({option}={kwargs[option]!r})).'
+        )
     _register_mmpretrain('get_model()')
     import mmpretrain
 

@@ -108,6 +108,11 @@ def test_get_model_adapts_rgb_weights_to_other_channels(official, file):
     torch.testing.assert_close(model.backbone.patch_embed.projection.weight, weight)
 
 
+def test_get_model_says_where_options_of_the_backbone_go():
+    with pytest.raises(TypeError, match=r"'vil2-tiny', backbone=dict\(img_size=512\)"):
+        mmvil.get_model('vil2-tiny', img_size=512)
+
+
 def test_get_model_suggests_names():
     with pytest.raises(ValueError, match="'vil2-bse'. Did you mean 'vil2-base'"):
         mmvil.get_model('vil2-bse')
