@@ -226,7 +226,7 @@ def test_verdict_without_a_writable_cache(machine, monkeypatch, caplog, where):
         def full(*_):
             raise OSError('No space left on device')
 
-        monkeypatch.setattr(os, 'replace', full)
+        monkeypatch.setattr(Path, 'replace', full)
     assert 'crashed' in machine.play('import os; os.abort()')
     assert 'nothing can be kept' in caplog.text
     assert machine.play('pass') is None and machine.runs == 2
