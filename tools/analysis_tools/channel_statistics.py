@@ -13,7 +13,7 @@ import os
 import numpy as np
 from mmengine.utils import track_progress_rich
 
-from mmvil.cli.config import innermost_datasets, list_files, load_config, set_data_root
+from mmvil.cli.config import innermost_datasets, list_files, load_config, require, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, data_preprocessor
 from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
@@ -26,7 +26,7 @@ def main():
     args = parse_args(make_statistics_parser())
     cfg = load_config(args.config, args.cfg_options)
     set_data_root(cfg, args.data_root)
-    files = training_files(cfg, args.config)
+    files = training_files(cfg)
     found = len(files)
     number = min(args.num or found, found)
     files = [files[i * found // number] for i in range(number)]
@@ -59,10 +59,9 @@ def make_statistics_parser():
     return parser
 
 
-def training_files(cfg, config):
+def training_files(cfg):
     """List the images of the training dataset."""
-    if cfg.get('train_dataloader') is None:
-        raise UserError(f'{config} has no train_dataloader')
+    require(cfg, 'train_dataloader')
     check_folders(cfg, 'train_dataloader')
     files = []
     for each in innermost_datasets(cfg.train_dataloader.dataset):
