@@ -51,9 +51,9 @@ class _ViLLayer(torch.autograd.Function):
             reject_double_backward()
         tensors, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
         x, saved, weights = tensors[0], tensors[:-count], LayerWeights(*tensors[-count:])
-        form = _implementation(ctx.settings)
+        implementation = _implementation(ctx.settings)
         with without_autocast(x):
-            x_grad, grads = form.gradients(y_grad, saved, weights, ctx.settings)
+            x_grad, grads = implementation.gradients(y_grad, saved, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,
