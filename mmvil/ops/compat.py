@@ -30,6 +30,11 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x is a batch under vmap, which autograd uses for several gradients at once."""
+    return 'Batched' in str(torch._C._dispatch_keys(x))
+
+
 def has_global_module_hooks() -> bool:
     """Whether hooks on all modules are registered, as by torch's FLOP counter."""
     module = torch.nn.modules.module

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import vil_layer_eager
-from .compat import is_compiling, is_exporting, without_autocast
+from .compat import is_batched, is_compiling, is_exporting, without_autocast
 from .mlstm import reject_double_backward
 from .vil_layer_common import LayerSettings, LayerWeights
 
@@ -47,8 +47,14 @@ class _ViLLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, y_grad):
-        if torch.is_grad_enabled() and not is_compiling():
-            reject_double_backward()
+        if not is_compiling():
+            if torch.is_grad_enabled():
+                reject_double_backward()
+            if is_batched(y_grad):
+                raise NotImplementedError(
+                    'The fused layer has no batched gradients (is_grads_batched=True, '
+                    'vectorize=True). Use lean=False, which stores more.'
+                )
         tensors, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
         x, saved, weights = tensors[0], tensors[:-count], LayerWeights(*tensors[-count:])
         implementation = _implementation(ctx.settings)

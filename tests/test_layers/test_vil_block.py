@@ -87,6 +87,18 @@ def test_fused_layer_rejects_double_backward():
         torch.autograd.grad(block(x, GRID).sum(), x, create_graph=True)
 
 
+def test_fused_layer_refuses_batched_gradients():
+    x = torch.randn(1, 35, 16, dtype=torch.float64, requires_grad=True)
+
+    def gradients(lean):
+        y = make_block(lean=lean)(x, GRID)
+        return torch.autograd.grad(y, x, torch.ones(2, *y.shape).to(y), is_grads_batched=True)
+
+    with pytest.raises(NotImplementedError, match='is_grads_batched=True.* Use lean=False'):
+        gradients(lean=True)
+    assert len(gradients(lean=False)[0]) == 2
+
+
 def test_frozen_parameters_get_no_gradient():
     block = make_block()
     block.conv.requires_grad_(False)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from itertools import chain
 
 import torch
 
@@ -115,7 +116,9 @@ def on_input_device(function: Callable) -> Callable:
 
     @wraps(function)
     def on_device(first: torch.Tensor, *args, **kwargs):
-        for x in (*args, *kwargs.values()):
+        arguments = (*args, *kwargs.values())
+        lists = (x for x in arguments if isinstance(x, (list, tuple)))  # of weights
+        for x in chain(arguments, *lists):
             if isinstance(x, torch.Tensor) and x.device != first.device:
                 raise ValueError(
                     f'the kernels need tensors on one device, not {first.device} and {x.device}.'
