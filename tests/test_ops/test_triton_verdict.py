@@ -7,6 +7,7 @@ hang, or lie in place of the self-test.
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -143,7 +144,7 @@ def test_verdict_is_cached(machine):
         assert machine.play('print("The kernels are right.")') is None
     assert machine.runs == 1
     content = json.loads(machine.verdicts[0].read_text())
-    assert content == dict(subject=KEY._asdict(), problem=None)
+    assert content == dict(subject=KEY._asdict(), problem=None, until=math.inf)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,11 @@ def test_verdict_on_a_hanging_kernel(machine, monkeypatch, tmp_path):
     assert 'gave no result within 1.5 seconds' in message and machine.verdicts
     time.sleep(max(0, 4 - (time.monotonic() - start)))
     assert not late.exists(), 'what the test had started was left behind'
+    day = time.time() + 86400
+    monkeypatch.setattr(time, 'time', lambda: day - 60)
+    assert machine.ask() == message and machine.runs == 1
+    monkeypatch.setattr(time, 'time', lambda: day + 60)
+    assert machine.play('pass') is None and machine.runs == 2
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,19 @@ def test_verdict_on_other_failures_is_not_cached(machine, program, problem):
     assert problem in message and 'the next process tries again' in message
     assert 'PTXAS' not in message and not machine.verdicts
     assert machine.play('pass') is None and machine.runs == 2
+
+
+def test_verdict_is_stored_before_a_program_holds_the_gpu(machine, monkeypatch):
+    """In exclusive mode the self-test cannot run beside the program that asks for it."""
+    for name in ('faulthandler', '_probe', 'check'):
+        monkeypatch.setattr(self_test, name, mock.Mock(return_value=None))
+    error = 'CUDA error: CUDA-capable device(s) is/are busy or unavailable'
+    message = machine.play(f'print({error!r}); raise SystemExit({IMPOSSIBLE})')
+    assert f'impossible: {error}' in message and 'exclusive mode' in message
+    module, *arguments = re.search('`python -m (.*)`', message).group(1).split()
+    assert module == self_test.__name__ and self_test.main(arguments) == 0
+    self_test.check.assert_called_once_with(GPU, torch.bfloat16, 96)
+    assert machine.ask() is None and machine.runs == 1
 
 
 def test_verdict_of_a_program_that_does_not_start(machine, monkeypatch):

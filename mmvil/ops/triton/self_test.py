@@ -2,9 +2,10 @@
 """Self-test of the kernels: cell and layer, forward and backward, at the sizes of real images.
 
 They must agree with PyTorch and be bitwise reproducible. ``backend='auto'`` runs this in a separate
-process before it uses the kernels (see :mod:`mmvil.ops.triton.verdict`). To run it manually::
+process before it uses the kernels (see :mod:`mmvil.ops.triton.verdict`). To run it manually, and
+store the result for ``'auto'``::
 
-    python -m mmvil.ops.triton.self_test --dtype bfloat16 --head-width 96
+    python -m mmvil.ops.triton.self_test --dtype bfloat16 --head-width 96 --store
 """
 
 import argparse
@@ -22,7 +23,7 @@ from ..compat import tf32_is_allowed
 from ..mlstm import choose_form, mlstm
 from ..vil_layer import vil_layer
 from ..vil_layer_common import LayerSettings, LayerWeights
-from .verdict import FAILED, IMPOSSIBLE, TIMEOUT
+from .verdict import FAILED, IMPOSSIBLE, TIMEOUT, store
 
 TILE = 16
 """Rows of the smallest tile. If one head's part of it is wrong, its error is about 0.5."""
@@ -205,6 +206,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument('--dtype', choices=[str(dtype)[6:] for dtype in TOLERANCE], required=True)
     parser.add_argument('--head-width', type=int, required=True)
     parser.add_argument('--tf32', action='store_true', help='round operands in float32 to TF32')
+    parser.add_argument('--store', action='store_true', help="store the result for backend='auto'")
     args = parser.parse_args(args)
     faulthandler.enable()
     faulthandler.dump_traceback_later(TIMEOUT + 60, exit=True)  # if no process waits any more
@@ -221,6 +223,8 @@ def main(args: Sequence[str] | None = None) -> int:
         problem = f'raised {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
         if isinstance(error, OSError) or 'out of memory' in str(error):
             status = IMPOSSIBLE
+    if args.store and status != IMPOSSIBLE:
+        store(problem, args.device, dtype, args.head_width)
     print(problem or 'The kernels are right.', flush=True)
     return status
 

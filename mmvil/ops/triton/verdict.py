@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -67,8 +68,8 @@ class Verdict(NamedTuple):
     """Outcome of a self-test."""
 
     problem: str | None
-    cacheable: bool = True
-    """Whether a second test would give the same result; if not, the kernels remain untested."""
+    days: float = math.inf
+    """How long it is cached; 0 if the kernels remain untested."""
 
 
 def self_test_problem(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
@@ -79,8 +80,18 @@ def self_test_problem(device: torch.device, dtype: torch.dtype, head_width: int)
         dtype (torch.dtype): Dtype of the features.
         head_width (int): DH.
     """
+    return _cached_problem(*_case(device, dtype, head_width))
+
+
+def store(problem: str | None, device: torch.device, dtype: torch.dtype, head_width: int) -> None:
+    """Cache the result of a self-test that was run manually."""
+    key = _cache_key(*_case(device, dtype, head_width))
+    _store(_file_to_write(_files(key)), key, Verdict(problem))
+
+
+def _case(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple:
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _cached_problem(index, dtype, head_width, dtype == torch.float32 and tf32_is_allowed())
+    return index, dtype, head_width, dtype == torch.float32 and tf32_is_allowed()
 
 
 @cache
@@ -89,19 +100,22 @@ def _cached_problem(index: int, dtype: torch.dtype, head_width: int, tf32: bool)
         key = _cache_key(index, dtype, head_width, tf32)
     except Exception as error:  # versions of Triton without a compiler, or with another interface
         return f"the compiler's version cannot be read ({type(error).__name__}: {error})"
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    files = [folder / f'kernels_{digest}.json' for folder in _folders()]
+    files = _files(key)
     # A folder that cannot be written, of an image or another user, may have the verdict.
     found = ((file, verdict) for file in files if (verdict := _read(file, key)))
     file, verdict = next(found, (None, None))
     if verdict is None:
-        file = next(filter(_is_writable, files), files[-1])
+        file = _file_to_write(files)
         verdict = _test_or_wait(file, key, index)
     if verdict.problem is None:
         return None
     problem = f'their self-test {verdict.problem} ({key})'
-    if not verdict.cacheable:
-        return f'{problem}; the next process tries again'
+    if not verdict.days:
+        command = ' '.join(['python', *_arguments(key, index), '--store'])
+        return (
+            f'{problem}; the next process tries again. If the GPU is full or takes one process '
+            f'(exclusive mode), run `{command}` first'
+        )
     return (
         f'{problem}. Try another ptxas ({key.ptxas_variable}=/path/to/ptxas, from another CUDA '
         f'toolkit) or another Triton. To test again, remove {file}'
@@ -158,6 +172,15 @@ def _folders() -> list[Path]:
     return [temporary] if cache.parts[0] == '~' else [cache, temporary]  # a user without a home
 
 
+def _files(key: CacheKey) -> list[Path]:
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return [folder / f'kernels_{digest}.json' for folder in _folders()]
+
+
+def _file_to_write(files: list[Path]) -> Path:
+    return next(filter(_is_writable, files), files[-1])
+
+
 def _is_writable(file: Path) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +194,7 @@ def _read(file: Path, key: CacheKey) -> Verdict | None:
     try:
         content = json.loads(file.read_text())
         problem = content['problem']
-        known = content['subject'] == key._asdict()
+        known = content['subject'] == key._asdict() and time.time() < content['until']
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return Verdict(problem) if known and isinstance(problem, (str, type(None))) else None
@@ -191,12 +214,12 @@ def _test_or_wait(file: Path, key: CacheKey, index: int) -> Verdict:
                 return verdict
             if time.monotonic() > deadline:
                 problem = f'timed out waiting for the process with {lock.name}'
-                return Verdict(problem, cacheable=False)
+                return Verdict(problem, days=0)
             time.sleep(0.2)
         verdict = _read(file, key)
         if verdict is None:
             verdict = _test(key, index)
-            if verdict.cacheable:
+            if verdict.days:
                 _store(file, key, verdict)
         return verdict
 
@@ -214,7 +237,8 @@ def _acquire(lock: int) -> bool:
 
 def _store(file: Path, key: CacheKey, verdict: Verdict) -> None:
     """Write a verdict atomically, for all users to read."""
-    content = dict(subject=key._asdict(), problem=verdict.problem)
+    until = time.time() + 86400 * verdict.days
+    content = dict(subject=key._asdict(), problem=verdict.problem, until=until)
     partial = file.with_suffix(f'.{uuid.uuid4().hex}.tmp')
     try:
         partial.write_text(json.dumps(content, indent=2))
@@ -242,11 +266,12 @@ def _test(key: CacheKey, index: int) -> Verdict:
             start_new_session=True,  # so that its compilers end with it
         )
     except OSError as error:
-        return Verdict(f'could not start: {error}', cacheable=False)
+        return Verdict(f'could not start: {error}', days=0)
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return Verdict(f'gave no result within {TIMEOUT} seconds')
+        # Perhaps the machine was overloaded.
+        return Verdict(f'gave no result within {TIMEOUT} seconds', days=1)
     finally:
         if process.poll() is None:  # hangs, or this process is interrupted: end its children, too
             os.killpg(process.pid, signal.SIGKILL)
@@ -259,16 +284,20 @@ def _test(key: CacheKey, index: int) -> Verdict:
     if status == FAILED:
         return Verdict(last_line)
     if status == IMPOSSIBLE:
-        return Verdict(f'was impossible: {last_line}', cacheable=False)
+        return Verdict(f'was impossible: {last_line}', days=0)
     if status < 0:
         name = signal.Signals(-status).name
         ended_by_others = name in ('SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP')
-        return Verdict(f'crashed with {name}', cacheable=not ended_by_others)
+        return Verdict(f'crashed with {name}', days=0 if ended_by_others else math.inf)
     error = (err.strip() or last_line).splitlines()[-1]
-    return Verdict(f'could not run: {error}', cacheable=False)
+    return Verdict(f'could not run: {error}', days=0)
 
 
 def _command(key: CacheKey, index: int) -> list[str]:
-    command = [sys.executable, '-m', f'{__package__}.self_test', f'--device=cuda:{index}']
-    command += [f'--dtype={key.dtype}', f'--head-width={key.head_width}']
-    return command + ['--tf32'] * key.tf32
+    return [sys.executable, *_arguments(key, index)]
+
+
+def _arguments(key: CacheKey, index: int) -> list[str]:
+    arguments = ['-m', f'{__package__}.self_test', f'--device=cuda:{index}']
+    arguments += [f'--dtype={key.dtype}', f'--head-width={key.head_width}']
+    return arguments + ['--tf32'] * key.tf32
