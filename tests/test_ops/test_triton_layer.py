@@ -27,6 +27,8 @@ if triton_problem():
     pytest.skip(triton_problem(), allow_module_level=True)
 
 pytest.importorskip('hypothesis')
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -35,6 +37,7 @@ from mmvil.ops.triton import mlstm_launch as mlstm  # noqa: E402
 from mmvil.ops.triton import self_test  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates import BeforeCellWeights, before_cell  # noqa: E402
 from mmvil.ops.triton.conv_qkv_gates_backward import (  # noqa: E402
+    _gates_grad,
     before_cell_backward,
     split_gradients,
 )
@@ -326,6 +329,35 @@ def test_operators_accept_any_layout(operator, data):
         assert value.isfinite().all() and relative_error(actual, value) < TOLERANCE[torch.float32]
 
 
+@triton.jit
+def copy_gates_grad(
+    igate_grad, fgate_grad, out, missing, first, tokens, length,
+    NH: tl.constexpr, GATES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    igate_grad, fgate_grad = igate_grad - missing, fgate_grad - missing
+    grads = _gates_grad(igate_grad, fgate_grad, first, tokens, length, NH, GATES, T)
+    at = tl.arange(0, T)[:, None] * GATES + tl.arange(0, GATES)[None, :]
+    tl.store(out + at, grads)
+
+
+@runs_kernels
+def test_gradients_of_more_than_2_31_gates_are_loaded():
+    """From memory of the last image alone."""
+    heads, length, images = 64, 8, 2**22 + 1
+    gates, out = randn(2, heads, length), randn(length, 2 * heads)
+    copy_gates_grad[(1,)](
+        *(*gates, out),
+        missing=images * heads * length,
+        first=images * length,
+        tokens=(images + 1) * length,
+        length=length,
+        NH=heads,
+        GATES=2 * heads,
+        T=length,
+    )
+    assert torch.equal(out, gates.flatten(0, 1).t())
+
+
 @pytest.mark.parametrize(
     'x_grad',
     [
@@ -451,6 +483,11 @@ def test_kernels_reject_tensors_on_several_devices():
         layer_norm(x, weight, None, 1e-6, x.dtype)
     with pytest.raises(ValueError, match='tensors on one device'):
         layer_norm_backward(x, x, weight[:0].new_ones(16), bias=None, eps=1e-6)
+    x, weights = before_cell_inputs(CASES[0])
+    weights = weights._replace(k_bias=weights.k_bias.to('meta'))
+    for sequence in (weights, list(weights)):
+        with pytest.raises(ValueError, match='tensors on one device'):
+            before_cell(x, sequence, CASES[0].grid, CASES[0].heads, False)
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
@@ -580,6 +617,12 @@ def test_kernels_compile_for_all_widths(arch, head_width, dtype, version):
         pytest.skip('Triton for AMD has no tf32x3')
     # float32, multiplied in three parts, wants a few registers more than there are.
     check_compiled(arch, head_width, 224, dtype, version, 64 if dtype == torch.float32 else 8)
+
+
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
+def test_kernels_of_sixteen_heads_compile_without_spills(monkeypatch):
+    monkeypatch.setattr('tests.test_ops.triton_offline.HEADS', 16)
+    check_compiled('sm_90', 24, 224, torch.bfloat16, version=2)
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')

@@ -300,6 +300,24 @@ def test_auto_chooses_kernels_on_a_gpu_only_for_what_they_can(monkeypatch):
     assert not choose_form(torch.device('cpu'), torch.bfloat16, 196, 96, 'auto').triton
 
 
+@needs_triton
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
+def test_offsets_in_a_tile_fit_into_32_bits():
+    from mmvil.ops.triton.mlstm_launch import mlstm_backward
+    from tests.test_ops.triton_offline import record_launches
+
+    rows, columns = (
+        torch.empty_strided((1, 1, 70, 512), strides, device='meta')
+        for strides in ((0, 0, 2**25, 1), (0, 0, 1, 2**23))
+    )
+    gate = torch.empty(1, 1, 70, device='meta')
+    args = (rows, columns, rows, columns, gate, gate, rows, gate, True)
+    for launch in record_launches(lambda: mlstm_backward(*args)):
+        for name, strides in launch.kwargs.items():
+            if name.endswith('strides') and len(strides) == 4:
+                assert 128 * abs(strides[2]) + 512 * strides[3] < 2**31, (launch.label, name)
+
+
 SIDES = ('query_side_kernel', 'gradients_kernel')
 QUICK = [
     ('sm_80', 192, SIDES[1:]),

@@ -46,9 +46,10 @@ def _gates_grad(
 ):  # fmt: skip
     """Load float32 gradients (B, NH, N) of both gates as (T, GATES)."""
     token, gate = first + tl.arange(0, T), tl.arange(0, GATES)
-    image = token // length
-    index = (image * (NH - 1) * length + token)[:, None] + (gate % NH * length)[None, :]
-    pointer = tl.where(gate < NH, igate_grad, fgate_grad)[None, :] + index
+    image = tl.cast(token // length, tl.int64)
+    index = (image * ((NH - 1) * length) + token)[:, None]
+    pointer = tl.where(gate < NH, igate_grad, fgate_grad) + gate % NH * length
+    pointer = pointer[None, :] + index
     present = (token < tokens)[:, None] & (gate < 2 * NH)[None, :]
     return tl.load(pointer, mask=present, other=0)
 
@@ -95,7 +96,8 @@ def projections_backward_kernel(
         weight2_grad = tl.zeros((C, C), tl.float32)
         bias2_grad = tl.zeros((16, C), tl.float32)
     gates_by_source = gates_by_source.to(GATE_DTYPE)
-    average = tl.full((16, T), 1 / 16, dtype)  # a sum over tokens, spread over 16 rows
+    # A sum over tokens, spread over 16 rows. The interpreter of Triton 3.5 fills no bfloat16.
+    average = tl.full((16, T), 1 / 16, tl.float32).to(dtype)
 
     begin = program * tokens_per_program
     for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
@@ -294,7 +296,8 @@ def before_cell_backward(
     a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     single = x.dtype == torch.float32
-    tile, token_tile = channel_tile(x.dtype), 16 if single else 32
+    # Many gates take registers, too.
+    tile, token_tile = channel_tile(x.dtype), 16 if single or heads > 8 else 32
     channel_tiles = heads * triton.cdiv(channels // heads, tile)
     share, programs = split_tokens(tokens, token_tile, channel_tiles)
     sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
@@ -345,7 +348,7 @@ def before_cell_backward(
             PRECISION=dot_precision(x.dtype),
             T=token_tile,
             C=tile,
-            num_warps=2 if tile < token_tile else 4,
+            num_warps=4,
             num_stages=1,
         )
     tile = min(64, triton.next_power_of_2(channels))

@@ -46,6 +46,9 @@ from .tiles import dot_precision
 GATE_BLOCK = 2048
 """Tokens per block of the gate scans."""
 
+FARTHEST = 2**22
+"""Largest stride in a tile, of up to 512 columns, whose offsets fit into 32 bits."""
+
 
 class Tiling(NamedTuple):
     """Tile sizes and launch options for one head width and dtype."""
@@ -152,6 +155,8 @@ class _Cell:
         """
         arguments = {}
         for name, x in tensors.items():
+            if max(x.stride()[2:]) > FARTHEST:
+                x = x.contiguous()
             strides = x.stride()
             if self.reverse:
                 x, strides = x[:, :, -1:], (*strides[:2], -strides[2], *strides[3:])
