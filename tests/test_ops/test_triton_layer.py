@@ -594,7 +594,10 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
     ],
 )
 def test_kernels_compile_to_short_loops_without_spills(arch, head_width, size):
-    check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=ITERATION)
+    from tests.test_ops.triton_offline import OLD_COMPILER
+
+    most = None if OLD_COMPILER else ITERATION
+    check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=most)
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')

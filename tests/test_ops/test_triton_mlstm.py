@@ -336,8 +336,15 @@ PER_SCORE = {96: 16, 192: 30, 384: 37}
     + slow(*product(('sm_80', 'sm_90', 'sm_100'), (96, 192, 384), (224, 512, 1024), [None])),
 )
 def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
-    from tests.test_ops.triton_offline import SHARED_LIMIT, cell_launches, compile_launch
+    from tests.test_ops.triton_offline import (
+        OLD_COMPILER,
+        SHARED_LIMIT,
+        cell_launches,
+        compile_launch,
+    )
 
+    if OLD_COMPILER:
+        pytest.skip('older versions compile to more instructions')
     for label, launch in cell_launches(arch, width, size).items():
         if labels and label not in labels:
             continue

@@ -45,6 +45,9 @@ SHARED_LIMIT = {
 }
 """Bytes of shared memory that one block may have."""
 
+OLD_COMPILER = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 8)
+"""Older versions compile the kernels without spills, too, but to more registers."""
+
 
 class Launch(NamedTuple):
     """One call ``kernel[grid](*args, **kwargs)``."""
