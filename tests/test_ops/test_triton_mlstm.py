@@ -6,6 +6,7 @@ that launch kernels, those of ``test_triton_layer.py`` included, run in a second
 Triton interprets them.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -361,6 +362,20 @@ def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
             assert {loop.per_score(launch)[1] for loop in scored} <= {1, 0.5}, label
             assert len(scored) == (2 if label == SIDES[0] else 6 - 2 * launch.kwargs['TOGETHER'])
             assert all(loop.per_score(launch)[0] < PER_SCORE[width] for loop in scored), label
+
+
+@needs_triton
+@pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
+@pytest.mark.parametrize('width', [96, 192, 384])
+def test_long_sequences_occupy_a_gpu(width):
+    """The scans of gates, one program per head, take two steps instead."""
+    from tests.test_ops.triton_offline import cell_launches
+
+    for label, launch in cell_launches('sm_90', width, 1024).items():
+        if label.startswith('gate_'):
+            assert launch.kwargs['length'] <= 2 * launch.kwargs['BLOCK'], label
+        else:
+            assert math.prod(launch.grid) >= 132, label  # multiprocessors of an H100
 
 
 @needs_triton
