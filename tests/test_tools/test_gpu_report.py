@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -221,12 +222,21 @@ def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
 def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, capsys, status):
     program = f'print("x.py::test_y PASSED\\n\\n== 1 failed =="); raise SystemExit({status})'
     popen = functools.partial(subprocess.Popen, [sys.executable, '-S', '-c', program])
-    monkeypatch.setattr(subprocess, 'Popen', lambda command, **options: popen(**options))
+    commands = []
+
+    def play(command, **options):
+        commands.append(command)
+        return popen(**options)
+
+    monkeypatch.setattr(subprocess, 'Popen', play)
+    context.on_gpu = True
     errors = {1: stages.WrongNumberError, 4: subprocess.CalledProcessError}
     with pytest.raises(errors[status]) if status else nullcontext():
         stages.tests(context)
     at, row = map(json.loads, capsys.readouterr().out.splitlines())
     assert at == dict(at='x.py::test_y PASSED') and row['verdict'] == '1 failed'
+    files = [path.name for path in commands[0] if isinstance(path, Path)]
+    assert 'test_triton_layer.py' in files and 'test_vil_block.py' not in files
 
 
 def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch):
