@@ -20,7 +20,8 @@ from mmvil.apis.feature_probes import accuracy, knn, linear_probe
 from mmvil.apis.vtab1k import identify
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_run_arguments, make_parser, parse_args, run
+from mmvil.cli.inference import data_preprocessor
+from mmvil.cli.main import add_run_arguments, at_least, make_parser, parse_args, run
 from mmvil.cli.preflight import check_checkpoint
 
 
@@ -51,11 +52,11 @@ def make_eval_parser():
     add = parser.add_argument
     add_run_arguments(parser)
     add('checkpoint', help="weights: mmvil's or the authors'")
-    add('--k', type=int, default=20, help='number of neighbours (default: 20)')
+    add('--k', type=at_least(1), default=20, help='number of neighbours (default: 20)')
     weight = 'neighbours have the weight exp(cosine / temperature) (default: 0.07)'
-    add('--temperature', type=float, default=0.07, help=weight)
-    add('--batch-size', type=int, default=128, help='images per batch')
-    add('--workers', type=int, default=8, help='processes that read images')
+    add('--temperature', type=at_least(1e-6, float), default=0.07, help=weight)
+    add('--batch-size', type=at_least(1), default=128, help='images per batch')
+    add('--workers', type=at_least(0), default=8, help='processes that read images')
     add('--amp', action='store_true', help='extract features in mixed precision')
     add('--features', metavar='FILE.pt', help='file to save features to, or to load them from')
     return parser
@@ -73,8 +74,13 @@ def get_features(args):
         **identify(args.checkpoint),
     )
     if args.features and os.path.exists(args.features):
-        features = torch.load(args.features, weights_only=True)
-        if (stored := features['source']) != source:
+        try:
+            features = torch.load(args.features, weights_only=True)
+            stored = features['source']
+        except Exception:  # torch raises anything
+            other = f'{args.features} was not written by --features. Name another file.'
+            raise UserError(other) from None
+        if stored != source:
             raise UserError(
                 f'{args.features} was made from {stored}. Name another file, or remove it.'
             )
@@ -92,9 +98,11 @@ def get_features(args):
     backbone = MODELS.build(cfg.model.backbone)
     backbone.init_weights()
     kind = dict(type='mmpretrain.ClsDataPreprocessor')
-    preprocessor = MODELS.build({**kind, **cfg.model.data_preprocessor})
+    preprocessor = MODELS.build({**kind, **data_preprocessor(cfg)})
     if args.check:
         return None
+    if args.features:
+        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
     parts = [part.to(get_device()).eval() for part in (backbone, preprocessor)]
     features = {split: extract(*parts, loader, args.amp) for split, loader in loaders.items()}
     features['source'] = source

@@ -27,7 +27,14 @@ from mmengine.hooks import Hook
 from mmvil.apis import vtab1k
 from mmvil.cli.config import CONFIGS, load_config, set_data_root
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_cfg_options, add_trust_checkpoint, make_parser, parse_args, run
+from mmvil.cli.main import (
+    add_cfg_options,
+    add_trust_checkpoint,
+    at_least,
+    make_parser,
+    parse_args,
+    run,
+)
 from mmvil.cli.preflight import build_runner, check_checkpoint
 from mmvil.cli.run_queue import ClaimLost, Claims, work, write
 
@@ -37,7 +44,8 @@ def main():
     stem = Path(args.checkpoint.replace('://', '/')).stem
     args.work_dir = args.work_dir or os.path.join('work_dirs', 'vtab1k', stem)
     claims = Claims(Path(args.work_dir, 'runs'), args.stale_after, args.max_attempts)
-    protocol = vtab1k.Protocol(claims, args.datasets, args.lrs, args.seeds)
+    datasets, lrs = ([*dict.fromkeys(each)] for each in (args.datasets, args.lrs))
+    protocol = vtab1k.Protocol(claims, datasets, lrs, args.seeds)
     if args.status:
         print('\n'.join([*protocol.progress_by_dataset(), protocol.progress()]))
         report(protocol, args)
@@ -47,7 +55,7 @@ def main():
     architecture = vtab1k.read_architecture(args.checkpoint)
     if 'model.backbone.stride' not in args.cfg_options:
         print(f'stride {architecture["stride"]} ({architecture["stride_from"]})')
-    for dataset in args.datasets:
+    for dataset in datasets:
         classes = config_of(dataset).model.head.num_classes
         for note in vtab1k.check_data(Path(args.data_root, dataset), classes):
             print(f'note: {note}')
@@ -85,15 +93,16 @@ def make_vtab_parser():
     add('--work-dir', help='folder of all processes (default: work_dirs/vtab1k/CHECKPOINT)')
     names = dict(nargs='+', choices=vtab1k.DATASETS, default=vtab1k.DATASETS, metavar='NAME')
     add('--datasets', help=f'only these of {", ".join(vtab1k.DATASETS)}', **names)
-    lrs = dict(nargs='+', type=float, default=[1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4], metavar='LR')
+    published = [1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4]
+    lrs = dict(nargs='+', type=at_least(0, float), default=published, metavar='LR')
     add('--lrs', help='learning rates to choose from (default: the published five)', **lrs)
-    add('--seeds', type=int, default=5, help='number of seeds (default: 5)')
+    add('--seeds', type=at_least(1), default=5, help='number of seeds (default: 5)')
     add_cfg_options(parser)
     add('--check', action='store_true', help='only check data and checkpoint')
     add('--status', action='store_true', help='only show the progress')
     add('--retry', action='store_true', help='try failed runs again')
-    add('--max-attempts', type=int, default=3, help='attempts at a run (default: 3)')
-    stale = dict(type=float, default=300, metavar='SECONDS')
+    add('--max-attempts', type=at_least(1), default=3, help='attempts at a run (default: 3)')
+    stale = dict(type=at_least(1, float), default=300, metavar='SECONDS')
     add('--stale-after', help='take over runs silent for this long (default: 300)', **stale)
     add_trust_checkpoint(parser)
     return parser

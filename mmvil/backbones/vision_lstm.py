@@ -7,6 +7,7 @@ Alkin, Beck, Poeppel, Hochreiter, Brandstetter: Vision-LSTM: xLSTM as Generic Vi
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.fx
@@ -128,29 +129,29 @@ class VisionLSTM(BaseModule):
         self.version = version
         self.patch_size = patch_size
         self.stride = patch_size if stride is None else stride
-        if not isinstance(patch_size, int):
-            raise ValueError(
-                f'patch_size must be a number of pixels, the side of a square, but is {patch_size}.'
-            )
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        for name in ('patch_size', 'stride', 'in_channels', 'frozen_stages'):
+            if not isinstance(value := getattr(self, name), Integral):
+                raise ValueError(f'{name} must be one integer, but is {value!r}.')
         if self.stride < 1 or self.stride > patch_size:
             raise ValueError(
                 f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.'
             )
-        self.in_channels = in_channels
         self.out_indices = self._parse_out_indices(out_indices, depth)
         self.out_type = out_type
-        self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, self.stride)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if min(height, width) < patch_size:
+        sides = _integers('img_size', img_size)
+        if len(sides) not in (1, 2) or min(sides) < patch_size:
             raise ValueError(
-                f'img_size must be at least one patch ({patch_size}), but is {img_size}.'
+                f'img_size must be one or two sides of at least one patch ({patch_size}), but is '
+                f'{img_size}.'
             )
         # One embedding per non-overlapping patch, even if patches overlap: these models resize it.
         self.pos_embed = nn.Parameter(
-            torch.empty(1, height // patch_size, width // patch_size, self.embed_dims)
+            torch.empty(1, sides[0] // patch_size, sides[-1] // patch_size, self.embed_dims)
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -210,13 +211,14 @@ class VisionLSTM(BaseModule):
                 "A custom arch is a dict with the keys 'embed_dims' and 'depth', "
                 f'but has {sorted(arch)}.'
             )
-        if arch['depth'] < 1:
-            raise ValueError(f'depth must be at least 1 block, but is {arch["depth"]}.')
-        return arch['embed_dims'], arch['depth']
+        embed_dims, depth = _integers('arch', (arch['embed_dims'], arch['depth']))
+        if depth < 1:
+            raise ValueError(f'depth must be at least 1 block, but is {depth}.')
+        return embed_dims, depth
 
     @staticmethod
     def _parse_out_indices(out_indices: int | Sequence[int], depth: int) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = _integers('out_indices', out_indices)
         indices = tuple(index + depth if index < 0 else index for index in given)
         if not indices or min(indices) < 0 or max(indices) >= depth:
             raise ValueError(
@@ -238,6 +240,7 @@ class VisionLSTM(BaseModule):
                 "A pyramid is made of feature maps: it needs out_type='featmap', "
                 f'not {self.out_type!r}.'
             )
+        strides = _integers('pyramid.strides', strides)
         outputs, levels = len(self.out_indices), len(strides)
         if outputs not in (1, levels):
             raise ValueError(
@@ -254,7 +257,7 @@ class VisionLSTM(BaseModule):
         from mmcv.cnn import build_norm_layer  # only pyramids need mmcv
 
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
-        return tuple(strides), FeaturePyramid(
+        return strides, FeaturePyramid(
             self.embed_dims,
             scales=[self.stride / stride for stride in strides],
             out_channels=out_channels,
@@ -476,3 +479,11 @@ def _initializer(init_cfg: dict) -> type:
     """The class that an ``init_cfg`` names: by its registered or its dotted name, or itself."""
     kind = init_cfg['type']
     return WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
+
+
+def _integers(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
+    """Convert the option ``name``, one or several integers, to a tuple."""
+    values = tuple(given) if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(value, Integral) for value in values):
+        raise ValueError(f'{name} must be one or several integers, but is {given!r}.')
+    return values

@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
 
 from ..apis import swap_backbone
+from ..apis.read_config import read_config
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error, one_line
 from .own_data import configure_own_data
@@ -57,24 +58,40 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         hint = f'Did you mean {os.path.relpath(known[close[0]])}?' if close else 'See configs/.'
         raise UserError(f'config not found: {path}. {hint}')
     with as_user_error(f'cannot read {path}'):  # configs run Python code
-        cfg = Config.fromfile(path)
-    # Replace classes, which configs in mmengine's new style import, by names, as in dumped ones.
-    cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
+        cfg = read_config(path)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
-    known = {*cfg, *_RUNNER_SETTINGS}
-    for name in {name.partition('.')[0] for name in options} - known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        if close:  # mmengine would add it, and nothing would read it
-            raise UserError(f'--cfg-options: no setting {name!r}. Did you mean {close[0]}?')
+    for name in options:
+        _check_spelling(cfg, name)
     kinds = (AttributeError, IndexError, KeyError, TypeError, ValueError)
     with as_user_error(f'--cfg-options do not fit {path}', kinds):
         cfg.merge_from_dict(options)
 
     types = [node.get('type') for node in dicts(cfg)]
     scoped = {name.partition('.')[0] for name in types if isinstance(name, str) and '.' in name}
-    _require(sorted({cfg.get('default_scope', 'mmengine'), *scoped}), path)
+    _require(sorted({cfg.default_scope, *scoped}), path)
     return cfg
+
+
+def _check_spelling(cfg: Config, option: str) -> None:
+    """Check that a dotted name does not add a setting whose name is close to one beside it:
+    mmengine would add it, and nothing would read it.
+    """
+    node, keys = {**dict.fromkeys(_RUNNER_SETTINGS), **cfg}, option.split('.')
+    for depth, key in enumerate(keys, start=1):
+        if isinstance(node, (list, tuple)):
+            node = dict(zip(map(str, range(len(node))), node))
+        # Classes reject unknown options themselves; custom_keys are names of parameters.
+        is_option = depth == len(keys) and 'type' in (node or {})
+        if not node or is_option or 'custom_keys' in keys[: depth - 1]:
+            return
+        if key not in node:
+            close = difflib.get_close_matches(key, node, n=1, cutoff=0.8)
+            if close:
+                name, meant = ('.'.join([*keys[: depth - 1], each]) for each in (key, close[0]))
+                raise UserError(f'--cfg-options: no setting {name!r}. Did you mean {meant}?')
+            return
+        node = node[key] if isinstance(node[key], (dict, list, tuple)) else None
 
 
 def _require(libraries: Iterable[str], path: str) -> None:

@@ -149,7 +149,7 @@ def _read_size(sample, load):
             is_deep = bool(file.mode[0] in 'IF' or re.search('(RGBA?|LA);16', str(file.tile)))
             # Loaders apply the orientation that the camera recorded.
             size = ImageOps.exif_transpose(file).size if file.getexif() else file.size
-            file.draft('RGB', (file.width // 8, file.height // 8))  # decode everything, but quickly
+            file.draft('RGB', tuple(-(-side // 8) for side in file.size))  # decode all, but quickly
             file.load()
         return size, None, is_deep
     _check_not_empty(path)

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
@@ -111,6 +112,30 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     add('--launcher', choices=launchers, default='none', help='how the processes were started')
     add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
+
+
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """Type of an argument: a number of at least ``low``."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= low:  # nor NaN
+            raise argparse.ArgumentTypeError(f'must be at least {low:g}, but is {text}')
+        return value
+
+    parse.__name__ = kind.__name__  # in argparse's message on other text
+    return parse
+
+
+def figure_path(text: str) -> Path:
+    """Type of an argument: the file of a figure, with a suffix that matplotlib can write."""
+    from matplotlib.backend_bases import FigureCanvasBase  # most tools draw no figure
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(text).suffix[1:].lower() not in known:
+        suffixes = ', '.join(f'.{each}' for each in known)
+        raise argparse.ArgumentTypeError(f'must end with one of {suffixes}, but is {text}')
+    return Path(text)
 
 
 def parse_args(

@@ -9,12 +9,13 @@ from mmengine.fileio import load
 from mmengine.utils import scandir
 from PIL import Image
 
-from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
+from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from .errors import UserError, as_user_error
 
 CLASS_FILES = ('classes.yaml', 'classes.txt')
 PER_CLASS = ('colors', 'values', 'class_weight')
 MAPPED_LOADER = 'mmvil.apis.annotations.LoadMappedAnnotations'
+MIXED_DATASET = 'mmvil.apis.image_folders.MixedSuffixDataset'
 MAPPING_OPTIONS = ('colors', 'values', 'ignore')  # its options
 
 
@@ -96,30 +97,35 @@ def _configure_masks(cfg, datasets, own):
         dataset.metainfo = dict(classes=own['classes'])
         if 'colors' in own:
             dataset.metainfo.palette = own['colors']
-        for folder, suffix in (('img_path', 'img_suffix'), ('seg_map_path', 'seg_map_suffix')):
-            if suffix in dataset:
+        prefixes = map(dataset.data_prefix.get, ('img_path', 'seg_map_path'))
+        images, masks = (Path(dataset.data_root, prefix) for prefix in prefixes)
+        is_plain = type_name(dataset) == 'BaseSegDataset' and not dataset.get('ann_file')
+        may_mix = is_plain and not masks.is_relative_to(images)
+        for folder, option in ((images, 'img_suffix'), (masks, 'seg_map_suffix')):
+            if option in dataset:
                 continue
-            found = _suffix_in(Path(dataset.data_root, dataset.data_prefix[folder]))
-            found = found or datasets[0].get(suffix)  # of a split to come, as in training
-            if found:
-                dataset[suffix] = found
+            # A split to come is like training.
+            suffixes = _suffixes_in(folder) or as_list(datasets[0].get(option))
+            if len(suffixes) == 1:
+                dataset[option] = suffixes[0]
+            elif suffixes and folder == images and may_mix:
+                dataset.update(type=MIXED_DATASET, img_suffix=suffixes)
+            elif suffixes:
+                raise UserError(
+                    f'{folder} must have images of one suffix, but has: {", ".join(suffixes)}; '
+                    f'convert or rename them, or set {option} in your config'
+                )
     mapping = {key: own[key] for key in MAPPING_OPTIONS if key in own}
     for node in dicts(cfg) if mapping else ():
         if type_name(node) == 'LoadAnnotations':
             node.update(type=MAPPED_LOADER, **mapping)
 
 
-def _suffix_in(folder):
-    """The common suffix of all image files in a folder, or None if there are none."""
+def _suffixes_in(folder):
+    """The suffixes of all image files in a folder, sorted."""
     files = scandir(folder, recursive=True) if folder.is_dir() else ()
     found = {Path(file).suffix for file in files}
-    found = sorted(suffix for suffix in found if suffix.lower() in Image.registered_extensions())
-    if len(found) > 1:
-        raise UserError(
-            f'{folder} must have images of one suffix, but has: {", ".join(found)}; convert or '
-            'rename them, or set img_suffix and seg_map_suffix in your config'
-        )
-    return found[0] if found else None
+    return sorted(suffix for suffix in found if suffix.lower() in Image.registered_extensions())
 
 
 def _configure_class_folders(datasets, classes):

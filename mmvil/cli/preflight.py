@@ -18,7 +18,7 @@ from mmengine.utils import scandir
 
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
-from ..engine.config_nodes import dicts, innermost_datasets, loaders, type_name
+from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
 from .errors import UserError, as_user_error
@@ -129,7 +129,7 @@ def check_folders(cfg: Config, *names: str) -> list:
                 raise UserError(f'annotations not found: {os.path.abspath(file)} ({name})')
             # mmengine's InfiniteSampler waits forever on an empty dataset.
             extensions = () if file else sorted(getattr(dataset, 'extensions', ()))
-            suffixes = tuple(extensions or [getattr(dataset, 'img_suffix', '')])
+            suffixes = tuple(extensions or as_list(getattr(dataset, 'img_suffix', '')))
             folder = prefix.get('img_path') or ''
             files = scandir(folder, suffixes, recursive=True, case_sensitive=not extensions)
             if os.path.isdir(folder) and not any(files):
@@ -178,8 +178,12 @@ def image_and_annotation_stems(dataset) -> tuple[set[str], set[str]]:
     return _stems(images, dataset.img_suffix), _stems(maps, dataset.seg_map_suffix)
 
 
-def _stems(folder: str, suffix: str) -> set[str]:
-    return {name.removesuffix(suffix) for name in scandir(folder, suffix, recursive=True)}
+def _stems(folder: str, suffix: str | tuple[str, ...]) -> set[str]:
+    return {
+        name.removesuffix(each)
+        for each in as_list(suffix)
+        for name in scandir(folder, each, recursive=True)
+    }
 
 
 def check_checkpoint(path: str) -> None:

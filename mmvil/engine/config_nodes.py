@@ -39,3 +39,10 @@ def type_name(node) -> str:
     """
     kind = (node.get('type') if isinstance(node, dict) else None) or ''
     return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+
+
+def as_list(node) -> list:
+    """Convert a sequence to a list, None to an empty list, and any other value to a list of one."""
+    if node is None:
+        return []
+    return list(node) if isinstance(node, (list, tuple, range)) else [node]

@@ -3,10 +3,12 @@ import argparse
 
 import pytest
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 from mmengine.registry import DATASETS
 
+from mmvil.apis import swap_backbone
 from mmvil.cli.config import build_lazily, load_config, read_runner_config, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.engine.cpu import fit_to_cpu
@@ -56,6 +58,53 @@ def test_misspelt_settings_are_rejected(tmp_path):
     for name, meant in {'randomnes.seed': 'randomness', 'my_scala': 'my_scale'}.items():
         with pytest.raises(UserError, match=f'Did you mean {meant}?'):
             load_config(str(config), {name: 0})
+
+
+def test_misspelt_nested_settings_are_rejected(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "default_scope = 'mmengine'\n"
+        "model = dict(heads=[dict(type='A', test_cfg=dict(stride=1))])\n"
+        "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', in_channels=3),"
+        ' paramwise_cfg=dict(custom_keys=dict(norm1=dict(lr_mult=1))))\n'
+    )
+    misspelt = {
+        'optim_wrapper.optimzer.lr': 'optim_wrapper.optimizer',
+        'model.heads.0.test_cfg.strid': 'model.heads.0.test_cfg.stride',
+    }
+    for name, meant in misspelt.items():
+        with pytest.raises(UserError, match=f'Did you mean {meant}?'):
+            load_config(str(config), {name: 1})
+    new = {
+        'optim_wrapper.optimizer.out_channels': 1,  # close to in_channels
+        'optim_wrapper.paramwise_cfg.custom_keys.norm2.lr_mult': 1,
+        'optim_wrapper.accumulative_counts': 2,
+        'model.heads.0.test_cfg.mode': 'slide',
+        'randomness.seed': 1,
+    }
+    assert load_config(str(config), new).model.heads[0].test_cfg == dict(stride=1, mode='slide')
+
+
+def test_own_config_inherits_from_mmseg_on_both_lines(tmp_path):
+    pytest.importorskip('mmseg')
+    config = tmp_path / 'mine.py'
+    config.write_text("_base_ = 'mmseg::_base_/models/fpn_r50.py'\n")
+    before = dict(MODULE2PACKAGE)
+    assert load_config(str(config), {}).model.type == 'EncoderDecoder'
+    assert swap_backbone(config, 'tiny').model.backbone.type == 'mmvil.VisionLSTM'
+    assert MODULE2PACKAGE == before
+
+
+def test_default_scope_is_the_library_of_the_model(tmp_path):
+    pytest.importorskip('mmseg')
+    config = tmp_path / 'new_style.py'
+    config.write_text(
+        'from mmengine.config import read_base\nfrom mmseg.models import EncoderDecoder\n\n'
+        'default_scope = None\nmodel = dict(type=EncoderDecoder)\n'
+    )
+    assert load_config(str(config), {}).default_scope == 'mmseg'
+    config.write_text("model = dict(type='Model')\n")
+    assert load_config(str(config), {}).default_scope == 'mmengine'
 
 
 def test_load_config_names_the_classes_that_a_config_imports(tmp_path):

@@ -1,13 +1,24 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
+import argparse
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 import mmvil
 from mmvil.cli import main as cli_main
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_config_arguments, add_runner_arguments, make_parser, parse_args, run
+from mmvil.cli.main import (
+    add_config_arguments,
+    add_runner_arguments,
+    at_least,
+    figure_path,
+    make_parser,
+    parse_args,
+    run,
+)
 from mmvil.engine import SampleError
 
 
@@ -109,3 +120,25 @@ def test_parse_args_rejects_a_launcher_that_has_not_started_it(monkeypatch, caps
     with pytest.raises(SystemExit):
         parse_args(parser, ['a.py', '--launcher', 'pytorch'])
     assert 'requires torchrun; use tools/dist_train.sh' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'option, text, message',
+    [
+        ('--num', '0', 'argument --num: must be at least 1, but is 0'),
+        ('--num', 'x', "argument --num: invalid int value: 'x'"),
+        ('--lr', 'nan', 'argument --lr: must be at least 0.5, but is nan'),
+        ('--out', 'curve.xyz', r'argument --out: must end with one of .*\.png.*, but is curve.xyz'),
+        ('--out', 'curve', 'argument --out: must end with one of .*, but is curve'),
+    ],
+)
+def test_types_of_arguments_say_what_they_accept(capsys, option, text, message):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--num', type=at_least(1))
+    parser.add_argument('--lr', type=at_least(0.5, float))
+    parser.add_argument('--out', type=figure_path)
+    good = parser.parse_args(['--num', '1', '--lr', '0.5', '--out', 'a/curve.PDF'])
+    assert (good.num, good.lr, good.out) == (1, 0.5, Path('a/curve.PDF'))
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, text])
+    assert re.search(message, capsys.readouterr().err)

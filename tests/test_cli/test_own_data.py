@@ -10,10 +10,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from PIL import Image
 
-from mmvil.cli.config import load_config, set_data_root
+from mmvil.cli.config import list_files, load_config, set_data_root
+from mmvil.cli.dataset_check import check_dataset
 from mmvil.cli.errors import UserError
 from mmvil.cli.own_data import MAPPED_LOADER, MAPPING_OPTIONS, read_classes
-from mmvil.cli.preflight import check_folders
+from mmvil.cli.preflight import check_data, check_folders
 from mmvil.engine.config_nodes import dicts
 from tests.conftest import ROOT
 
@@ -149,8 +150,42 @@ def test_folders_and_suffixes_have_any_names(tmp_path):
     cfg = described(str(config), tmp_path, 'classes.yaml', NAMES)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         assert (loader.dataset.img_suffix, loader.dataset.seg_map_suffix) == ('.JPG', '_mask.png')
-    save(tmp_path / 'photos/b.png', np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(UserError, match=r'photos must have images of one suffix.*: \.JPG, \.png'):
+
+
+def test_images_of_a_folder_have_several_suffixes(tmp_path):
+    pytest.importorskip('mmseg')
+    write_data(tmp_path, LABELS)
+    save(tmp_path / 'images/train/sub/b.PNG', np.zeros((2, 2, 3), np.uint8))
+    save(tmp_path / 'masks/train/sub/b.png', LABELS)
+    cfg = described(SEGMENTOR, tmp_path, 'classes.yaml', NAMES)
+    inner = cfg.train_dataloader.dataset
+    assert list(inner.img_suffix) == ['.PNG', '.jpg']
+    assert cfg.val_dataloader.dataset.img_suffix == '.jpg'
+    dataset = list_files(inner, 'mmseg')
+    names = [
+        [Path(sample[key]).name for key in ('img_path', 'seg_map_path')]
+        for sample in map(dataset.get_data_info, range(len(dataset)))
+    ]
+    assert names == [['a.jpg', 'a.png'], ['b.PNG', 'b.png']]
+    check_data(cfg, 'train_dataloader')
+    number, _, problems, _ = check_dataset(inner, cfg)
+    assert (number, problems) == (2, [])
+    (tmp_path / 'masks/train/sub/b.png').unlink()
+    with pytest.raises(UserError, match=r'1 of 2 images .* no annotation .*sub/b\.png'):
+        check_data(cfg, 'train_dataloader')
+
+
+def test_masks_and_images_beside_masks_have_one_suffix(tmp_path):
+    write_data(tmp_path, LABELS)
+    save(tmp_path / 'masks/train/b.tif', LABELS)
+    with pytest.raises(UserError, match=r'masks/train must have .* one suffix.*: \.png, \.tif'):
+        described(SEGMENTOR, tmp_path, 'classes.yaml', NAMES)
+    config = tmp_path / 'mine.py'
+    prefix = "data_prefix=dict(img_path='images', seg_map_path='images/masks')"
+    own = f"dict(dataset=dict({prefix}, seg_map_suffix='.png'))"
+    config.write_text(f"_base_ = '{SEGMENTOR}'\ntrain_dataloader = {own}\n")
+    save(tmp_path / 'images/masks/a.png', LABELS)
+    with pytest.raises(UserError, match=r'images must have .* one suffix.*set img_suffix'):
         described(str(config), tmp_path, 'classes.yaml', NAMES)
 
 

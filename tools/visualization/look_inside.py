@@ -18,7 +18,14 @@ from mmvil.apis.inspect_blocks import default_blocks, find_backbone, trained_siz
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, find_images
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import (
+    add_config_arguments,
+    at_least,
+    figure_path,
+    make_parser,
+    parse_args,
+    run,
+)
 
 PICTURES = dict(
     gates='input and forget gates over the image',
@@ -35,15 +42,16 @@ def make_picture_parser():
     add('image', help='image, or folder of images')
     add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
-    add('--out', type=Path, help='picture to write (default: PICTURE.png)')
+    add('--out', type=figure_path, help='picture to write (default: PICTURE.png)')
     add('--blocks', type=int, nargs='+', help='0-based (default: pairs, or those of out_indices)')
-    pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
+    pair = dict(type=at_least(1), nargs=2, metavar=('HEIGHT', 'WIDTH'))
     add('--size', help='resize images (default: training size for classifiers, else none)', **pair)
     pair = dict(type=float, nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'))
     token = 'decay, receptive_field: the token, as fractions of height and width (%(default)s)'
     add('--at', help=token, **pair)
     add('--head', type=int, help='gates, decay: one head (default: the mean over heads)')
-    add('--num', type=int, default=4, help='number of images from a folder (%(default)s)')
+    number = 'number of images from a folder (%(default)s)'
+    add('--num', type=at_least(1), default=4, help=number)
     add('--device', default='cpu', help='(%(default)s)')
     return parser
 

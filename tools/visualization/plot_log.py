@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+from mmvil.cli.main import figure_path
+
 
 def read_run(path):
     """Collect all scalars of a run, from several logs if it was resumed; later logs override
@@ -64,7 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', type=Path, nargs='+', help='work directories or scalars.json files')
     parser.add_argument('--metric', default='mIoU', help='metric of the validation (%(default)s)')
-    parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
+    parser.add_argument('--out', type=figure_path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
     runs = {str(path): read_run(path) for path in args.runs}
     for path, curves in runs.items():

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from mmvil.cli.config import innermost_datasets, list_files, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import at_least, figure_path, make_parser, parse_args, run
 
 IGNORED = 255
 
@@ -65,13 +65,11 @@ def main():
     add = parser.add_argument
     add('config', help='config of a segmentor')
     add('checkpoint', help='checkpoint of the segmentor')
-    add('--out', type=Path, default=Path('predictions.png'), help='(%(default)s)')
-    add('--num', type=int, default=5, help='number of images, evenly spread (%(default)s)')
+    add('--out', type=figure_path, default=Path('predictions.png'), help='(%(default)s)')
+    num = 'number of images, evenly spread (%(default)s)'
+    add('--num', type=at_least(1), default=5, help=num)
     add('--device', default='cpu', help='(%(default)s)')
     args = parse_args(parser)
-
-    if args.num < 1:
-        raise UserError(f'--num must be at least 1, but is {args.num}')
     cfg = load_config(args.config, {})
     if 'decode_head' not in cfg.model or cfg.get('test_dataloader') is None:
         raise UserError(f'{args.config} is not of a segmentor with a test_dataloader')

@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ...engine.config_nodes import dicts, type_name
+from ...engine.config_nodes import as_list, dicts, type_name
 
 # Heads that can be called with the features alone.
 HEADS = ('decode_head', 'auxiliary_head', 'head')
@@ -89,9 +89,11 @@ class BackboneProbe:
                 )
 
     def _measure(self, cfg: dict) -> list[tuple]:
-        weights = ('init_cfg', 'pretrained')
+        plain = {key: cfg[key] for key in cfg if key not in ('init_cfg', 'pretrained')}
+        if self.name == 'TIMMBackbone':  # mmseg's loads weights unless told otherwise
+            plain['pretrained'] = False
         try:
-            network = _build({key: cfg[key] for key in cfg if key not in weights})
+            network = _build(plain)
         except Exception as error:
             raise ValueError(
                 f'Cannot build {self.name}, the backbone to be replaced, to measure its outputs '
@@ -258,13 +260,6 @@ def training_size(cfg: Config, default: int | None = None) -> tuple[int, int]:
 def channels(tensors) -> list[int | None]:
     """Channels of each tensor (B, C, ...); None for anything else."""
     return [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in tensors]
-
-
-def as_list(node) -> list:
-    """Convert a sequence to a list, None to an empty list, and any other value to a list of one."""
-    if node is None:
-        return []
-    return list(node) if isinstance(node, (list, tuple, range)) else [node]
 
 
 def _one_line(error: Exception) -> str:

@@ -5,9 +5,9 @@ import copy
 
 from mmengine.config import Config, ConfigDict
 
-from ...engine.config_nodes import type_name
+from ...engine.config_nodes import as_list, type_name
 from ..models import package_root
-from .probe import HEADS, as_list
+from .probe import HEADS
 
 
 def drop_old_weights(cfg: Config) -> list[str]:

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
+from ..read_config import read_config
 from .probe import BackboneProbe, training_size
 from .recipe import drop_old_weights, replace_constructor, use_recipe
 from .rewire import count_blocks, rewire, rewire_simmim
@@ -63,7 +64,7 @@ def swap_backbone(
         >>> cfg.model.decode_head.in_channels
         192
     """
-    cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else Config.fromfile(cfg)
+    cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else read_config(cfg)
     model, scope = cfg.get('model') or {}, cfg.get('default_scope')
     if not isinstance(model.get('backbone'), dict):
         raise ValueError(
