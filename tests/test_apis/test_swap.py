@@ -200,6 +200,23 @@ def test_swap_takes_the_outputs_of_a_backbone_that_cannot_be_built():
     assert cfg.model.backbone.pyramid.strides == (4, 8, 16, 32)
 
 
+@pytest.mark.parametrize('given', [dict(pretrained=False), dict(pretrained=True), {}], ids=str)
+def test_swap_downloads_no_weights_of_a_timm_backbone(monkeypatch, given):
+    timm = pytest.importorskip('timm')
+    create, asked = timm.create_model, []
+
+    def record(*args, pretrained, **kwargs):
+        asked.append(pretrained)
+        return create(*args, pretrained=False, **kwargs)
+
+    cfg = load(UPERNET)
+    monkeypatch.setattr('mmseg.models.backbones.timm_backbone.timm.create_model', record)
+    maps = dict(features_only=True, out_indices=(1, 2, 3, 4))
+    cfg.model.backbone = dict(type='TIMMBackbone', model_name='resnet50', **maps, **given)
+    assert swap_backbone(cfg, TINY).model.decode_head.in_channels == [32] * 4
+    assert asked and not any(asked)
+
+
 @pytest.mark.parametrize('version, out_type, width', [(2, 'concat', 384), (1, 'avg', 192)])
 def test_swap_gives_classifiers_the_pooling_of_vil(version, out_type, width):
     cfg = swap_backbone(load(RESNET), 'tiny', version=version)

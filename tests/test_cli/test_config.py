@@ -88,7 +88,8 @@ def test_misspelt_nested_settings_are_rejected(tmp_path):
 def test_own_config_inherits_from_mmseg_on_both_lines(tmp_path):
     pytest.importorskip('mmseg')
     config = tmp_path / 'mine.py'
-    config.write_text("_base_ = 'mmseg::_base_/models/fpn_r50.py'\n")
+    base = 'mmseg::_base_/models/fpn_r50.py'
+    config.write_text(f"_base_ = '{base}'\ndefault_scope = 'mmseg'\n")
     before = dict(MODULE2PACKAGE)
     assert load_config(str(config), {}).model.type == 'EncoderDecoder'
     assert swap_backbone(config, 'tiny').model.backbone.type == 'mmvil.VisionLSTM'

@@ -69,6 +69,8 @@ def test_eval_features_on_a_folder_of_images(folder):
     weights = torch.load(folder / 'weights.pth')
     torch.save(dict(state_dict=weights['state_dict'], meta={}), folder / 'weights.pth')
     assert 'was made from' in call_tool(*command, status=2)  # other weights in the same file
+    (folder / 'features.pt').write_text('?')
+    assert 'was not written by --features' in call_tool(*command, status=2)
     said = call_tool(*command[:3], '--data-root', folder, status=2)
     assert 'expected' in said and 'train/CLASS/IMAGE' in said
 
@@ -83,5 +85,12 @@ def test_eval_features_heeds_the_options_that_it_has(folder):
     pretraining = (TOOLS.parent / 'configs/simmim_vil_t_pretrain192.py', *command[2:])
     assert 'is not of a classifier' in call_tool(command[0], *pretraining, status=2)
     assert "Unknown arch 'x'" in call_tool(*command, '--backbone', 'vil-x', status=2)
+    config = folder / 'config.py'  # like mmpretrain's, with the preprocessor beside the model
+    beside = 'data_preprocessor = dict(mean=[128] * 3, std=[64] * 3)\n'
+    config.write_text(
+        config.read_text().replace('model = dict(', 'model = dict(data_preprocessor=None,') + beside
+    )
+    out = folder / 'new/features.pt'
+    assert 'linear probe' in call_tool(*command, '--features', out) and out.is_file()
     said = call_tool(*command, '--work-dir', folder, status=2)  # it has no log
     assert 'unrecognized arguments: --work-dir' in said
