@@ -253,12 +253,17 @@ def trace(model, size, static=False, chunk_size=None):
 def save_onnx(program, out, names, description=None, opset=20):
     """Write a traced program to an ONNX file, with the names of its outputs and, as metadata, the
     description from :meth:`Deployed.describe`.
+
+    Raises:
+        ValueError: If PyTorch writes another opset, as its exporter does without saying so.
     """
     io = dict(input_names=['images'], output_names=names)
     with torch.no_grad():
         onnx_program = torch.onnx.export(
             program, dynamo=True, opset_version=opset, verbose=False, **io
         )
+    if (written := onnx_program.model.opset_imports['']) != opset:
+        raise ValueError(f'PyTorch cannot write opset {opset}, but could write {written}')
     onnx_program.model.metadata_props.update(description or {})
     onnx_program.save(out)
 

@@ -226,6 +226,16 @@ def test_compare_output_does_not_overlook_nan():
 
 
 @needs_exporter
+def test_save_onnx_writes_no_other_opset(tmp_path):
+    pytest.importorskip('onnxscript')
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    save_onnx(program, tmp_path / 'model.onnx', ['same'], opset=19)
+    with pytest.raises(ValueError, match='cannot write opset 5, but could write 18'):
+        save_onnx(program, tmp_path / 'old.onnx', ['same'], opset=5)
+    assert not (tmp_path / 'old.onnx').exists()
+
+
+@needs_exporter
 @pytest.mark.parametrize('format, dtype', [('pt2', torch.bfloat16), ('onnx', torch.float16)])
 def test_exported_file_keeps_the_precision_of_the_model(tmp_path, format, dtype):
     pytest.importorskip('mmpretrain')

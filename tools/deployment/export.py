@@ -20,7 +20,7 @@ from mmvil.apis.inspect_blocks import find_backbone, trained_size
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import build_model
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
 FORMATS = {'.onnx': 'onnx', '.pt2': 'pt2'}
 
@@ -34,11 +34,12 @@ def make_export_parser():
     add('--format', choices=FORMATS.values(), help='(default: by the suffix of --out, else onnx)')
     outputs = dict(choices=deploy.OUTPUTS, default='logits')
     add('--output', help='what the file returns (%(default)s)', **outputs)
-    pair = dict(type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'))
+    pair = dict(type=at_least(1), nargs=2, metavar=('HEIGHT', 'WIDTH'))
     add('--size', help='image size for tracing and checking (default: as trained)', **pair)
     add('--static', action='store_true', help='one image of exactly --size, for simpler runtimes')
     add('--normalized-input', action='store_true', help='do not include normalization')
-    add('--chunk-size', type=int, help='tokens per chunk of the mLSTM (default: by head width)')
+    tokens = 'tokens per chunk of the mLSTM (default: by head width)'
+    add('--chunk-size', type=at_least(1), help=tokens)
     add('--opset', type=int, default=20, help='ONNX opset (%(default)s)')
     accepted = 'tolerated relative difference, or fraction of labels (%(default)s)'
     add('--tolerance', type=float, default=1e-3, help=accepted)
