@@ -17,7 +17,8 @@ def is_compiling() -> bool:
 
 def is_exporting() -> bool:
     """Whether torch.export is tracing one graph for all image sizes."""
-    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()  # torch >= 2.7
+    # Up to torch 2.9 at least, torch.compile takes torch.compiler.is_exporting() to be true.
+    return getattr(torch.compiler, '_is_exporting_flag', False)  # torch >= 2.7
 
 
 def is_tracing() -> bool:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmvil.ops.compat import tf32_is_allowed
+from mmvil.ops.compat import is_exporting, tf32_is_allowed
 from tests.conftest import ROOT
 
 SETTINGS = """
 import torch
-from mmvil.ops.compat import tf32_is_allowed
+from mmvil.ops.compat import is_exporting, tf32_is_allowed
 
 matmul = torch.backends.cuda.matmul
 assert not tf32_is_allowed()
@@ -45,3 +45,13 @@ def test_tf32_is_allowed_in_torch_without_the_newer_interface(monkeypatch, allow
     old = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=allowed)))
     monkeypatch.setattr(torch, 'backends', old)
     assert tf32_is_allowed() is allowed
+
+
+def test_compiling_is_not_exporting():
+    """It is for torch.compiler.is_exporting() in torch 2.9."""
+
+    @torch.compile(fullgraph=True, backend='eager')
+    def function(x):
+        return x + is_exporting()
+
+    assert function(torch.zeros(1)) == 0
