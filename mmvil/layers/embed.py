@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.compat import is_exporting, is_tracing, static_shape
+from ..ops.compat import is_compiling, is_exporting, is_tracing, static_shape
 
 
 class PatchEmbed(nn.Module):
@@ -60,7 +60,8 @@ class PatchEmbed(nn.Module):
             patch_size + (side - patch_size + stride - 1) // stride * stride - side
             for side in (height, width)
         )
-        if is_exporting() or bottom or right:
+        # Compiled by torch 2.9, a condition on open sizes alone is not evaluated again.
+        if is_compiling() or is_exporting() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
         # Contiguous: blocks inherit this layout, and every norm would transpose any other.
