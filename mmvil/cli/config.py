@@ -97,7 +97,8 @@ def _check_spelling(cfg: Config, option: str) -> None:
 def _require(libraries: Iterable[str], path: str) -> None:
     for library in libraries:
         if importlib.util.find_spec(library) is None:
-            raise UserError(f'{path} needs {library}, which is not installed. See README.md.')
+            page = 'docs/detection.md' if library == 'mmdet' else 'README.md'
+            raise UserError(f'{path} needs {library}, which is not installed. See {page}.')
         if library == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
             needs = f'{path} needs mmdet, which needs mmcv with compiled operators'
             raise UserError(f'{needs}; the installed one has none. See docs/detection.md.')

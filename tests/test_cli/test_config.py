@@ -36,6 +36,9 @@ def test_detector_without_compiled_operators_is_rejected(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match='needs mmcv with compiled operators.*docs/detection.md'):
         load_config(str(config), {})
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(UserError, match='needs mmdet, which is not installed.*docs/detection.md'):
+        load_config(str(config), {})
 
 
 def test_config_of_a_missing_library_is_named():
