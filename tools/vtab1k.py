@@ -35,7 +35,7 @@ from mmvil.cli.main import (
     parse_args,
     run,
 )
-from mmvil.cli.preflight import build_runner, check_checkpoint
+from mmvil.cli.preflight import build_runner, check_backbone, check_checkpoint
 from mmvil.cli.run_queue import ClaimLost, Claims, work, write
 
 
@@ -56,7 +56,9 @@ def main():
     if 'model.backbone.stride' not in args.cfg_options:
         print(f'stride {architecture["stride"]} ({architecture["stride_from"]})')
     for dataset in datasets:
-        classes = config_of(dataset).model.head.num_classes
+        cfg = config_of(dataset, args.cfg_options)
+        check_backbone(cfg)
+        classes = cfg.model.head.num_classes
         for note in vtab1k.check_data(Path(args.data_root, dataset), classes):
             print(f'note: {note}')
     if args.check:
@@ -111,8 +113,8 @@ def make_vtab_parser():
 # -- One run ---------------------------------------------------------------------------------------
 
 
-def config_of(dataset) -> Config:
-    return load_config(str(CONFIGS / 'vtab1k' / f'{dataset}.py'), {})
+def config_of(dataset, options) -> Config:
+    return load_config(str(CONFIGS / 'vtab1k' / f'{dataset}.py'), options)
 
 
 class Watch(Hook):
@@ -137,7 +139,7 @@ class Watch(Hook):
 
 def make_config(job, args, architecture) -> Config:
     """Build the config of a run: that of its dataset, adapted to run and checkpoint."""
-    cfg = config_of(job.dataset)
+    cfg = config_of(job.dataset, {})
     cfg.model.backbone.update(
         arch={key: architecture[key] for key in ('embed_dims', 'depth')},
         **{key: architecture[key] for key in ('version', 'patch_size', 'stride', 'out_type')},
