@@ -72,7 +72,7 @@ def test_misspelt_nested_settings_are_rejected(tmp_path):
         ' paramwise_cfg=dict(custom_keys=dict(norm1=dict(lr_mult=1))))\n'
     )
     misspelt = {
-        'optim_wrapper.optimzer.lr': 'optim_wrapper.optimizer',
+        'optim_wrapper.optimizr.lr': 'optim_wrapper.optimizer',
         'model.heads.0.test_cfg.strid': 'model.heads.0.test_cfg.stride',
     }
     for name, meant in misspelt.items():

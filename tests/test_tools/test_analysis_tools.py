@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmvil
+from mmvil.ops import mlstm
 from mmvil.ops.chunkwise import chunkwise_backward, chunkwise_forward
 from mmvil.ops.flops import flop_formulas, mlstm_flops
 
@@ -190,3 +191,13 @@ def test_benchmark_rejects_invalid_options(tools, options, complaint):
     benchmark = tools[1]
     with pytest.raises(benchmark.UserError, match=complaint):
         benchmark.check(benchmark.make_benchmark_parser().parse_args(options))
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_formulation_of_the_authors_has_the_same_results(monkeypatch, reverse):
+    monkeypatch.syspath_prepend(ROOT / 'tools/.dev_scripts')
+    authors_mlstm = pytest.importorskip('authors_formulation').authors_mlstm
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64).unbind()
+    gates = dict(zip(('igate', 'fgate'), torch.randn(2, 2, 2, 9, dtype=torch.float64).unbind()))
+    expected = mlstm(q, k, v, **gates, reverse=reverse, backend='reference')
+    torch.testing.assert_close(authors_mlstm(q, k, v, **gates, reverse=reverse), expected)

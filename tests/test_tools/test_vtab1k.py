@@ -186,7 +186,7 @@ def test_vtab1k_checks_its_data(standin, tmp_path):
     assert 'in place: 6 runs' in said and 'train800.txt has 256 images instead of 800' in said
     said = call_tool(*command(standin, tmp_path, '--check', '--datasets', 'kitti'), status=2)
     assert 'data not found' in said and 'kitti/train800.txt' in said
-    for option in ('optim_wrapper.optimzer.lr', 'model.backbone.strid'):  # before 570 runs
+    for option in ('optim_wrapper.optimizr.lr', 'model.backbone.strid'):  # before 570 runs
         said = call_tool(*command(standin, tmp_path, options=[f'{option}=8']), status=2)
         assert 'Did you mean' in said
     (tmp_path / 'eurosat').mkdir()
