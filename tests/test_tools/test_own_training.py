@@ -90,7 +90,7 @@ def test_segmentor_of_own_data_is_trained_tested_and_drawn(street, tmp_path):
     assert 'mIoU' in call_tool(TOOLS / 'test.py', dumped, checkpoint, '--work-dir', tmp_path / 'a')
     out = tmp_path / 'predictions.png'
     for option, words in (
-        ('train_dataloader.batch_sise=1', "unexpected keyword argument 'batch_sise'"),
+        ('train_dataloader.images=1', "unexpected keyword argument 'images'"),
         ('model.backbone.arch.embed_dims=16', 'does not fit the config'),  # before EMA loads it
     ):
         arguments = ('--work-dir', tmp_path / 'b', '--resume', checkpoint, '--cfg-options', option)
