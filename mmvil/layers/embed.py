@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
             for side in (height, width)
         )
         # Compiled by torch 2.9, a condition on open sizes alone is not evaluated again.
-        if is_compiling() or is_exporting() or bottom or right:
+        if is_compiling() or bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
         x = self.projection(x)
         # Contiguous: blocks inherit this layout, and every norm would transpose any other.
