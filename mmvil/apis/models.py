@@ -79,10 +79,11 @@ def get_model(
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f' Did you mean {close[0]!r}?' if close else ''
         raise ValueError(f'Unknown model {name!r}.{hint} Choose from {", ".join(names)}.')
-    for option in inspect.signature(VisionLSTM).parameters.keys() & kwargs.keys() - {'init_cfg'}:
+    options = inspect.signature(VisionLSTM).parameters.keys() - {'init_cfg'}  # models have one, too
+    if misplaced := [f'{option}={kwargs[option]!r}' for option in kwargs if option in options]:
         raise TypeError(
-            f'{option!r} is an option of the backbone: get_model({name!r}, '
-            f'backbone=dict({option}={kwargs[option]!r})).'
+            'These are options of the backbone: '
+            f'get_model({name!r}, backbone=dict({", ".join(misplaced)})).'
         )
     _register_mmpretrain('get_model()')
     import mmpretrain
