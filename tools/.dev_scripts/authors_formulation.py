@@ -2,7 +2,7 @@
 """Time ViL with the cell in the formulation that the authors published: N x N matrices of gates,
 scores and weights, and flipped tokens for the other direction.
 
-python tools/.dev_scripts/authors_formulation.py --sizes 224 512 1024
+python tools/.dev_scripts/authors_formulation.py --sizes 224 512
 """
 
 import argparse

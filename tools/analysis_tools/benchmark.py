@@ -24,7 +24,7 @@ import mmvil
 from mmvil.apis.measure import MODES, compare
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import figure_path, make_parser, parse_args, run
 
 ARCHS = ('tiny', 'small', 'base')
 LEAN = dict(on=(True, ''), cell=('cell', ' keeping cell'), off=(False, ' keeping all'))
@@ -53,7 +53,8 @@ def make_benchmark_parser():
     add('--rounds', type=int, default=7, help='measurements of each model (%(default)s)')
     add('--threads', type=int, help='CPU threads (default: chosen by torch)')
     add('--json', type=Path, metavar='FILE', help='write all measurements')
-    add('--plot', type=Path, metavar='FILE.png', help='plot time and memory against image size')
+    plot = 'plot time and memory against image size'
+    add('--plot', type=figure_path, metavar='FILE.png', help=plot)
     return parser
 
 
