@@ -40,6 +40,12 @@ def test_plot_log_reports_missing_logs(tmp_path):
     assert '--work-dir of a training run' in result.stderr
 
 
+def test_plot_log_rejects_formats_that_cannot_be_written(tmp_path):
+    result = plot_log(tmp_path, '--out', 'curve.xyz')
+    assert result.returncode == 2
+    assert 'argument --out: must end with one of' in result.stderr and '.png' in result.stderr
+
+
 def test_plot_log_names_the_metrics_that_there_are(tmp_path):
     write_log(tmp_path, '1', [dict(loss=2.0, step=10), {'coco/bbox_mAP': 0.4, 'step': 10}])
     out = ('--out', tmp_path / 'curve.png')

@@ -10,8 +10,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-
-from mmvil.cli.main import figure_path
+from matplotlib.backend_bases import FigureCanvasBase
 
 
 def read_run(path):
@@ -66,8 +65,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', type=Path, nargs='+', help='work directories or scalars.json files')
     parser.add_argument('--metric', default='mIoU', help='metric of the validation (%(default)s)')
-    parser.add_argument('--out', type=figure_path, default=Path('curve.png'), help='(%(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('curve.png'), help='(%(default)s)')
     args = parser.parse_args()
+    # As figure_path of mmvil.cli.main, whose import would take most of the time.
+    known = FigureCanvasBase.get_supported_filetypes()
+    if args.out.suffix[1:].lower() not in known:
+        suffixes = ', '.join(f'.{each}' for each in known)
+        parser.error(f'argument --out: must end with one of {suffixes}, but is {args.out}')
     runs = {str(path): read_run(path) for path in args.runs}
     for path, curves in runs.items():
         if args.metric not in curves:
