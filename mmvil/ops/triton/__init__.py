@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from itertools import chain
+from operator import itemgetter
 
 import torch
 
@@ -108,21 +108,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 def on_input_device(function: Callable) -> Callable:
-    """Make a function launch its kernels on the GPU of its tensors; Triton takes the current one.
-
-    Raises:
-        ValueError: If tensors are on several devices, which Triton does not notice.
+    """Make a function launch its kernels on the GPU of its first argument; Triton takes the current
+    one.
     """
 
     @wraps(function)
     def on_device(first: torch.Tensor, *args, **kwargs):
-        arguments = (*args, *kwargs.values())
-        lists = (x for x in arguments if isinstance(x, (list, tuple)))  # of weights
-        for x in chain(arguments, *lists):
-            if isinstance(x, torch.Tensor) and x.device != first.device:
-                raise ValueError(
-                    f'the kernels need tensors on one device, not {first.device} and {x.device}.'
-                )
         with torch.cuda.device_of(first):  # nothing for the CPU
             return function(first, *args, **kwargs)
 
@@ -132,9 +123,54 @@ def on_input_device(function: Callable) -> Callable:
 def launch(kernel, *programs: int, **arguments) -> None:
     """Launch a kernel on a grid of programs, unless it is empty, with fused multiply-add, which is
     off by default from Triton 3.10 on.
+
+    Triton specializes a kernel for its arguments at every launch, which takes longer than many
+    kernels do. Here it does so once for each combination of numbers and of types, devices and
+    alignments of tensors.
+
+    Raises:
+        ValueError: If tensors are on several devices, which Triton does not notice.
     """
-    if all(programs):
-        kernel[programs](**arguments, enable_fp_fusion=True)
+    if not all(programs):
+        return
+    kind = type(kernel)
+    key = (
+        kernel,
+        kind.run,  # these two differ while a tool intercepts launches
+        kind.__getitem__,
+        *arguments,
+        *[
+            (x.dtype, x.device, x.data_ptr() % 16) if hasattr(x, 'data_ptr') else x
+            for x in arguments.values()
+        ],
+    )
+    known = _compiled.get(key)
+    if known is None:
+        _compile_and_launch(key, kernel, programs, arguments)
+    else:
+        compiled, in_order = known
+        compiled[(*programs, 1, 1)](*in_order(arguments))
+
+
+_compiled: dict[tuple, tuple] = {}
+"""Compiled kernels, and functions that sort arguments for them, by all that they depend on."""
+
+MAX_COMPILED = 4096
+"""Launches to remember: those of about 100 sizes of images."""
+
+
+def _compile_and_launch(key: tuple, kernel, programs: tuple[int, ...], arguments: dict) -> None:
+    devices = {x.device for x in arguments.values() if isinstance(x, torch.Tensor)}
+    if len(devices) > 1:
+        names = ' and '.join(sorted(map(str, devices)))
+        raise ValueError(f'the kernels need tensors on one device, not {names}.')
+    compiled = kernel[programs](**arguments, enable_fp_fusion=True)
+    from triton.compiler import CompiledKernel
+
+    if isinstance(compiled, CompiledKernel):  # neither interpreted nor intercepted
+        if len(_compiled) >= MAX_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled, itemgetter(*kernel.arg_names)
 
 
 def default_chunk_size(length: int, head_width: int) -> int:
