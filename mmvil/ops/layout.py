@@ -11,8 +11,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def empty_like_tokens(x: Tensor) -> Tensor:
     """Allocate a tensor (B, NH, N, DH) like x, in memory (B, N, NH, DH)."""
-    batch, heads, tokens, head_width = x.shape
-    return x.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
+    _, heads, tokens, width = x.shape
+    return x.new_empty_strided(x.shape, (tokens * heads * width, width, heads * width, 1))
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

@@ -215,29 +215,31 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton: bool = False):
+def mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton: bool = False):
     if q.numel() == 0:
         return _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size)
     if triton:
-        from .triton.mlstm_launch import mlstm_forward
+        from .triton import mlstm_launch
 
-        return mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
+        return mlstm_launch.mlstm_forward(q, k, v, igate, fgate, reverse, chunk_size)
     features = (x.to(_accumulation_dtype(q.dtype)) for x in (q, k, v))
     with without_autocast(q):
         h, normalizer = chunkwise_forward(*features, igate, fgate, reverse, chunk_size)
     return h.to(q.dtype), normalizer
 
 
-def _mlstm_backward(
+def mlstm_backward(
     h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, delta=None
 ):
     inputs = (q, k, v, igate, fgate)
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     if triton:
-        from .triton.mlstm_launch import mlstm_backward
+        from .triton import mlstm_launch
 
-        return mlstm_backward(h_grad, *inputs, h, normalizer, reverse, chunk_size, delta)
+        return mlstm_launch.mlstm_backward(
+            h_grad, *inputs, h, normalizer, reverse, chunk_size, delta
+        )
     h_grad, q, k, v, h = (x.to(_accumulation_dtype(q.dtype)) for x in (h_grad, q, k, v, h))
     with without_autocast(q):
         grads = chunkwise_backward(
@@ -334,8 +336,8 @@ def _mlstm_autograd(*args):
     return (_MLSTM.apply if torch.is_grad_enabled() else _MLSTM.forward)(*args)
 
 
-_library.impl('mlstm', _mlstm_forward, 'CompositeExplicitAutograd')
+_library.impl('mlstm', mlstm_forward, 'CompositeExplicitAutograd')
 _library.impl('mlstm', _mlstm_autograd, 'Autograd')
-_library.impl('mlstm_backward', _mlstm_backward, 'CompositeExplicitAutograd')
+_library.impl('mlstm_backward', mlstm_backward, 'CompositeExplicitAutograd')
 _library.impl('mlstm', _mlstm_fake, 'Meta')
 _library.impl('mlstm_backward', _mlstm_backward_fake, 'Meta')

@@ -8,13 +8,16 @@ the forward pass and 18 in the backward pass, versus about 48 and 105 in the PyT
 is a torch operator, so a compiler sees one node for it.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import is_compiling
 from ..layout import split_heads
+from ..mlstm import mlstm_backward, mlstm_forward
 from ..vil_layer_common import LayerSettings, LayerWeights, cast, linear_parameter_grads
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
@@ -26,24 +29,20 @@ def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute the layer like :func:`mmvil.ops.vil_layer_eager.forward`, but not in float64."""
+    parts = _parts(x)
     norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
-    x_norm = torch.ops.mmvil.layer_norm(x, *norm, settings.dtype)
+    x_norm = parts.layer_norm(x, *norm, settings.dtype)
     up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
     x_m, z = up.chunk(2, dim=-1)
-    a, q, k, v, gates = torch.ops.mmvil.before_cell(
-        x=x_m,
-        weights=_before_cell_weights(w),
-        grid=settings.grid,
-        heads=settings.heads,
-        reverse=settings.reverse,
-        with_gates=True,
+    a, q, k, v, gates = parts.before_cell(
+        x_m, _before_cell_weights(w), settings.grid, settings.heads, settings.reverse, True
     )
     igate, fgate = gates.unbind(0)
-    h, normalizer = torch.ops.mmvil.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
+    h, normalizer = parts.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     cell = (a, q, k, v) if settings.save_cell_inputs else ()
     saved = (x_m, z, h, igate, fgate, normalizer, *cell)
     del q, k, v
-    y = torch.ops.mmvil.after_cell(h=h, a=a, z=z, **_after_cell_parameters(w, settings))
+    y = parts.after_cell(h, a, z, *_after_cell_parameters(w, settings))
     y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
     return y, saved
 
@@ -53,29 +52,30 @@ def gradients(
 ) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients like :func:`mmvil.ops.vil_layer_eager.gradients`."""
     x, x_m, z, h, igate, fgate, normalizer, *cell = saved
+    parts = _parts(x)
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
     weights = _before_cell_weights(w)
     if not cell:
-        *cell, _ = torch.ops.mmvil.before_cell(x_m, weights, grid, heads, reverse, False)
+        *cell, _ = parts.before_cell(x_m, weights, grid, heads, reverse, False)
     a, q, k, v = cell
 
     # Down-projection, and the fused part after the cell.
     gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
-    gated, h_grad, delta, c_grad, up_grad, after_grads = torch.ops.mmvil.after_cell_backward(
-        y_grad=gated_grad, h=h, a=a, z=z, **_after_cell_parameters(w, settings)
+    gated, h_grad, delta, c_grad, up_grad, after_grads = parts.after_cell_backward(
+        gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
     down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
     del gated_grad, gated
 
     # Cell, and the fused part before it.
-    q_grad, k_grad, v_grad, igate_grad, fgate_grad = torch.ops.mmvil.mlstm_backward(
+    q_grad, k_grad, v_grad, igate_grad, fgate_grad = parts.mlstm_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form, delta
     )
     del h_grad, q, k, v, cell
-    sums = torch.ops.mmvil.before_cell_backward(
-        q_grad=q_grad,
+    sums = parts.before_cell_backward(
+        q_grad,
         k_grad=k_grad,
         v_grad=v_grad,
         igate_grad=igate_grad,
@@ -93,7 +93,7 @@ def gradients(
 
     # Up-projection and norm.
     x_norm_grad = torch.matmul(up_grad, cast(w.up_weight, settings.dtype))
-    x_norm, x_grad, norm_grads = torch.ops.mmvil.layer_norm_backward(
+    x_norm, x_grad, norm_grads = parts.layer_norm_backward(
         x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
     )
     up_weight_grad, _ = linear_parameter_grads(up_grad, x_norm, bias=None)
@@ -111,14 +111,31 @@ def gradients(
     )
 
 
+def _parts(x: Tensor):
+    """Functions of the fused parts; torch's operators where these may be traced or counted."""
+    observed = is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack()
+    return torch.ops.mmvil if observed else _FUNCTIONS
+
+
 def _before_cell_weights(w: LayerWeights) -> list[Tensor | None]:
     return [getattr(w, name) for name in BeforeCellWeights._fields]
 
 
-def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> dict[str, Any]:
-    return dict(
-        weight=w.out_norm_weight, bias=w.out_norm_bias, skip=w.skip, eps=settings.out_norm_eps
-    )
+def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:
+    return w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
+
+
+_FUNCTIONS = SimpleNamespace(
+    layer_norm=layer_norm,
+    layer_norm_backward=layer_norm_backward,
+    before_cell=before_cell,
+    before_cell_backward=before_cell_backward,
+    mlstm=mlstm_forward,
+    mlstm_backward=mlstm_backward,
+    after_cell=after_cell,
+    after_cell_backward=after_cell_backward,
+)
+"""The operators' Python functions, which take half as long to call."""
 
 
 # -- Registration with torch -----------------------------------------------------------------------

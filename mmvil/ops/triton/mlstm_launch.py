@@ -25,6 +25,7 @@ matrix units would round them anyway, and in float32 otherwise (float16 lacks th
 over all tokens).
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,14 @@ import triton
 from torch import Tensor
 
 from ..layout import empty_like_tokens
-from . import default_chunk_size, launch, on_input_device, shared_memory
+from . import (
+    cdiv,
+    default_chunk_size,
+    launch,
+    next_power_of_2,
+    on_input_device,
+    shared_memory,
+)
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
@@ -70,6 +78,7 @@ class Tiling(NamedTuple):
     """Whether one program computes the gradients of both k and v."""
 
 
+@lru_cache
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     """Choose tiles that fit into registers and ``shared`` bytes of memory, instead of autotuning.
 
@@ -121,17 +130,17 @@ class _Cell:
         self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
         chunk = chunk_size or default_chunk_size(self.length, self.width)
         rows = self.tiling.rows  # a multiple of columns
-        self.chunk = triton.cdiv(min(chunk, self.length), rows) * rows
-        self.bounds = triton.cdiv(self.length, self.chunk) - 1
+        self.chunk = cdiv(min(chunk, self.length), rows) * rows
+        self.bounds = cdiv(self.length, self.chunk) - 1
         self.sizes = dict(heads=heads, length=self.length)
-        self.padded = triton.cdiv(self.length, rows) * rows
+        self.padded = cdiv(self.length, rows) * rows
         shape = (self.programs, self.padded // rows)
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
-        self.gates = dict(log_weight=self.scalars(), running_max=self.scalars(), base=bases)
-        self.min_denom = self.scalars()
+        log_weight, running_max, self.min_denom = self.scalars(3)
+        self.gates = dict(log_weight=log_weight, running_max=running_max, base=bases)
         # In the forward pass, which does not read them, any pointers.
         self.denominators = dict(inverse=self.min_denom, normalizer_grad=self.min_denom)
-        self.block = min(GATE_BLOCK, max(rows, triton.next_power_of_2(self.length)))
+        self.block = min(GATE_BLOCK, max(rows, next_power_of_2(self.length)))
         launch(
             gate_statistics_kernel,
             self.programs,
@@ -144,9 +153,11 @@ class _Cell:
             num_warps=max(4, self.block // 256),
         )
 
-    def scalars(self, *, parts: int = 1) -> Tensor:
-        """One number per token, in reading order."""
-        shape = (parts * self.programs, self.padded)
+    def scalars(self, count: int) -> Tensor:
+        """Tensors with one number per token, in reading order, as one of shape (count, B * NH,
+        padded length).
+        """
+        shape = (count, self.programs, self.padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def in_reading_order(self, **tensors: Tensor) -> dict[str, Any]:
@@ -155,9 +166,10 @@ class _Cell:
         """
         arguments = {}
         for name, x in tensors.items():
-            if max(x.stride()[2:]) > FARTHEST:
-                x = x.contiguous()
             strides = x.stride()
+            if max(strides[2:]) > FARTHEST:
+                x = x.contiguous()
+                strides = x.stride()
             if self.reverse:
                 x, strides = x[:, :, -1:], (*strides[:2], -strides[2], *strides[3:])
             arguments[name], arguments[f'{name}_strides'] = x, strides
@@ -170,7 +182,7 @@ class _Cell:
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
         t, targets = self.tiling, dict(states=states, state_vectors=vectors)
         if self.bounds:
-            tiles = triton.cdiv(self.width, t.state) ** 2
+            tiles = cdiv(self.width, t.state) ** 2
             launch(
                 chunk_sums_kernel,
                 self.programs * self.bounds * tiles,
@@ -190,10 +202,10 @@ class _Cell:
                 num_warps=t.state // 16,
                 num_stages=t.stages,
             )
-            block = max(1024, triton.next_power_of_2(self.width))
+            block = max(1024, next_power_of_2(self.width))
             launch(
                 sum_states_kernel,
-                self.programs * (triton.cdiv(self.width**2, block) + 1),
+                self.programs * (cdiv(self.width**2, block) + 1),
                 **targets,
                 running_max=self.gates['running_max'],
                 base=self.gates['base'],
@@ -299,8 +311,8 @@ def mlstm_backward(
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
-    row_grad, stabilizer_grad = cell.scalars(), cell.scalars()
-    cell.denominators = dict(inverse=cell.scalars(), normalizer_grad=cell.scalars())
+    row_grad, stabilizer_grad, inverse, normalizer_grad = cell.scalars(4)
+    cell.denominators = dict(inverse=inverse, normalizer_grad=normalizer_grad)
     launch(
         denominators_kernel,
         cell.programs * cell.padded // cell.tiling.rows,
@@ -315,7 +327,7 @@ def mlstm_backward(
         num_warps=1,
     )
     states, states_grad = cell.states(k, v), cell.states(q, h_grad, grad=True)
-    log_weight_grad = cell.scalars(parts=cell.tiling.parts)
+    log_weight_grad = cell.scalars(cell.tiling.parts)
     cell.products(
         gradients_kernel,
         roles=2 if cell.tiling.together else 3,
