@@ -16,7 +16,7 @@ from torch import Tensor
 from . import vil_layer_eager
 from .compat import is_batched, is_compiling, is_exporting, without_autocast
 from .mlstm import reject_double_backward
-from .vil_layer_common import LayerSettings, LayerWeights
+from .vil_layer_common import LayerSettings, LayerWeights, cast
 
 
 def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tensor:
@@ -63,11 +63,11 @@ class _ViLLayer(torch.autograd.Function):
         _, x_needed, *needed = ctx.needs_input_grad
         return (
             None,
-            x_grad.to(x.dtype) if x_needed else None,
-            *(
-                grad.to(weight.dtype) if need and grad is not None else None
+            cast(x_grad, x.dtype) if x_needed else None,
+            *[
+                cast(grad, weight.dtype) if need else None
                 for grad, weight, need in zip(grads, weights, needed)
-            ),
+            ],
         )
 
 

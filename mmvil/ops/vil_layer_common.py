@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Parameters and settings of the ViL layer, and functions for its PyTorch and Triton forms."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,16 @@ def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if parameter is None or parameter.dtype == dtype:
         return parameter
     return parameter.to(dtype)
+
+
+def cast_together(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Convert parameters to a dtype like :func:`cast`, in one launch on a GPU."""
+    given = [p for p in parameters if p is not None and p.dtype != dtype]
+    copies = [torch.empty_like(p, dtype=dtype) for p in given]
+    if given:
+        torch._foreach_copy_(copies, given)
+    rest = iter(copies)
+    return [p if p is None or p.dtype == dtype else next(rest) for p in parameters]
 
 
 def sum_tokens(x: Tensor) -> Tensor:

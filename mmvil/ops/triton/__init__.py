@@ -124,9 +124,9 @@ def launch(kernel, *programs: int, **arguments) -> None:
     """Launch a kernel on a grid of programs, unless it is empty, with fused multiply-add, which is
     off by default from Triton 3.10 on.
 
-    Triton specializes a kernel for its arguments at every launch, which takes longer than many
-    kernels do. Here it does so once for each combination of numbers and of types, devices and
-    alignments of tensors.
+    Triton binds and specializes all arguments at every launch, which takes longer than many kernels
+    do. Here it does so once for each combination of numbers and of types, devices and alignments of
+    tensors.
 
     Raises:
         ValueError: If tensors are on several devices, which Triton does not notice.
@@ -134,26 +134,26 @@ def launch(kernel, *programs: int, **arguments) -> None:
     if not all(programs):
         return
     kind = type(kernel)
-    key = (
-        kernel,
-        kind.run,  # these two differ while a tool intercepts launches
-        kind.__getitem__,
-        *arguments,
-        *[
-            (x.dtype, x.device, x.data_ptr() % 16) if hasattr(x, 'data_ptr') else x
-            for x in arguments.values()
-        ],
-    )
-    known = _compiled.get(key)
-    if known is None:
-        _compile_and_launch(key, kernel, programs, arguments)
+    key = [kernel.fn, kind.run, kind.__getitem__, *arguments]  # patched while a tool intercepts
+    values = []
+    for x in arguments.values():
+        if hasattr(x, 'data_ptr'):
+            pointer = x.data_ptr()
+            key += x.dtype, x.device, pointer % 16
+            values.append(pointer)
+        else:
+            key.append(x)
+            values.append(x)
+    key = tuple(key)
+    if key in compiled_kernels:
+        compiled, in_order = compiled_kernels[key]
+        compiled[(*programs, 1, 1)](*in_order(values))
     else:
-        compiled, in_order = known
-        compiled[(*programs, 1, 1)](*in_order(arguments))
+        _compile_and_launch(key, kernel, programs, arguments)
 
 
-_compiled: dict[tuple, tuple] = {}
-"""Compiled kernels, and functions that sort arguments for them, by all that they depend on."""
+compiled_kernels: dict[tuple, tuple] = {}
+"""Compiled kernels, and functions that sort their arguments, by all that they depend on."""
 
 MAX_COMPILED = 4096
 """Launches to remember: those of about 100 sizes of images."""
@@ -168,9 +168,9 @@ def _compile_and_launch(key: tuple, kernel, programs: tuple[int, ...], arguments
     from triton.compiler import CompiledKernel
 
     if isinstance(compiled, CompiledKernel):  # neither interpreted nor intercepted
-        if len(_compiled) >= MAX_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled, itemgetter(*kernel.arg_names)
+        if len(compiled_kernels) >= MAX_COMPILED:
+            compiled_kernels.clear()
+        compiled_kernels[key] = compiled, itemgetter(*map([*arguments].index, kernel.arg_names))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,10 +1,10 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`. They save
-the same tensors for backward, and more with ``settings.save_cell_inputs``.
+the same tensors for backward, and the weights of both projections in the dtype of the features.
 
 What remains are torch's matrix products, the norm, the cell, and one fused part before and one
-after it. Under autocast, including casts of weights, this takes 10 launches besides the cell's in
-the forward pass and 18 in the backward pass, versus about 48 and 105 in the PyTorch form. Each part
+after it. Under autocast, including casts of weights, this takes 7 launches besides the cell's in
+the forward pass and 16 in the backward pass, versus about 48 and 105 in the PyTorch form. Each part
 is a torch operator, so a compiler sees one node for it.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compat import is_compiling
 from ..layout import split_heads
 from ..mlstm import mlstm_backward, mlstm_forward
-from ..vil_layer_common import LayerSettings, LayerWeights, cast, linear_parameter_grads
+from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_parameter_grads
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
 from .layer_norm import layer_norm, layer_norm_backward
@@ -32,7 +32,10 @@ def forward(
     parts = _parts(x)
     norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
     x_norm = parts.layer_norm(x, *norm, settings.dtype)
-    up = F.linear(x_norm, cast(w.up_weight, settings.dtype), cast(w.up_bias, settings.dtype))
+    up_weight, up_bias, down_weight, down_bias = cast_together(
+        (w.up_weight, w.up_bias, w.down_weight, w.down_bias), settings.dtype
+    )
+    up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)
     a, q, k, v, gates = parts.before_cell(
         x_m, _before_cell_weights(w), settings.grid, settings.heads, settings.reverse, True
@@ -40,18 +43,17 @@ def forward(
     igate, fgate = gates.unbind(0)
     h, normalizer = parts.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     cell = (a, q, k, v) if settings.save_cell_inputs else ()
-    saved = (x_m, z, h, igate, fgate, normalizer, *cell)
+    saved = (up_weight, down_weight, x_m, z, h, igate, fgate, normalizer, *cell)
     del q, k, v
     y = parts.after_cell(h, a, z, *_after_cell_parameters(w, settings))
-    y = F.linear(y, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    return y, saved
+    return F.linear(y, down_weight, down_bias), saved
 
 
 def gradients(
     y_grad: Tensor, saved: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients like :func:`mmvil.ops.vil_layer_eager.gradients`."""
-    x, x_m, z, h, igate, fgate, normalizer, *cell = saved
+    x, up_weight, down_weight, x_m, z, h, igate, fgate, normalizer, *cell = saved
     parts = _parts(x)
     y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
@@ -61,7 +63,7 @@ def gradients(
     a, q, k, v = cell
 
     # Down-projection, and the fused part after the cell.
-    gated_grad = torch.matmul(y_grad, cast(w.down_weight, settings.dtype))  # (B, N, E)
+    gated_grad = torch.matmul(y_grad, down_weight)  # (B, N, E)
     gated, h_grad, delta, c_grad, up_grad, after_grads = parts.after_cell_backward(
         gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
@@ -92,7 +94,7 @@ def gradients(
     del q_grad, k_grad, v_grad, c_grad, a
 
     # Up-projection and norm.
-    x_norm_grad = torch.matmul(up_grad, cast(w.up_weight, settings.dtype))
+    x_norm_grad = torch.matmul(up_grad, up_weight)
     x_norm, x_grad, norm_grads = parts.layer_norm_backward(
         x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
     )
