@@ -225,12 +225,11 @@ class ViLBlock(nn.Module):
         return weights, None
 
     def _weights(self) -> LayerWeights:
-        weights = {'skip': self.skip}
-        for name in FUSED_SUBMODULES:
-            module = self._modules[name]
-            part = FIELD_PREFIXES.get(name, name)
-            weights[f'{part}_weight'], weights[f'{part}_bias'] = module.weight, module.bias
-        return LayerWeights(**weights)
+        modules = (self._modules[name] for name in FUSED_SUBMODULES)
+        *before, weight, bias = (
+            _parameter(m, name) for m in modules for name in ('weight', 'bias')
+        )
+        return LayerWeights(*before, self.skip, weight, bias)
 
     def _unfusible_reason(self) -> str | None:
         """Describe the first submodule that is not as constructed, or return None."""
@@ -327,10 +326,9 @@ FUSED_SUBMODULES = dict(
     out_norm=nn.GroupNorm,
     proj_down=nn.Linear,
 )
-"""Submodules of a block that the fused layer replaces, with their exact types."""
-
-FIELD_PREFIXES = dict(proj_up='up', q_proj='q', k_proj='k', v_proj='v', proj_down='down')
-"""Submodules that :class:`LayerWeights` names differently."""
+"""Submodules of a block that the fused layer replaces, in the order of :class:`LayerWeights`, with
+their exact types.
+"""
 
 FUSED_FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
 """Forward methods that the fused layer replaces; other libraries may patch those of a class."""
@@ -342,6 +340,12 @@ PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
 def shapes(weights: LayerWeights) -> list[tuple[int, ...] | None]:
     """Shapes of weights; None for None."""
     return [None if weight is None else tuple(weight.shape) for weight in weights]
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The attribute ``module.name``, which modules look up slowly; replicas have no parameters."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import vil_layer_eager
 from .compat import is_batched, is_compiling, is_exporting, without_autocast
 from .mlstm import reject_double_backward
-from .vil_layer_common import LayerSettings, LayerWeights, cast
+from .vil_layer_common import LayerSettings, LayerWeights, cast, cast_together
 
 
 def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tensor:
@@ -61,14 +61,9 @@ class _ViLLayer(torch.autograd.Function):
         with without_autocast(x):
             x_grad, grads = implementation.gradients(y_grad, saved, weights, ctx.settings)
         _, x_needed, *needed = ctx.needs_input_grad
-        return (
-            None,
-            cast(x_grad, x.dtype) if x_needed else None,
-            *[
-                cast(grad, weight.dtype) if need else None
-                for grad, weight, need in zip(grads, weights, needed)
-            ],
-        )
+        grads = [grad if need else None for grad, need in zip(grads, needed)]
+        grads = cast_together(grads, [None if w is None else w.dtype for w in weights])
+        return None, cast(x_grad, x.dtype) if x_needed else None, *grads
 
 
 def _forward(

@@ -60,14 +60,18 @@ def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return parameter.to(dtype)
 
 
-def cast_together(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Convert parameters to a dtype like :func:`cast`, in one launch on a GPU."""
-    given = [p for p in parameters if p is not None and p.dtype != dtype]
-    copies = [torch.empty_like(p, dtype=dtype) for p in given]
-    if given:
-        torch._foreach_copy_(copies, given)
-    rest = iter(copies)
-    return [p if p is None or p.dtype == dtype else next(rest) for p in parameters]
+def cast_together(
+    tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Convert tensors like :func:`cast`, but in one launch on a GPU if their dtypes agree."""
+    result = [
+        x if x is None or x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+        for x, dtype in zip(tensors, dtypes)
+    ]
+    copies = [(y, x) for y, x in zip(result, tensors) if y is not x]
+    if copies:
+        torch._foreach_copy_(*zip(*copies))
+    return result
 
 
 def sum_tokens(x: Tensor) -> Tensor:

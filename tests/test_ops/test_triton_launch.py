@@ -156,6 +156,7 @@ def test_rounding_agrees_with_triton():
 
 def test_cast_together_copies_what_has_another_dtype():
     double, single = torch.randn(3, 2, dtype=torch.float64), torch.randn(4)
-    cast = cast_together([double, None, single, double.t()], torch.float32)
+    dtypes = [torch.float32, None, torch.float32, torch.float16]
+    cast = cast_together([double, None, single, double.t()], dtypes)
     assert cast[1] is None and cast[2] is single
-    assert torch.equal(cast[0], double.float()) and torch.equal(cast[3], double.t().float())
+    assert torch.equal(cast[0], double.float()) and torch.equal(cast[3], double.t().half())

@@ -145,11 +145,11 @@ def launch(kernel, *programs: int, **arguments) -> None:
             key.append(x)
             values.append(x)
     key = tuple(key)
-    if key in compiled_kernels:
-        compiled, in_order = compiled_kernels[key]
-        compiled[(*programs, 1, 1)](*in_order(values))
-    else:
+    compiled, in_order = compiled_kernels.get(key, (None, None))
+    if compiled is None:
         _compile_and_launch(key, kernel, programs, arguments)
+    else:
+        compiled[(*programs, 1, 1)](*in_order(values))
 
 
 compiled_kernels: dict[tuple, tuple] = {}

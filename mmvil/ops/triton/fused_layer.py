@@ -33,7 +33,7 @@ def forward(
     norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
     x_norm = parts.layer_norm(x, *norm, settings.dtype)
     up_weight, up_bias, down_weight, down_bias = cast_together(
-        (w.up_weight, w.up_bias, w.down_weight, w.down_bias), settings.dtype
+        (w.up_weight, w.up_bias, w.down_weight, w.down_bias), 4 * [settings.dtype]
     )
     up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)

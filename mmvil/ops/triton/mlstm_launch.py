@@ -136,7 +136,7 @@ class _Cell:
         self.padded = cdiv(self.length, rows) * rows
         shape = (self.programs, self.padded // rows)
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
-        log_weight, running_max, self.min_denom = self.scalars(3)
+        log_weight, running_max, self.min_denom = self.scalars(3).unbind(0)
         self.gates = dict(log_weight=log_weight, running_max=running_max, base=bases)
         # In the forward pass, which does not read them, any pointers.
         self.denominators = dict(inverse=self.min_denom, normalizer_grad=self.min_denom)
@@ -311,7 +311,7 @@ def mlstm_backward(
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
-    row_grad, stabilizer_grad, inverse, normalizer_grad = cell.scalars(4)
+    row_grad, stabilizer_grad, inverse, normalizer_grad = cell.scalars(4).unbind(0)
     cell.denominators = dict(inverse=inverse, normalizer_grad=normalizer_grad)
     launch(
         denominators_kernel,
