@@ -1,5 +1,7 @@
 """The mLSTM operator against the paper's time loop, output and all gradients."""
 
+import functools
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def make_inputs(length, width, gate_scale=1.0, dtype=torch.float64, batch=2, hea
 def output_and_gradients(function, inputs):
     q, k, v, igate, fgate = inputs
     h = function(q, k, v, igate=igate, fgate=fgate)
-    weight = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).view(h.shape).to(h.dtype)
+    weight = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).view(h.shape).to(h)
     grads = torch.autograd.grad((h * weight).sum(), inputs, materialize_grads=True)
     return dict(zip(('h', 'q', 'k', 'v', 'igate', 'fgate'), (h, *grads)))
 
@@ -245,8 +247,10 @@ def test_mlstm_rejects_invalid_arguments(change, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
-def test_mlstm_on_gpu_equals_cpu(dtype, tolerance):
+@pytest.mark.parametrize('backend', ['parallel', 'chunkwise'])  # for Triton: test_triton_mlstm.py
+def test_mlstm_on_gpu_equals_cpu(backend, dtype, tolerance):
     inputs = make_inputs(300, 96, dtype=dtype)
-    expected = output_and_gradients(mlstm, [x.detach().double().requires_grad_() for x in inputs])
-    actual = output_and_gradients(mlstm, [x.detach().cuda().requires_grad_() for x in inputs])
+    form = functools.partial(mlstm, backend=backend)
+    expected = output_and_gradients(form, [x.detach().double().requires_grad_() for x in inputs])
+    actual = output_and_gradients(form, [x.detach().cuda().requires_grad_() for x in inputs])
     assert_close({name: x.cpu() for name, x in actual.items()}, expected, tolerance)

@@ -255,11 +255,11 @@ def test_layer_norm_equals_pytorch(case):
     y = layer_norm(x, weight, bias, 1e-3, case.dtype)
     y_grad = torch.randn_like(y)
     again, x_grad, sums = layer_norm_backward(y_grad, x, weight, bias, 1e-3)
-    assert y.dtype == case.dtype and x_grad.dtype == stream and torch.equal(y, again)
+    assert y.dtype == again.dtype == case.dtype and x_grad.dtype == stream
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     grads = torch.autograd.grad(expected, leaves.values(), y_grad.double())
-    actual = dict(y=y, x=x_grad, weight=sums[0], bias=sums[1])
-    assert_close(actual, {'y': expected, **dict(zip(leaves, grads))}, case)
+    actual = dict(y=y, again=again, x=x_grad, weight=sums[0], bias=sums[1])
+    assert_close(actual, {'y': expected, 'again': expected, **dict(zip(leaves, grads))}, case)
 
 
 LAYOUTS = {
@@ -414,8 +414,9 @@ def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
 
 @runs_kernels
 def test_kernels_pass_their_self_test():
-    case = self_test.Case(1, (5, 7), reverse=True, version=2, heads=1)
-    assert self_test.check(DEVICE, torch.bfloat16, 8, [case]) is None
+    # The smaller the sums, the more they vary; and the interpreter truncates to bfloat16.
+    case = self_test.Case(1, (5, 7), reverse=True, version=2, heads=2)
+    assert self_test.check(DEVICE, torch.bfloat16, 16, [case]) is None
 
 
 @runs_kernels

@@ -53,7 +53,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 def random_inputs(length, width, dtype=torch.float32, **kwargs):
     """Inputs as in the layer: features with the memory of tokens, gates in float32."""
-    inputs = [x.detach() for x in make_inputs(length, width, batch=1, **kwargs)]
+    inputs = [x.detach().to(DEVICE) for x in make_inputs(length, width, batch=1, **kwargs)]
     features = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
     return [*features, *(x.float() for x in inputs[3:])]
 
@@ -68,12 +68,11 @@ def check(inputs, reverse=False, chunk_size=None, tolerance=None):
 
     exact = [x.double().requires_grad_() for x in inputs]
     expected = output_and_gradients(form('parallel'), exact)
-    ours = [x.to(DEVICE).requires_grad_() for x in inputs]
+    ours = [x.detach().requires_grad_() for x in inputs]
     actual = output_and_gradients(form('triton', chunk_size), ours)
     for x, (name, value) in zip((inputs[0], *inputs), actual.items()):
         assert value.dtype == x.dtype and value.shape == x.shape, name
         assert value.isfinite().all(), name
-    actual = {name: value.cpu() for name, value in actual.items()}
     tolerance = tolerance or TOLERANCE[inputs[0].dtype]
     # A gradient far below the others is the difference of terms as large as they are.
     floor = 1e-2 * max(x.norm() for x in expected.values())
@@ -167,7 +166,7 @@ def test_kernels_hold_scores_beyond_the_range_of_float16():
     inputs = random_inputs(70, 16, torch.float16, heads=1)
     for x in inputs[:2]:
         x.copy_(x.abs() * 300)  # products up to a million
-    q, k, v, igate, fgate = (x.to(DEVICE) for x in inputs)
+    q, k, v, igate, fgate = inputs
     h = mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton', chunk_size=64)
     expected = mlstm(q, k, v, igate=igate, fgate=fgate, backend='parallel')
     assert relative_error(h, expected) < TOLERANCE[torch.float16]
@@ -186,7 +185,7 @@ def test_kernels_accept_any_strides(reverse):
 
 @launches
 def test_kernels_accept_an_expanded_gradient():
-    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(20, 16)]
+    inputs = [x.requires_grad_() for x in random_inputs(20, 16)]
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='triton')
     actual = torch.autograd.grad(h.sum(), inputs)
     h = mlstm(*inputs[:3], igate=inputs[3], fgate=inputs[4], backend='parallel')
@@ -223,14 +222,14 @@ def test_block_with_kernels_equals_block_without(reverse, lean):
 
 @launches
 def test_operator_with_kernels_is_registered_completely():
-    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(5, 8, heads=1)]
+    inputs = [x.requires_grad_() for x in random_inputs(5, 8, heads=1)]
     torch.library.opcheck(torch.ops.mmvil.mlstm.default, (*inputs, False, 5, True))
 
 
 @launches
 @pytest.mark.parametrize('dynamic', [None, True])
 def test_kernels_inside_a_compiled_function(dynamic):
-    inputs = [x.to(DEVICE) for x in random_inputs(20, 16)]
+    inputs = random_inputs(20, 16)
 
     def function(q, k, v, igate, fgate):
         return mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton').sum(-1)
@@ -241,7 +240,7 @@ def test_kernels_inside_a_compiled_function(dynamic):
 
 @launches
 def test_kernels_repeat_to_the_bit_in_deterministic_mode():
-    inputs = [x.to(DEVICE).requires_grad_() for x in random_inputs(150, 16, heads=1)]
+    inputs = [x.requires_grad_() for x in random_inputs(150, 16, heads=1)]
 
     def run():
         return output_and_gradients(
@@ -405,7 +404,7 @@ def test_kernels_compile_within_the_limits_of(arch, width, dtype):
 
 @needs_gpu
 def test_kernels_in_a_cuda_graph():
-    q, k, v, igate, fgate = (x.cuda() for x in random_inputs(196, 96, torch.bfloat16))
+    q, k, v, igate, fgate = random_inputs(196, 96, torch.bfloat16)
 
     def run():
         return mlstm(q, k, v, igate=igate, fgate=fgate, backend='triton')
