@@ -20,7 +20,7 @@ SECONDS = 0.2
 """Duration of one measurement in seconds; short steps are repeated to fill it."""
 
 
-def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
+def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print, count=True):
     """Measure models on the same images.
 
     Args:
@@ -31,6 +31,7 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
         amp (torch.dtype, optional): Dtype of autocast.
         rounds (int): Number of rounds. Default: 7.
         progress (Callable): Called with a line of text before each step. Default: print.
+        count (bool): Count saved bytes and multiply-adds, too, with hooks. Default: True.
 
     Returns:
         list[dict]: One record per mode and model, except models that run out of memory.
@@ -43,7 +44,7 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print):
         progress(f'{size} x {size}: building and counting {name}')
         with _drop_if_out_of_memory(models, name):
             models[name] = build(size).to(image.device)
-            if not name.endswith((' compiled', ' CUDA graphs')):  # its eager twin has the same
+            if count and not name.endswith(' compiled'):  # its eager twin has the same
                 counts[name] = _count(models[name], image[:1].clone(), modes, amp)
     for mode in modes:
         if any(name.endswith(' compiled') for name in models):

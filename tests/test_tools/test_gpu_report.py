@@ -185,8 +185,13 @@ def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
         verdict = report.run_part(parts['profile'][0], command, rows.append, file)
     assert verdict == 'passed', log.read_text()
     limits, *timed = rows
+    timed, step, shares = (
+        [row for row in timed if key in row] for key in ('GB/s', 'count', '% of time')
+    )
     assert limits['card'] == 'limits' and len(timed) == 13
-    assert min(row['us'] for row in timed) > 0
+    assert min(row['us'] for row in timed + step) > 0 and len(step) > len(timed)
+    assert shares[0]['kernel'] == 'all'
+    assert shares[0]['% of time'] >= sum(row['% of time'] for row in shares[1:]) > 0
     # One chunk of 4 tokens in 8 heads: 10 pairs each, two products of width 16.
     flops = {x['kernel']: x['TFLOP/s'] * x['us'] * 1e6 for x in timed if x.get('TFLOP/s')}
     assert flops['query_side_kernel'] == pytest.approx(8 * 10 * 2 * 2 * 16)
@@ -220,7 +225,8 @@ def test_kernels_stop_at_a_wrong_number_of_the_usual_ptxas(
 
 @pytest.mark.parametrize('status', [0, 1, 4])
 def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, capsys, status):
-    program = f'print("x.py::test_y PASSED\\n\\n== 1 failed =="); raise SystemExit({status})'
+    lines = ['x.py::test_y FAILED', '', 'FAILED x.py::test_y - E: 1 - 2 < 3', '== 1 failed ==']
+    program = f'print(*{lines}, sep="\\n"); raise SystemExit({status})'
     popen = functools.partial(subprocess.Popen, [sys.executable, '-S', '-c', program])
     commands = []
 
@@ -233,14 +239,15 @@ def test_failing_gpu_tests_count_as_wrong(stages, context, monkeypatch, capsys, 
     errors = {1: stages.WrongNumberError, 4: subprocess.CalledProcessError}
     with pytest.raises(errors[status]) if status else nullcontext():
         stages.tests(context)
-    at, row = map(json.loads, capsys.readouterr().out.splitlines())
-    assert at == dict(at='x.py::test_y PASSED') and row['verdict'] == '1 failed'
+    at, failure, row = map(json.loads, capsys.readouterr().out.splitlines())
+    assert at == dict(at='x.py::test_y FAILED') and row['verdict'] == '1 failed'
+    assert failure == dict(check='FAILED x.py::test_y', verdict='E: 1 - 2 < 3')
     files = [path.name for path in commands[0] if isinstance(path, Path)]
     assert 'test_triton_layer.py' in files and 'test_vil_block.py' not in files
 
 
 def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch):
-    stages.repeat(context, 'tiny', 32)
+    stages.repeat(context, 'tiny')
     stages.large_layer(context, 32)
     stages.large_cell(context, 16, 4)
     same, *errors = rows_of(capsys)
@@ -253,7 +260,7 @@ def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch
         stages, 'gradients', lambda *args: [x * next(noise) for x in compute(*args)]
     )
     for check in (
-        lambda: stages.repeat(context, 'tiny', 32),
+        lambda: stages.repeat(context, 'tiny'),
         lambda: stages.large_layer(context, 32),
     ):
         with pytest.raises(stages.WrongNumberError):
@@ -261,20 +268,17 @@ def test_bits_and_last_samples_are_compared(stages, context, capsys, monkeypatch
 
 
 @needs_triton
-def test_cell_and_busy_share_are_timed(stages, context, capsys):
-    stages.cell(context, 'tiny', 32)
-    stages.busy(context, 'tiny', 32)
-    mmvil, flash, share, *longest = rows_of(capsys)
+def test_cell_is_timed_beside_flash_attention(stages, context, capsys):
+    stages.cell(context, 'tiny')
+    mmvil, flash = rows_of(capsys)
     assert (mmvil['kernel'], flash['kernel']) == ('mmvil', 'flash attention')
     assert min(mmvil['training_ms'], flash['forward_ms']) > 0
-    assert share['kernel'] == 'all'
-    assert 100 > share['% of time'] >= sum(row['% of time'] for row in longest) > 0
 
 
 @needs_triton
 def test_models_run_beside_flash_attention(stages, context, capsys):
     pytest.importorskip('timm')
-    stages.models(context, 'tiny', 32)
+    stages.models(context, 'tiny')
     rows = rows_of(capsys)
     assert [row['mode'] for row in rows] == ['forward', 'forward', 'training', 'training']
     assert [row['model'] for row in rows[2:]] == ['DeiT-tiny flash attention', 'ViL-tiny']

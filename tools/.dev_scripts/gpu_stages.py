@@ -32,6 +32,8 @@ import mmvil
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = 3
 """Exit status for a wrong number."""
+WORKERS = min(14, max(1, (os.cpu_count() or 1) - 2))
+"""Processes that compile kernels side by side."""
 HEADS = 4
 WIDTHS = dict(tiny=96, small=192, base=384)
 """Head widths, half the width of the model."""
@@ -41,8 +43,8 @@ FULL = dict(
     sizes={224: 128, 512: 16, 1024: 4},  # pixels: batch
     compiled=[('tiny', 224)],  # where launch overhead matters; compilation takes a minute or more
     large=2**31,
-    rounds=5,
-    sweep=30,  # seconds for each head width
+    rounds=3,
+    sweep=15,  # seconds for each head width
     upernet=dict(size=512, batch=4, steps=200, window=20),
 )
 QUICK = dict(
@@ -84,9 +86,9 @@ class Context:
 
     def milliseconds(self, function, *args, **kwargs):
         if self.on_gpu:
-            from triton.testing import do_bench
+            from tune_tiles import gpu_milliseconds
 
-            return do_bench(lambda: function(*args, **kwargs), return_mode='median')
+            return gpu_milliseconds(lambda: function(*args, **kwargs))
         start = time.perf_counter()
         function(*args, **kwargs)
         return 1e3 * (time.perf_counter() - start)
@@ -164,14 +166,18 @@ def tests(context):
     targets = ['tests/test_ops/test_triton_mlstm.py']
     if context.on_gpu:  # those files alone, because collecting all takes a minute
         targets = [x for x in sorted(ROOT.glob('tests/**/*.py')) if 'mark.gpu' in x.read_text()]
-    workers = ['-n', '6'] if context.on_gpu else []
+    workers = ['-n', str(WORKERS)] if context.on_gpu else []
     command = [sys.executable, '-m', 'pytest', '-v', '-m', 'gpu', *workers, *targets]
-    last = 'no output'
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    # Lines of the summary as long as they are; compilation fills the cores.
+    environment = {**os.environ, 'COLUMNS': '300', 'OMP_NUM_THREADS': '1'}
+    last, options = 'no output', dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as process:
         for line in filter(str.strip, process.stdout):
             print(line, end='', file=sys.stderr, flush=True)
             last = line.strip('= \n')
-            if re.search('PASSED|FAILED|ERROR', last):
+            if last.startswith(('FAILED ', 'ERROR ')):  # in the summary: test - message
+                emit(**dict(zip(('check', 'verdict'), last.split(' - ', 1))))
+            elif re.search('PASSED|FAILED|ERROR', last):
                 emit(at=last)
     emit(check='pytest -m gpu', verdict=last)
     if process.returncode == 1:
@@ -201,14 +207,15 @@ def gradients(model, image):
     return [output.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def repeat(context, arch, size):
+def repeat(context, arch):
     """Check that two runs are bitwise equal, at real image sizes."""
     torch.backends.cudnn.deterministic = True
-    model, image = context.vil(arch, img_size=size).train(), context.images(size)
-    same = all(map(torch.equal, gradients(model, image), gradients(model, image)))
-    emit(check=f'ViL-{arch} at {size}, batch {len(image)}: same bits', verdict=same)
-    if not same:
-        raise WrongNumberError(f'ViL-{arch} at {size} gives different bits in a second run')
+    for size in context.plan['sizes']:
+        model, image = context.vil(arch, img_size=size).train(), context.images(size)
+        same = all(map(torch.equal, gradients(model, image), gradients(model, image)))
+        emit(check=f'ViL-{arch} at {size}, batch {len(image)}: same bits', verdict=same)
+        if not same:
+            raise WrongNumberError(f'ViL-{arch} at {size} gives different bits in a second run')
 
 
 def large_layer(context, size):
@@ -269,8 +276,19 @@ def cell_flops(label, kwargs, tokens):
     return state if label.startswith('chunk_sums') else None
 
 
-def layer_kernels(context, arch, size):
-    """Time each kernel of a layer separately. Bytes are those of its tensors, each counted once."""
+def profile(context, arch):
+    """Time the kernels of a layer at all image sizes, and the whole model at the smallest one."""
+    copy, product = limits(context)
+    emit(card='limits', **{'GB/s': copy, 'TFLOP/s': product})
+    for size in context.plan['sizes']:
+        layer_kernels(context, arch, size, copy, product)
+    busy(context, arch, min(context.plan['sizes']))
+
+
+def layer_kernels(context, arch, size, copy, product):
+    """Time each Triton kernel of a layer separately. Bytes are those of its tensors, each counted
+    once. Then all kernels of a training step of two layers, in which caches are warm.
+    """
     found = {}
 
     def note(label, launch, args, kwargs):
@@ -282,8 +300,6 @@ def layer_kernels(context, arch, size):
     model, image = context.vil(arch, depth=2, img_size=size).train(), context.images(size)
     with intercept_launches(note):
         gradients(model, image)
-    copy, product = limits(context)
-    emit(card='limits', **{'GB/s': copy, 'TFLOP/s': product})
     for label, (nbytes, launch, args, kwargs) in found.items():
         emit(at=f'{label}, ViL-{arch} at {size}')
         ms = context.milliseconds(launch, *args, **kwargs)
@@ -292,27 +308,46 @@ def layer_kernels(context, arch, size):
         row.update({'GB/s': nbytes / ms / 1e6, '% of copy': nbytes / ms / 1e4 / copy})
         row['TFLOP/s'] = flops / ms / 1e9 if flops else ''
         emit(**row, **{'% of product': flops / ms / 1e7 / product if flops else ''})
+    step = f'ViL-{arch} at {size}, 2 layers'
+    for name, (count, us) in kernel_times(context, gradients, model, image).items():
+        emit(step=step, kernel=name[:80], count=count, us=us)
 
 
-def busy(context, arch, size, steps=3):
-    """Fraction of a training step in which the GPU is busy, and the longest kernels."""
+def kernel_times(context, function, *args):
+    """Number of launches and total microseconds of all kernels of a function by name, longest
+    first; on a CPU, of operators.
+    """
     from torch.profiler import ProfilerActivity
 
     from mmvil.apis.measure import synchronize
 
-    model, image = context.vil(arch, img_size=size).train(), context.images(size)
-    gradients(model, image)
     kind, key = ('CUDA', 'device') if context.on_gpu else ('CPU', 'cpu')
     with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
-        start = time.perf_counter()
+        function(*args)
+        synchronize(context.device)
+    rows = [(x.key, x.count, getattr(x, f'self_{key}_time_total')) for x in profiler.key_averages()]
+    rows.sort(key=lambda row: -row[2])
+    return {name: (count, us) for name, count, us in rows if us}
+
+
+def busy(context, arch, size, steps=3):
+    """Fraction of a training step in which the GPU is busy, and the longest kernels."""
+    from mmvil.apis.measure import synchronize
+
+    model, image = context.vil(arch, img_size=size).train(), context.images(size)
+
+    def train():
         for _ in range(steps):
             gradients(model, image)
         synchronize(context.device)
-        wall = 1e6 * (time.perf_counter() - start)
-    times = {x.key: getattr(x, f'self_{key}_time_total') for x in profiler.key_averages()}
-    for name in ('all', *sorted(times, key=times.get, reverse=True)[:12]):
-        share = 100 * times.get(name, sum(times.values())) / wall
-        emit(step=f'ViL-{arch} at {size}', kernel=name[:60], **{'% of time': share})
+
+    train()
+    start = time.perf_counter()
+    train()
+    wall = 1e6 * (time.perf_counter() - start)  # without the profiler, which takes time to start
+    times = {name: us for name, (_, us) in kernel_times(context, train).items()}
+    for name, us in (('all', sum(times.values())), *list(times.items())[:12]):
+        emit(step=f'ViL-{arch} at {size}', kernel=name[:80], **{'% of time': 100 * us / wall})
 
 
 # -- 4. Models -------------------------------------------------------------------------------------
@@ -325,8 +360,13 @@ def flash_attention():
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def models(context, arch, size):
+def models(context, arch):
     """Compare throughput and peak memory of ViL with DeiT with flash attention."""
+    for size in context.plan['sizes']:
+        compare_with_deit(context, arch, size)
+
+
+def compare_with_deit(context, arch, size):
     import timm
 
     from mmvil.apis.measure import compare
@@ -352,12 +392,12 @@ def models(context, arch, size):
         builders = dict(plain)
         if context.on_gpu:
             builders.update({f'{n} CUDA graphs': graphed(f, mode) for n, f in plain.items()})
-        if (arch, size) in context.plan['compiled']:
+        if mode == 'training' and (arch, size) in context.plan['compiled']:
             for name, build in plain.items():
                 builders[f'{name} compiled'] = lambda size, build=build: torch.compile(build(size))
-        options = ([mode], torch.bfloat16, context.plan['rounds'], lambda x: emit(at=x))
+        options = dict(rounds=context.plan['rounds'], progress=lambda x: emit(at=x), count=False)
         with flash_attention():
-            records = compare(builders, image, *options)
+            records = compare(builders, image, [mode], torch.bfloat16, **options)
         for row in model_rows(records, arch):
             emit(**row)
 
@@ -387,8 +427,13 @@ def model_rows(records, arch):
 # -- 5, 6. The cell --------------------------------------------------------------------------------
 
 
-def cell(context, arch, size):
+def cell(context, arch):
     """Time the mLSTM, the attention of a DeiT of the same width, and NX-AI's kernels."""
+    for size in context.plan['sizes']:
+        time_cells(context, arch, size)
+
+
+def time_cells(context, arch, size):
     width, tokens = context.width(arch), (size // 16) ** 2
 
     def features(heads, width):
@@ -514,7 +559,7 @@ def stages(context):
     interpreted = {} if context.on_gpu else dict(TRITON_INTERPRET='1')
     blocking = dict(CUDA_LAUNCH_BLOCKING='1', **interpreted)
     widths = [dict(width=context.width(arch)) for arch in plan['archs']]
-    each = [dict(arch=arch, size=size) for arch in plan['archs'] for size in plan['sizes']]
+    each = [dict(arch=arch) for arch in plan['archs']]
     size = max(plan['sizes'])
 
     def part(function, limit, environment=(), **arguments):
@@ -529,8 +574,8 @@ def stages(context):
     ]
     for number, path in other_assemblers().items() if context.on_gpu else ():
         paths = dict.fromkeys(('TRITON_PTXAS_PATH', 'TRITON_PTXAS_BLACKWELL_PATH'), path)
-        once += [part(kernels, 240, {**blocking, **paths}, **x, ptxas=number) for x in widths]
-    once += [part(repeat, 60, **x) for x in each]
+        once.append(part(kernels, 240, {**blocking, **paths}, **widths[0], ptxas=number))
+    once += [part(repeat, 180, **x) for x in each]
     checks = [part(tests, 300)]
     places = os.pathsep.join([os.environ['PATH'], '/usr/local/cuda/bin'])
     if context.on_gpu and (tool := shutil.which('compute-sanitizer', path=places)):
@@ -539,14 +584,13 @@ def stages(context):
     checks.append(part(large_cell, 120, **widths[0], tokens=(size // 16) ** 2))
     if torch.cuda.device_count() > 1:
         checks.append(part(kernels, 240, **widths[0], device='cuda:1'))
-    timed = [part(layer_kernels, 90, interpreted, **x) for x in each]
-    timed += [part(busy, 90, **x) for x in each if x['size'] == min(plan['sizes'])]
+    timed = [part(profile, 180, interpreted, **x) for x in each]
     rows = [
-        ('kernels', '1. Every kernel once', once, 8),
-        ('tests', '2. Tests', checks, 1),
+        ('kernels', '1. Every kernel once', once, WORKERS),
+        ('tests', '2. Tests', checks, 2),
         ('profile', '3. Time of kernels', timed, 1),
-        ('models', '4. ViL and DeiT, bfloat16', [part(models, 240, **x) for x in each], 1),
-        ('cell', '5. The cell alone, bfloat16', [part(cell, 60, **x) for x in each], 1),
+        ('models', '4. ViL and DeiT, bfloat16', [part(models, 300, **x) for x in each], 1),
+        ('cell', '5. The cell alone, bfloat16', [part(cell, 120, **x) for x in each], 1),
         ('tiles', '6. Tiles of the cell, bfloat16', [part(tiles, 120, **x) for x in widths], 1),
         ('upernet', '7. UperNet ViL-B, float16', [part(upernet, 300)], 1),
     ]
