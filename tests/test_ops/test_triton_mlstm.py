@@ -49,6 +49,9 @@ def needs_gpu(test):
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Six to ten times the errors with the roundings of tensor cores, up to 1025 tokens: 1e-5 with
+three passes of tf32, 7e-4 in float16, 5e-3 in bfloat16 (12e-3 where the interpreter truncates).
+"""
 
 
 def random_inputs(length, width, dtype=torch.float32, **kwargs):
@@ -78,7 +81,10 @@ def check(inputs, reverse=False, chunk_size=None, tolerance=None):
     floor = 1e-2 * max(x.norm() for x in expected.values())
     for name, value in expected.items():
         error = (actual[name].double() - value).norm() / value.norm().clamp_min(floor)
-        assert error < tolerance, f'{name}: relative error {error:.1e}'
+        # That of a forget gate sums small differences, with h's rounding, over all later tokens:
+        # five times these errors.
+        limit = 2 * tolerance if name == 'fgate' else tolerance
+        assert error < limit, f'{name}: relative error {error:.1e}'
 
 
 @launches
