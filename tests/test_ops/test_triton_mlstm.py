@@ -81,10 +81,7 @@ def check(inputs, reverse=False, chunk_size=None, tolerance=None):
     floor = 1e-2 * max(x.norm() for x in expected.values())
     for name, value in expected.items():
         error = (actual[name].double() - value).norm() / value.norm().clamp_min(floor)
-        # That of a forget gate sums small differences, with h's rounding, over all later tokens:
-        # five times these errors.
-        limit = 2 * tolerance if name == 'fgate' else tolerance
-        assert error < limit, f'{name}: relative error {error:.1e}'
+        assert error < tolerance, f'{name}: relative error {error:.1e}'
 
 
 @launches
@@ -112,6 +109,12 @@ def test_kernels_that_share_the_columns_of_a_head():
 @pytest.mark.parametrize('dtype, reverse', [(torch.float16, False), (torch.bfloat16, True)])
 def test_kernels_in_half_precision(dtype, reverse):
     check(random_inputs(150, 96, dtype, heads=1), reverse, chunk_size=64)
+
+
+@launches
+def test_errors_of_the_forget_gates_gradient_cancel():
+    """It is a sum over all later tokens, of differences that are smaller than their rounding."""
+    check(random_inputs(400, 16, torch.bfloat16, heads=1, seed=2), chunk_size=128, tolerance=2e-2)
 
 
 @launches
@@ -150,7 +153,7 @@ def test_kernels_hold_states_beyond_the_range_of_float16():
         x.copy_(x.abs() * 40)  # the memory sums up to products of 1000, up to 330 000
     inputs[0].abs_()  # no scores that cancel, whose gradients would be out of range too
     inputs[4].fill_(20)
-    check(inputs, chunk_size=64)
+    check(inputs, chunk_size=64, tolerance=6e-3)  # GPUs truncate such states to TF32
 
 
 @launches

@@ -90,8 +90,11 @@ def gate_gradients_kernel(
 
     m_t equals one a_tj: its gradient belongs to that token j, the latest one with g_j = M_j. So the
     scan from the last token to the first sums the gradients of m, and assigns the sum at every such
-    j. F_t appears in row t with a plus and in column t with a minus, and log f_s in every F_t from
-    s on: one more sum in the same direction.
+    j. F_t appears in row t and in m_t with a plus and in column t with a minus, and log f_s in
+    every F_t from s on: one more sum in the same direction.
+
+    Sums over rows and over columns come from the same rounded products, so that their errors cancel
+    in this sum.
     """
     program = tl.program_id(0)
     fgate = matrix(fgate, fgate_strides, program, heads)
@@ -114,12 +117,12 @@ def gate_gradients_kernel(
         of_m = tl.load(stabilizer_grad + at, mask=inside, other=0.0).to(tl.float64)
         run, any_start = tl.associative_scan((of_m, starts), 0, _add_within_run)
         run += tl.where(any_start != 0, 0.0, run_before)
-        of_i = tl.zeros((BLOCK,), tl.float64)
+        of_i = tl.where(is_max, run, 0.0)
+        of_row = of_m
         for part in tl.static_range(PARTS):
-            grad = log_weight_grad + tl.cast(part * tl.num_programs(0), tl.int64) * padded
-            of_i += tl.load(grad + at, mask=inside, other=0.0).to(tl.float64)
-        of_i += tl.where(is_max, run, 0.0)
-        of_row = tl.load(row_grad + at, mask=inside, other=0.0).to(tl.float64)
+            first = tl.cast(part * tl.num_programs(0), tl.int64) * padded
+            of_i += tl.load(log_weight_grad + first + at, mask=inside, other=0.0).to(tl.float64)
+            of_row += tl.load(row_grad + first + at, mask=inside, other=0.0).to(tl.float64)
         of_log_forget = sum_before + tl.cumsum(tl.where(inside, of_row - of_i, 0.0), 0)
 
         step = tl.cast(token, tl.int64)

@@ -35,7 +35,7 @@ EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 @triton.jit(do_not_specialize=['heads', 'length', 'padded'])
 def denominators_kernel(
     delta, normalizer, delta_strides, normalizer_strides, min_denom, inverse, normalizer_grad,
-    row_grad, stabilizer_grad,
+    stabilizer_grad,
     heads, length, padded,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,6 @@ def denominators_kernel(
     n_grad = tl.where(n > 0, -projection, tl.where(n < 0, projection, 0.0)) * inv
     tl.store(inverse + at, inv)
     tl.store(normalizer_grad + at, tl.where(by_normalizer, n_grad, 0.0))
-    tl.store(row_grad + at, tl.where(by_normalizer, 0.0, projection - eps_part))
     tl.store(stabilizer_grad + at, -eps_part)
 
 
@@ -185,24 +184,41 @@ def _state_vector(vector, left, present, DH: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(vector + column, mask=inside, other=0.0)[None, :]
 
 
+@triton.jit
+def _row_products(
+    a, a_strides, start, length, left, tiles,
+    ROWS: tl.constexpr, DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Compute the scalar products of rows of a matrix (length, DH) and of tiles, from column
+    ``left`` on.
+    """
+    products = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(TILES):
+        tile = load_tile(a, a_strides, start, length, left + i * WIDTH, ROWS, DH, WIDTH)
+        products += tl.sum(tile.to(tl.float32) * tiles[i], 1)
+    return products
+
+
 @triton.jit(do_not_specialize=['heads', 'length'])
 def query_side_kernel(
     a, b, c, out, a_strides, b_strides, c_strides, out_strides, log_weight, running_max, base,
     min_denom, normalizer, normalizer_strides, inverse, normalizer_grad, states, state_vectors,
-    place, heads, length, chunk, scale,
+    q, q_strides, row_grad, place, places, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum over the keys of a tile of queries t: h, or (GRAD) dq, in one of PARTS of its columns.
 
-    With (a, b, c) = (q, k, v) it computes h and the normalizer, with (dh, v, k) it computes dq, at
-    one of as many places as there are programs, or at ``place``.
+    With (a, b, c) = (q, k, v) it computes h and the normalizer, at one of as many places as there
+    are programs. With (dh, v, k) it computes dq, at one of ``places``, and the scalar product of q
+    and dq, which is the sum over the keys of the gradients of the weights' logarithms.
     """
     OWN: tl.constexpr = TILES // PARTS
     if place is None:
         place = tl.program_id(0)
-    place, own = place // PARTS, place % PARTS * OWN * WIDTH
+    place, part = place // PARTS, place % PARTS
+    own = part * OWN * WIDTH
     tiles = tl.cdiv(length, ROWS)
     program, start = place // tiles, place % tiles * ROWS
     a = matrix(a, a_strides, program, heads)
@@ -238,15 +254,15 @@ def query_side_kernel(
             totals = scaled(totals, decay * inv, OWN)
             sums = ()
             for i in tl.static_range(OWN):
-                part = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
-                sums = sums + (totals[i] + (decay * n)[:, None] * part,)
+                of_n = _state_vector(vector, own + i * WIDTH, present, DH, WIDTH)
+                sums = sums + (totals[i] + (decay * n)[:, None] * of_n,)
             totals = sums
         else:
             totals = scaled(totals, decay, OWN)
             for left in range(0, tl.where(present, DH, 0), STEP):
-                part = _state_vector(vector, left, present, DH, STEP)
+                of_n = _state_vector(vector, left, present, DH, STEP)
                 a_tile = load_tile(a, a_strides, start, length, left, ROWS, DH, STEP)
-                n += tl.sum(a_tile.to(tl.float32) * part, 1)
+                n += tl.sum(a_tile.to(tl.float32) * of_n, 1)
             n *= decay
 
     scale_of_row = tl.full((ROWS,), 1, tl.float32)
@@ -280,6 +296,10 @@ def query_side_kernel(
         to = matrix(normalizer, normalizer_strides, program, heads)
         to += tl.cast(token, tl.int64) * normalizer_strides[2]
         tl.store(to, n, mask=token < tl.where(own == 0, length, 0))
+    else:
+        q = matrix(q, q_strides, program, heads)
+        to = row_grad + tl.cast(part, tl.int64) * (places // PARTS) * ROWS + row + token
+        tl.store(to, _row_products(q, q_strides, start, length, own, totals, ROWS, DH, WIDTH, OWN))
     out = matrix(out, out_strides, program, heads)
     store_tiles(out, out_strides, start, length, own, totals, ROWS, DH, WIDTH, OWN)
 
@@ -288,18 +308,18 @@ def query_side_kernel(
 def gradients_kernel(
     q, k, v, h_grad, q_grad, k_grad, v_grad, q_strides, k_strides, v_strides, h_grad_strides,
     q_grad_strides, k_grad_strides, v_grad_strides, log_weight, running_max, base, inverse,
-    normalizer_grad, log_weight_grad, states, state_vectors, states_grad, state_vectors_grad,
-    heads, length, chunk, scale,
+    normalizer_grad, row_grad, log_weight_grad, states, state_vectors, states_grad,
+    state_vectors_grad, heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, dk, dv, and the gradient of g, of a tile of tokens in one of PARTS of its
-    columns.
+    """Compute dq, dk, dv, and the gradients of the weights' logarithms, of a tile of tokens in one
+    of PARTS of its columns.
 
     Neighbouring programs each compute one of these at the same time, so that inputs are read from
-    memory once. dk and dv are computed TOGETHER where both fit into registers. The gradient of g is
-    the sum of PARTS, (PARTS, B * NH, N).
+    memory once. dk and dv are computed TOGETHER where both fit into registers. The gradients of
+    logarithms, summed over rows and over columns, are sums of PARTS, (PARTS, B * NH, N).
     """
     ROLES: tl.constexpr = 2 if TOGETHER else 3
     role, place = tl.program_id(0) % ROLES, tl.program_id(0) // ROLES
@@ -308,7 +328,7 @@ def gradients_kernel(
         query_side_kernel(
             h_grad, v, k, q_grad, h_grad_strides, v_strides, k_strides, q_grad_strides, log_weight,
             running_max, base, None, None, None, inverse, normalizer_grad, states, state_vectors,
-            place, heads, length, chunk, scale,
+            q, q_strides, row_grad, place, places, heads, length, chunk, scale,
             DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES, True, PRECISION,
         )  # fmt: skip
     for ROLE in tl.static_range(1, ROLES):
@@ -416,10 +436,7 @@ def _key_side(
         store_tiles(v_grad, v_grad_strides, start, length, own, dv, ROWS, DH, WIDTH, OWN)
     if KEYS:
         dk = scaled(dk, 1 / dk_scale, OWN)
-        dg = tl.zeros((ROWS,), tl.float32)
-        for i in tl.static_range(OWN):
-            k_tile = load_tile(k, k_strides, start, length, own + i * WIDTH, ROWS, DH, WIDTH)
-            dg += tl.sum(k_tile.to(tl.float32) * dk[i], 1)
+        dg = _row_products(k, k_strides, start, length, own, dk, ROWS, DH, WIDTH, OWN)
         to = log_weight_grad + tl.cast(part, tl.int64) * (places // PARTS) * ROWS + row
         tl.store(to + start + index, dg)
         k_grad = matrix(k_grad, k_grad_strides, program, heads)

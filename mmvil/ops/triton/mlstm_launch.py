@@ -83,10 +83,10 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     """Choose tiles that fit into registers and ``shared`` bytes of memory, instead of autotuning.
 
     The sizes are derived from compiled code, which ``python -m tests.test_ops.triton_offline``
-    prints, and were not tuned on a GPU. A warp computes 16 rows; with fewer, warps would repeat
-    each other's scores. At widths 96 and 192 these are the largest tiles without register spills (2
-    blocks and 1 on an H100). Beyond, programs split the columns of the output, so that 2 blocks fit
-    again.
+    prints. They compute right results on an H100, and were not tuned there. A warp computes 16
+    rows; with fewer, warps would repeat each other's scores. At widths 96 and 192 these are the
+    largest tiles without register spills (2 blocks and 1 on an H100). Beyond, programs split the
+    columns of the output, so that 2 blocks fit again.
     """
     width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
     tiles = triton.cdiv(head_width, width)
@@ -273,7 +273,7 @@ def mlstm_forward(
         **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
         **cell.states(k, v),
         min_denom=cell.min_denom,
-        place=None,
+        **dict.fromkeys(('q', 'q_strides', 'row_grad', 'place', 'places')),
         GRAD=False,
     )
     return h, normalizer
@@ -311,7 +311,7 @@ def mlstm_backward(
     igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
-    row_grad, stabilizer_grad, inverse, normalizer_grad = cell.scalars(4).unbind(0)
+    stabilizer_grad, inverse, normalizer_grad = cell.scalars(3).unbind(0)
     cell.denominators = dict(inverse=inverse, normalizer_grad=normalizer_grad)
     launch(
         denominators_kernel,
@@ -319,7 +319,6 @@ def mlstm_backward(
         **cell.in_reading_order(delta=delta, normalizer=normalizer),
         min_denom=cell.min_denom,
         **cell.denominators,
-        row_grad=row_grad,
         stabilizer_grad=stabilizer_grad,
         **cell.sizes,
         padded=cell.padded,
@@ -327,7 +326,7 @@ def mlstm_backward(
         num_warps=1,
     )
     states, states_grad = cell.states(k, v), cell.states(q, h_grad, grad=True)
-    log_weight_grad = cell.scalars(cell.tiling.parts)
+    row_grad, log_weight_grad = cell.scalars(2 * cell.tiling.parts).chunk(2)
     cell.products(
         gradients_kernel,
         roles=2 if cell.tiling.together else 3,
@@ -336,6 +335,7 @@ def mlstm_backward(
         ),
         **states,
         **{f'{name}_grad': x for name, x in states_grad.items()},
+        row_grad=row_grad,
         log_weight_grad=log_weight_grad,
         TOGETHER=cell.tiling.together,
     )
