@@ -43,7 +43,7 @@ from mmvil.ops.triton.conv_qkv_gates_backward import (  # noqa: E402
 )
 from mmvil.ops.triton.layer_norm import layer_norm, layer_norm_backward  # noqa: E402
 from mmvil.ops.triton.norm_skip_gate import after_cell, after_cell_backward  # noqa: E402
-from mmvil.ops.triton.reduction import PROGRAMS, split_tokens  # noqa: E402
+from mmvil.ops.triton.reduction import split_tokens, sum_rows  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -549,13 +549,21 @@ def test_gradients_are_the_same_bits_every_time():
         assert all(map(torch.equal, result, results[0]))
 
 
+@runs_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('rows, width', [(0, 5), (1, 33), (130, 20), (1024, 8), (1100, 40)])
+def test_sum_rows_equals_pytorch(rows, width, dtype):
+    x = 3 + randn(width, rows).to(dtype).t()
+    assert torch.allclose(sum_rows(x), x.double().sum(0).float(), rtol=1e-5)
+
+
 @pytest.mark.parametrize('tokens', [1, 7, 64, 65, 25088, 10**6])
 @pytest.mark.parametrize('beside', [1, 12, 48, 4000])
 def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
-    share, programs = split_tokens(tokens, 64, beside)
+    share, programs = split_tokens(tokens, 64, beside, programs=512)
     assert share % 64 == 0
     assert (programs - 1) * share < tokens <= programs * share
-    assert programs * beside <= 2 * PROGRAMS or programs == 1
+    assert programs * beside <= 1024 or programs == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -564,10 +572,10 @@ def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
 
 ITERATION = {
     'before_cell': dict(instructions=1160, barriers=33, registers=128),
-    'projections_backward': dict(instructions=400, barriers=14, registers=217),
+    'projections_backward': dict(instructions=400, barriers=14, registers=230),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
-    'after_cell_backward': dict(instructions=620, barriers=12, registers=168),
-    'layer_norm_backward': dict(instructions=300, barriers=10, registers=128),
+    'after_cell_backward': dict(instructions=640, barriers=12, registers=168),
+    'layer_norm_backward': dict(instructions=340, barriers=10, registers=128),
 }
 """The most that the loop of a kernel may take in bfloat16, version 2."""
 
@@ -578,7 +586,9 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
     for label, launch in layer_launches(arch, head_width, size, dtype, version).items():
         facts = compile_launch(launch, arch)
         print(f'{arch} {head_width} {size} {str(dtype)[6:]} v{version} {label}: {facts}')
-        assert facts['spills'] <= allowed_spills, label
+        # Four blocks of before_cell per multiprocessor are faster than three without spills.
+        few = 80 if label.startswith('before_cell') and dtype != torch.float32 else 0
+        assert facts['spills'] <= allowed_spills + few, label
         # Two blocks share a multiprocessor at least.
         assert 2 * facts['shared_bytes'] <= SHARED_LIMIT[arch], label
         assert not facts.get('serialized'), label
@@ -636,7 +646,7 @@ def test_kernels_of_sixteen_heads_compile_without_spills(monkeypatch):
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
-@pytest.mark.parametrize('arch, limited', [('sm_90', 1), ('gfx942', 0)])
+@pytest.mark.parametrize('arch, limited', [('sm_90', 2), ('gfx942', 0)])
 def test_registers_are_limited_on_nvidia_gpus_alone(arch, limited):
     from tests.test_ops.triton_offline import layer_launches
 
@@ -675,6 +685,7 @@ class Traffic(TorchDispatchMode):
             ops.before_cell_backward.default: before_cell_backward,
             ops.after_cell.default: after_cell,
             ops.after_cell_backward.default: after_cell_backward,
+            ops.sum_rows.default: sum_rows,
             ops.mlstm.default: lambda *args: mlstm.mlstm_forward(*args[:-1]),
             ops.mlstm_backward.default: lambda *args: mlstm.mlstm_backward(*args[:10], args[11]),
         }
@@ -741,7 +752,7 @@ def test_layer_moves_few_bytes(head_width, size, save_cell_inputs, backward):
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
-@pytest.mark.parametrize('save_cell_inputs, launches', [(False, 22), (True, 20)])
+@pytest.mark.parametrize('save_cell_inputs, launches', [(False, 20), (True, 19)])
 def test_layer_launches_few_kernels(save_cell_inputs, launches):
     forward, backward, _ = traffic(96, 224, save_cell_inputs)
-    assert forward.launches <= 12 and backward.launches <= launches
+    assert forward.launches <= 9 and backward.launches <= launches

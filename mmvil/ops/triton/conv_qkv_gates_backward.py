@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows, writable_token_rows
-from . import launch, on_input_device
+from . import cdiv, launch, next_power_of_2, on_input_device
 from .activation import sigmoid
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -30,9 +30,10 @@ from .conv_qkv_gates import (
     gate_weights,
     high_and_low,
     neighbour,
+    registers_for_four_blocks,
     rows,
 )
-from .reduction import split_tokens
+from .reduction import split_tokens, sum_rows
 from .tiles import dot, dot_precision, load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -298,8 +299,8 @@ def before_cell_backward(
     single = x.dtype == torch.float32
     # Many gates take registers, too.
     tile, token_tile = channel_tile(x.dtype), 16 if single or heads > 8 else 32
-    channel_tiles = heads * triton.cdiv(channels // heads, tile)
-    share, programs = split_tokens(tokens, token_tile, channel_tiles)
+    channel_tiles = heads * cdiv(channels // heads, tile)
+    share, programs = split_tokens(tokens, token_tile, channel_tiles, programs=1024)
     sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
     shared = dict(
         sums_stride=sums.stride(0), tokens=tokens, length=length, tokens_per_program=share
@@ -349,15 +350,13 @@ def before_cell_backward(
             T=token_tile,
             C=tile,
             num_warps=4,
-            num_stages=1,
+            num_stages=3,
         )
-    tile = min(64, triton.next_power_of_2(channels))
-    # Registers for four blocks per multiprocessor; Triton for AMD rejects the option.
-    four_blocks = {} if single or torch.version.hip else dict(maxnreg=128)
+    tile = min(64, next_power_of_2(channels))
     launch(
         convolution_backward_kernel,
         programs,
-        triton.cdiv(channels, tile),
+        cdiv(channels, tile),
         a_grad=a_grad,
         x=x_rows,
         x_stride=x_rows.stride(0),
@@ -372,9 +371,9 @@ def before_cell_backward(
         C=tile,
         num_warps=4,
         num_stages=1,
-        **four_blocks,
+        **registers_for_four_blocks(x.dtype),
     )
-    return sums.sum(0)
+    return sum_rows(sums)
 
 
 def gradient_sizes(weights: BeforeCellWeights) -> dict[str, int]:

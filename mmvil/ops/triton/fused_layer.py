@@ -19,6 +19,7 @@ from ..compat import is_compiling
 from ..layout import split_heads
 from ..mlstm import mlstm_backward, mlstm_forward
 from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_parameter_grads
+from . import on_input_device, reduction
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
 from .layer_norm import layer_norm, layer_norm_backward
@@ -67,7 +68,8 @@ def gradients(
     gated, h_grad, delta, c_grad, up_grad, after_grads = parts.after_cell_backward(
         gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
-    down_weight_grad, down_bias_grad = linear_parameter_grads(y_grad, gated, w.down_bias)
+    down_weight_grad, _ = linear_parameter_grads(y_grad, gated, bias=None)
+    down_bias_grad = None if w.down_bias is None else parts.sum_rows(y_grad.flatten(0, 1))
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
     del gated_grad, gated
 
@@ -127,6 +129,8 @@ def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[An
     return w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
 
 
+sum_rows = on_input_device(reduction.sum_rows)
+
 _FUNCTIONS = SimpleNamespace(
     layer_norm=layer_norm,
     layer_norm_backward=layer_norm_backward,
@@ -136,6 +140,7 @@ _FUNCTIONS = SimpleNamespace(
     mlstm_backward=mlstm_backward,
     after_cell=after_cell,
     after_cell_backward=after_cell_backward,
+    sum_rows=sum_rows,
 )
 """The operators' Python functions, which take half as long to call."""
 
@@ -169,6 +174,8 @@ _library.define(
     ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor delta, Tensor c_grad,'
     ' Tensor up_grad, Tensor parameter_grads)'
 )
+
+_library.define('sum_rows(Tensor x) -> Tensor')
 
 
 def _layer_norm_fake(x, weight, bias, eps, dtype):
@@ -205,6 +212,10 @@ def _after_cell_backward_fake(y_grad, h, a, z, *_):
     return y, split_heads(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
 
 
+def _sum_rows_fake(x):
+    return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
 for _function, _fake in (
     (layer_norm, _layer_norm_fake),
     (layer_norm_backward, _layer_norm_backward_fake),
@@ -212,6 +223,7 @@ for _function, _fake in (
     (before_cell_backward, _before_cell_backward_fake),
     (after_cell, _after_cell_fake),
     (after_cell_backward, _after_cell_backward_fake),
+    (sum_rows, _sum_rows_fake),
 ):
     _library.impl(_function.__name__, _function, 'CompositeExplicitAutograd')
     _library.impl(_function.__name__, _fake, 'Meta')

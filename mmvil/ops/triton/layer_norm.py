@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows
-from . import launch, on_input_device
-from .reduction import split_tokens
+from . import cdiv, launch, next_power_of_2, on_input_device
+from .reduction import split_tokens, sum_rows
 from .tiles import load_row
 
 
@@ -68,15 +68,17 @@ def layer_norm_backward_kernel(
     weight_grad = tl.zeros((T, C), tl.float32)
     bias_grad = tl.zeros((T, C), tl.float32)
     begin = program * tokens_per_program
-    for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
+    end = tl.minimum(begin + tokens_per_program, tokens)
+    for first in tl.range(begin, end, T, num_stages=3):
         token = first + tl.arange(0, T)
         inside = (token < tokens)[:, None] & present[None, :]
         offset = tl.cast(token, tl.int64)[:, None]
         here = offset * D + channel[None, :]
+        # All loads before the first store, behind which they could not be prefetched.
         x_tile = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0)
+        dy = tl.load(y_grad + here, mask=inside, other=0).to(tl.float32)
         normed, rstd = normalize(x_tile.to(tl.float32), present[None, :], eps, D)
         tl.store(y + here, (normed * w + b).to(y.dtype.element_ty), mask=inside)
-        dy = tl.load(y_grad + here, mask=inside, other=0).to(tl.float32)
         weight_grad += dy * normed
         bias_grad += dy
         dx = normalize_backward(dy * w, normed, rstd, D)
@@ -106,7 +108,7 @@ def layer_norm(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     launch(
         layer_norm_kernel,
-        triton.cdiv(len(rows), tile['T']),
+        cdiv(len(rows), tile['T']),
         x=rows,
         x_stride=rows.stride(0),
         weight=contiguous(weight),
@@ -135,7 +137,7 @@ def layer_norm_backward(
     """
     rows, tile, size = token_rows(x), _tile(x, 1024), x.shape[-1]
     y, x_grad = (torch.empty(x.shape, dtype=d, device=x.device) for d in (y_grad.dtype, x.dtype))
-    share, programs = split_tokens(len(rows), tile['T'], 1)
+    share, programs = split_tokens(len(rows), tile['T'], 1, programs=512)
     sums = x.new_empty(programs, 2 * size, dtype=torch.float32)
     launch(
         layer_norm_backward_kernel,
@@ -154,10 +156,10 @@ def layer_norm_backward(
         eps=eps,
         **tile,
     )
-    return y, x_grad, sums.sum(0).view(2, size)
+    return y, x_grad, sum_rows(sums).view(2, size)
 
 
 def _tile(x: Tensor, size: int) -> dict[str, int]:
     """Width and tile of both kernels: whole rows, about ``size`` values."""
-    columns = triton.next_power_of_2(x.shape[-1])
+    columns = next_power_of_2(x.shape[-1])
     return dict(D=x.shape[-1], T=max(1, min(64, size // columns)), C=columns)

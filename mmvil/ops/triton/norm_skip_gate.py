@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, split_heads, token_rows, with_unit_stride
-from . import launch, on_input_device
+from . import cdiv, launch, next_power_of_2, on_input_device
 from .activation import sigmoid
 from .layer_norm import normalize, normalize_backward
-from .reduction import split_tokens
+from .reduction import split_tokens, sum_rows
 from .tiles import load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -84,26 +84,27 @@ def after_cell_backward_kernel(
     z_grad_sum = tl.zeros((T, C), tl.float32)
 
     begin = program * tokens_per_program
-    for first in range(begin, tl.minimum(begin + tokens_per_program, tokens), T):
+    end = tl.minimum(begin + tokens_per_program, tokens)
+    for first in tl.range(begin, end, T, num_stages=3):
         token = first + tl.arange(0, T)
         inside = (token < tokens)[:, None] & present[None, :]
         batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
         row = batch * batch_stride + head.to(tl.int64) * head_stride + position * position_stride
         offset = token.to(tl.int64)[:, None]
         here = offset * E + channel[None, :]
-
-        h_norm, rstd = normalize(
-            _tile(h, row[:, None] + in_head[None, :], inside), present[None, :], eps, DH
-        )
+        # All loads before the first store, behind which they could not be prefetched.
+        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)
         a_tile = _tile(a, here, inside)
+        z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
+        dy = _tile(y_grad, here, inside)
+
+        h_norm, rstd = normalize(h_tile, present[None, :], eps, DH)
         c = a_tile * sigmoid(a_tile)
         mixed = h_norm * w + b + c * s
-        z_tile = _tile(z, offset * z_stride + channel[None, :], inside)
         z_open = sigmoid(z_tile)
         gate = z_tile * z_open
         tl.store(y + here, (mixed * gate).to(dtype), mask=inside)
 
-        dy = _tile(y_grad, here, inside)
         dz = dy * mixed * z_open * (1 + z_tile * (1 - z_open))
         tl.store(z_grad + offset * z_grad_stride + channel[None, :], dz.to(dtype), mask=inside)
         z_grad_sum += dz
@@ -115,7 +116,6 @@ def after_cell_backward_kernel(
 
         dh = normalize_backward(d_mixed * w, h_norm, rstd, DH).to(dtype)
         tl.store(h_grad + here, dh, mask=inside)
-        h_tile = _tile(h, row[:, None] + in_head[None, :], inside)  # again, to save registers
         to = delta + (batch * NH + head) * length + position
         tl.store(to, tl.sum(dh.to(tl.float32) * h_tile, axis=1), mask=token < tokens)
 
@@ -154,8 +154,8 @@ def after_cell(
         Tensor: Shape (B, N, E), contiguous, with the dtype of z.
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=2048)
-    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    programs = triton.cdiv(arguments['tokens'], arguments['T'])
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    programs = cdiv(arguments['tokens'], arguments['T'])
     launch(after_cell_kernel, programs, h.shape[1], **arguments, y=y)
     return y
 
@@ -186,11 +186,13 @@ def after_cell_backward(
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
     tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
-    y, c_grad, h_grad = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(3))
+    y, c_grad, h_grad = (
+        torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(3)
+    )
     delta = torch.empty(h.shape[:3], dtype=torch.float32, device=z.device)
     up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
-    share, programs = split_tokens(tokens, arguments['T'], heads)
+    share, programs = split_tokens(tokens, arguments['T'], heads, programs=384)
     sums = z.new_empty(programs, 4 * channels, dtype=torch.float32)
     launch(
         after_cell_backward_kernel,
@@ -208,7 +210,7 @@ def after_cell_backward(
         sums_stride=sums.stride(0),
         tokens_per_program=share,
     )
-    return y, split_heads(h_grad, heads), delta, c_grad, up_grad, sums.sum(0).view(4, channels)
+    return y, split_heads(h_grad, heads), delta, c_grad, up_grad, sum_rows(sums).view(4, channels)
 
 
 def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -
     h, rows = with_unit_stride(h), token_rows(z)
     heads, channels = h.shape[1], z.shape[-1]
     batch_stride, head_stride, position_stride, _ = h.stride()
-    channel_tile = triton.next_power_of_2(channels // heads)
+    channel_tile = next_power_of_2(channels // heads)
     return dict(
         h=h,
         batch_stride=batch_stride,
