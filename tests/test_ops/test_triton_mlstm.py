@@ -333,7 +333,7 @@ QUICK = [
     ('sm_90', 96, SIDES[:1]),
     ('sm_100', 384, (SIDES[1], 'gate_gradients_kernel')),
 ]
-PER_SCORE = {96: 16, 192: 30, 384: 37}
+PER_SCORE = {96: 16.5, 192: 30, 384: 37}
 """Most instructions for a score in a loop, by head width."""
 
 
@@ -359,7 +359,8 @@ def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
             continue
         facts = compile_launch(launch, arch)
         print(f'{arch} {width} {size} {label}: {facts}')
-        assert facts['spills'] == 0, label
+        # On sm_100, one register of a thread is spilled so that a third block fits.
+        assert facts['spills'] <= (8 if arch == 'sm_100' else 0), label
         assert facts['shared_bytes'] <= SHARED_LIMIT[arch], label
         assert not facts['serialized'], label
         assert facts['rows_per_warp'] is None or facts['rows_per_warp'] >= 16, label

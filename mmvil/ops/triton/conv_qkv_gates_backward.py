@@ -350,7 +350,7 @@ def before_cell_backward(
             T=token_tile,
             C=tile,
             num_warps=4,
-            num_stages=3,
+            num_stages=1 if single else 3,
         )
     tile = min(64, next_power_of_2(channels))
     launch(
