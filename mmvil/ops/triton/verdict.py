@@ -73,7 +73,7 @@ class Verdict(NamedTuple):
 
 
 def self_test_problem(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Reason not to trust the kernels, or None. The first call takes about a minute.
+    """Reason not to trust the kernels, or None. The first call takes a minute or more.
 
     Args:
         device (torch.device): A GPU that meets the kernels' requirements.
