@@ -137,6 +137,7 @@ def layer_norm_backward(
     """
     rows, tile, size = token_rows(x), _tile(x, 1024), x.shape[-1]
     y, x_grad = (torch.empty(x.shape, dtype=d, device=x.device) for d in (y_grad.dtype, x.dtype))
+    # On an H100, 512 programs are faster than 1024, which write twice as many partial sums.
     share, programs = split_tokens(len(rows), tile['T'], 1, programs=512)
     sums = x.new_empty(programs, 2 * size, dtype=torch.float32)
     launch(

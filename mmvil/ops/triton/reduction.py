@@ -2,7 +2,7 @@
 """Deterministic sums over tokens: each program accumulates its tokens in registers and writes one
 partial sum, and these are added in a fixed order.
 
-torch's own sum over the first dimension took 12 to 40 us on an H100 for what takes 4 us.
+torch's own sum over the first dimension launches few warps, and took 10 to 40 us on an H100.
 """
 
 import torch
@@ -60,7 +60,7 @@ def sum_rows(x: Tensor) -> Tensor:
     """
     x = x.contiguous()
     rows, width = x.shape
-    share = 1024 if rows <= 1024 else 256
+    share = 1024 if rows <= 1024 else 256  # partial sums are summed in one go
     programs = max(1, cdiv(rows, share))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
