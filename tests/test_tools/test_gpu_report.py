@@ -320,7 +320,8 @@ def test_tiles_that_do_not_fit_are_skipped(stages, context, capsys, monkeypatch)
     stages.tiles(context, 96)
     rows = rows_of(capsys)
     assert len(rows) == next(calls) - 1 > 3
-    assert rows[0]['rows'] == 64 and rows[0]['backward_ms'] == 2
+    assert rows[0]['tiles'] == 'current choice' and rows[0]['backward_ms'] == 2
+    assert len({row['tiles'] for row in rows}) == len(rows)
 
 
 def test_training_curves_are_compared(stages, context, capsys, monkeypatch):

@@ -475,16 +475,15 @@ def tiles(context, width):
     from mmvil.ops.triton.mlstm_launch import tiling
 
     end = time.monotonic() + context.plan['sweep']
-    for choice in tune_tiles.candidates(
-        tiling(width, torch.bfloat16, shared_memory(context.device))
-    ):
+    usual = tiling(width, torch.bfloat16, shared_memory(context.device))
+    for choice in tune_tiles.candidates(usual):
         emit(at=str(choice))
         try:
             forward, backward = tune_tiles.milliseconds(choice, width, torch.bfloat16, 512)
         except triton.runtime.errors.OutOfResources:
             continue
-        sizes = {name: getattr(choice, name) for name in ('rows', 'columns', 'stages', 'parts')}
-        emit(width=width, **sizes, forward_ms=forward, backward_ms=backward)
+        text = tune_tiles.describe(choice, usual)
+        emit(width=width, tiles=text, forward_ms=forward, backward_ms=backward)
         if time.monotonic() > end:
             break
 

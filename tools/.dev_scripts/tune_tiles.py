@@ -3,8 +3,8 @@
 
 python tools/.dev_scripts/tune_tiles.py --width 96 192 384 --dtype bfloat16
 
-The current choice of mmvil.ops.triton.mlstm_launch.tiling is marked with a star. If you change it,
-note the GPU and versions, which are printed, next to it.
+Variants of mmvil.ops.triton.mlstm_launch.tiling are described by what differs from it. If you
+change it, note the GPU and versions, which are printed, next to it.
 """
 
 import argparse
@@ -24,15 +24,29 @@ SIZES = {224: (128, 196), 512: (16, 1024), 1024: (4, 4096)}
 
 
 def candidates(usual: Tiling) -> Iterator[Tiling]:
-    """Iterate over variants of a choice, itself first, in which no warp repeats another's work."""
-    yield usual
-    options = itertools.product((64, 128), (16, 32, 64), (1, 2, 3), {1, usual.tiles})
-    for rows, columns, stages, parts in options:
-        tiles = usual._replace(
-            rows=rows, columns=columns, stages=stages, parts=parts, warps=rows // 16
-        )
-        if tiles != usual:
-            yield tiles
+    """Iterate over variants of a choice in which no warp repeats another's work: itself first, then
+    those with more blocks per multiprocessor or fewer products, then all others.
+    """
+    promising = [
+        dict(columns=32, stages=3),
+        dict(state=192 - usual.state),  # 64 or 128
+        dict(together=False),
+        dict(rows=64, columns=32, warps=4, stages=2),
+    ]
+    if usual.parts > 2:  # two programs share a head instead: each computes all scores
+        promising.append(dict(width=usual.width // 2, tiles=2 * usual.tiles, parts=2))
+    grid = itertools.product((64, 128), (16, 32, 64), (1, 2, 3), {1, usual.tiles})
+    others = [
+        dict(rows=rows, columns=columns, stages=stages, parts=parts, warps=rows // 16)
+        for rows, columns, stages, parts in grid
+    ]
+    yield from dict.fromkeys(usual._replace(**change) for change in ({}, *promising, *others))
+
+
+def describe(tiles: Tiling, usual: Tiling) -> str:
+    """List the fields in which a choice differs from the usual one."""
+    changes = (f'{k} {v}' for k, v in tiles._asdict().items() if v != getattr(usual, k))
+    return ', '.join(changes) or 'current choice'
 
 
 def milliseconds(tiles: Tiling, width: int, dtype: torch.dtype, size: int) -> tuple[float, float]:
@@ -73,8 +87,8 @@ def main(args: Sequence[str] | None = None) -> None:
     dtype, device = getattr(torch, args.dtype), torch.device('cuda')
     versions = f'PyTorch {torch.__version__}, Triton {triton.__version__}'
     print(f'{torch.cuda.get_device_name()}, {versions}, {args.dtype}\n')
-    print('| width | size | rows | columns | stages | parts | forward ms | backward ms |')
-    print('|---|---|---|---|---|---|---|---|')
+    print('| width | size | tiles | forward ms | backward ms |')
+    print('|---|---|---|---|---|')
     for width, size in itertools.product(args.width, args.size):
         usual, rows = tiling(width, dtype, shared_memory(device)), []
         for tiles in candidates(usual):
@@ -82,9 +96,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 times = milliseconds(tiles, width, dtype, size)
             except triton.runtime.errors.OutOfResources:
                 continue
-            star = '*' if tiles == usual else ''
-            chosen = (f'{tiles.rows}{star}', tiles.columns, tiles.stages, tiles.parts)
-            rows.append((sum(times), width, size, *chosen, *(f'{x:.3f}' for x in times)))
+            texts = (f'{x:.3f}' for x in times)
+            rows.append((sum(times), width, size, describe(tiles, usual), *texts))
         for _, *cells in sorted(rows):
             print('|', ' | '.join(map(str, cells)), '|', flush=True)
 
