@@ -26,9 +26,9 @@ def split_tokens(tokens: int, tile: int, programs_beside: int, programs: int) ->
     Returns:
         tuple[int, int]: Tokens per program, a multiple of the tile, and number of programs.
     """
-    tiles = -(-tokens // tile)
-    share = max(4, -(-tiles * programs_beside // programs))
-    return share * tile, -(-tiles // share)
+    tiles = cdiv(tokens, tile)
+    share = max(4, cdiv(tiles * programs_beside, programs))
+    return share * tile, cdiv(tiles, share)
 
 
 @triton.jit(do_not_specialize=['rows', 'share'])
