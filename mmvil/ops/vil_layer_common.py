@@ -79,11 +79,15 @@ def sum_tokens(x: Tensor) -> Tensor:
     return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def linear_weight_grad(y_grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weight (out, in), as in :func:`linear_parameter_grads`."""
+    return torch.matmul(y_grad.flatten(0, 1).t(), x.flatten(0, 1))
+
+
 def linear_parameter_grads(
     y_grad: Tensor, x: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight (out, in) and bias (out, ) of a linear map from those of its output (B,
     N, out) and its input (B, N, in).
     """
-    weight_grad = torch.matmul(y_grad.flatten(0, 1).t(), x.flatten(0, 1))
-    return weight_grad, None if bias is None else sum_tokens(y_grad)
+    return linear_weight_grad(y_grad, x), None if bias is None else sum_tokens(y_grad)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compat import is_compiling
 from ..layout import split_heads
 from ..mlstm import mlstm_backward, mlstm_forward
-from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_parameter_grads
+from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_weight_grad
 from . import on_input_device, reduction
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
@@ -68,7 +68,7 @@ def gradients(
     gated, h_grad, delta, c_grad, up_grad, after_grads = parts.after_cell_backward(
         gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
-    down_weight_grad, _ = linear_parameter_grads(y_grad, gated, bias=None)
+    down_weight_grad = linear_weight_grad(y_grad, gated)
     down_bias_grad = None if w.down_bias is None else parts.sum_rows(y_grad.flatten(0, 1))
     out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
     del gated_grad, gated
@@ -100,7 +100,7 @@ def gradients(
     x_norm, x_grad, norm_grads = parts.layer_norm_backward(
         x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
     )
-    up_weight_grad, _ = linear_parameter_grads(up_grad, x_norm, bias=None)
+    up_weight_grad = linear_weight_grad(up_grad, x_norm)
     return x_grad, LayerWeights(
         norm_weight=norm_grads[0],
         norm_bias=None if w.norm_bias is None else norm_grads[1],

@@ -29,7 +29,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..layout import empty_like_tokens
@@ -88,8 +87,8 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     largest tiles without register spills (2 blocks and 1 on an H100). Beyond, programs split the
     columns of the output, so that 2 blocks fit again.
     """
-    width = min((16, 32, 64, 128), key=lambda w: (triton.cdiv(head_width, w) * w, -w))
-    tiles = triton.cdiv(head_width, width)
+    width = min((16, 32, 64, 128), key=lambda w: (cdiv(head_width, w) * w, -w))
+    tiles = cdiv(head_width, width)
     padded = width * tiles
     parts = tiles if padded > 192 else 1
     itemsize = dtype.itemsize
@@ -114,7 +113,7 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         warps=warps,
         stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
         step=16 if few_registers else min(width, 32),
-        state=min(triton.next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
+        state=min(next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
         together=padded < 128 and dtype == torch.bfloat16,
     )
 
