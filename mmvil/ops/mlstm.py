@@ -216,6 +216,10 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton: bool = False):
+    """Compute h (B, NH, N, DH) and the signed normalizer (B, NH, N), which the backward pass needs.
+    The operator ``mmvil::mlstm`` without autograd; arguments as for :func:`mlstm` and in
+    :class:`Form`.
+    """
     if q.numel() == 0:
         return _mlstm_fake(q, k, v, igate, fgate, reverse, chunk_size)
     if triton:
@@ -231,6 +235,10 @@ def mlstm_forward(q, k, v, igate, fgate, reverse: bool, chunk_size: int, triton:
 def mlstm_backward(
     h_grad, q, k, v, igate, fgate, h, normalizer, reverse, chunk_size, triton=False, delta=None
 ):
+    """Compute the gradients of q, k, v (B, NH, N, DH) and of igate, fgate (B, NH, N) from that of h
+    and the results of :func:`mlstm_forward`. The operator ``mmvil::mlstm_backward``; the kernels
+    compute ``delta``, the sum over channels of h times its gradient (B, NH, N), if it is None.
+    """
     inputs = (q, k, v, igate, fgate)
     if q.numel() == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
