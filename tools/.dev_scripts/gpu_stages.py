@@ -273,7 +273,9 @@ def cell_flops(label, kwargs, tokens):
         return side
     if label.startswith('gradients'):  # of q, k and v
         return 3 * side
-    return state if label.startswith('chunk_sums') else None
+    if label.startswith('chunk_sums'):
+        return state * (2 if kwargs['GRAD'] else 1)
+    return None
 
 
 def profile(context, arch):

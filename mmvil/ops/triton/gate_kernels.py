@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .tiles import matrix
 
+EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
 LOG2_E = tl.constexpr(1 / math.log(2))
 
 
@@ -37,15 +38,22 @@ def _last(x, index, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=['heads', 'length'])
 def gate_statistics_kernel(
     igate, fgate, igate_strides, fgate_strides, log_weight, running_max, base, min_denom,
+    delta, normalizer, delta_strides, normalizer_strides, inverse, normalizer_grad, stabilizer_grad,
     heads, length,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Compute g, M and exp(-m), the smallest denominator, of every token (float32), and the base of
-    every tile (float64).
+    """Compute g and M of every token (float32), and the base of every tile (float64).
+
+    The forward pass needs exp(-m), the smallest denominator, too, and the backward pass (GRAD) 1 /
+    denominator and the gradients that need no matrix product: those of the normalizer, and of m as
+    a part of the denominator.
     """
     program = tl.program_id(0)
     igate = matrix(igate, igate_strides, program, heads)
     fgate = matrix(fgate, fgate_strides, program, heads)
+    if GRAD:
+        delta = matrix(delta, delta_strides, program, heads)
+        normalizer = matrix(normalizer, normalizer_strides, program, heads)
     padded = tl.cdiv(length, ROWS) * ROWS
     row = tl.cast(program, tl.int64) * padded
     base += row // ROWS
@@ -74,7 +82,18 @@ def gate_statistics_kernel(
         tl.store(log_weight + row + token, g.to(tl.float32), mask=stored)
         tl.store(running_max + row + token, m.to(tl.float32), mask=stored)
         smallest = tl.exp(-(cumulative + largest)).to(tl.float32)
-        tl.store(min_denom + row + token, smallest, mask=stored)
+        if GRAD:
+            n = tl.load(normalizer + step * normalizer_strides[2], mask=inside, other=0.0)
+            projection = tl.load(delta + step * delta_strides[2], mask=inside, other=0.0)
+            by_normalizer = tl.abs(n) >= smallest
+            inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
+            n_grad = tl.where(n > 0, -projection, tl.where(n < 0, projection, 0.0)) * inv
+            n_grad = tl.where(by_normalizer, n_grad, 0.0)
+            tl.store(inverse + row + token, inv, mask=stored)
+            tl.store(normalizer_grad + row + token, n_grad, mask=stored)
+            tl.store(stabilizer_grad + row + token, -(projection * inv * EPS), mask=stored)
+        else:
+            tl.store(min_denom + row + token, smallest, mask=stored)
         log_forget_before = _last(cumulative, index, BLOCK)
         max_before = tl.max(largest, 0)
 

@@ -16,6 +16,7 @@ accumulators. It cannot across a branch, so absent states make loops of zero ste
 import triton
 import triton.language as tl
 
+from .gate_kernels import EPS
 from .tiles import (
     add_product,
     add_product_in_range,
@@ -29,53 +30,51 @@ from .tiles import (
     zero_tiles,
 )
 
-EPS = tl.constexpr(1e-6)  # of mmvil.ops.reference
-
-
-@triton.jit(do_not_specialize=['heads', 'length', 'padded'])
-def denominators_kernel(
-    delta, normalizer, delta_strides, normalizer_strides, min_denom, inverse, normalizer_grad,
-    stabilizer_grad,
-    heads, length, padded,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Compute 1 / denominator of every token and the gradients that need no matrix product."""
-    tiles = padded // ROWS
-    program, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    token = start + tl.arange(0, ROWS)
-    at = tl.cast(program, tl.int64) * padded + token
-    step = tl.cast(token, tl.int64)
-    n = matrix(normalizer, normalizer_strides, program, heads) + step * normalizer_strides[2]
-    n = tl.load(n, mask=token < length, other=0.0)
-    projection = matrix(delta, delta_strides, program, heads) + step * delta_strides[2]
-    projection = tl.load(projection, mask=token < length, other=0.0)
-    smallest = tl.load(min_denom + at)
-    by_normalizer = tl.abs(n) >= smallest
-    inv = 1.0 / (tl.maximum(tl.abs(n), smallest) + EPS)
-    eps_part = projection * inv * EPS
-    n_grad = tl.where(n > 0, -projection, tl.where(n < 0, projection, 0.0)) * inv
-    tl.store(inverse + at, inv)
-    tl.store(normalizer_grad + at, tl.where(by_normalizer, n_grad, 0.0))
-    tl.store(stabilizer_grad + at, -eps_part)
-
 
 @triton.jit(do_not_specialize=['heads', 'length'])
 def chunk_sums_kernel(
-    a, b, a_strides, b_strides, log_weight, running_max, base, inverse, normalizer_grad, states,
-    state_vectors,
+    k, v, q, h_grad, k_strides, v_strides, q_strides, h_grad_strides, log_weight, running_max, base,
+    inverse, normalizer_grad, states, state_vectors, states_grad, state_vectors_grad,
     heads, length, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute one (WIDTH, WIDTH) tile of a chunk's part of the state at its end, or (GRAD) of the
-    gradient of the state at its beginning, relative to M at that bound.
+    """Compute one (WIDTH, WIDTH) tile of a chunk's part of the state at its end, and (GRAD), in
+    every second program, of the gradient of the state at its beginning, relative to M at that
+    bound.
 
     The state is a sum of k times v, its gradient a sum of q times the gradient of h. ``states`` is
     (B * NH, chunks - 1, DH, DH), ``state_vectors`` (B * NH, chunks - 1, DH).
     """
+    place, role = tl.program_id(0), 0
+    if GRAD:
+        place, role = place // 2, place % 2
+    if role == 0:
+        _chunk_sum(
+            k, v, k_strides, v_strides, log_weight, running_max, base, None, None, states,
+            state_vectors, place, heads, length, chunk, scale,
+            DH, WIDTH, ROWS, STEP, False, PRECISION,
+        )  # fmt: skip
+    if GRAD:
+        if role == 1:
+            _chunk_sum(
+                q, h_grad, q_strides, h_grad_strides, log_weight, running_max, base, inverse,
+                normalizer_grad, states_grad, state_vectors_grad,
+                place, heads, length, chunk, scale,
+                DH, WIDTH, ROWS, STEP, True, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _chunk_sum(
+    a, b, a_strides, b_strides, log_weight, running_max, base, inverse, normalizer_grad, states,
+    state_vectors, place, heads, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     across: tl.constexpr = (DH + WIDTH - 1) // WIDTH
     bounds = tl.cdiv(length, chunk) - 1
-    index, tile = tl.program_id(0) // (across * across), tl.program_id(0) % (across * across)
+    index, tile = place // (across * across), place % (across * across)
     program, bound = index // bounds, index % bounds
     top, left = tile // across * WIDTH, tile % across * WIDTH
     a = matrix(a, a_strides, program, heads)
@@ -119,28 +118,33 @@ def chunk_sums_kernel(
 
 @triton.jit(do_not_specialize=['length'])
 def sum_states_kernel(
-    states, state_vectors, running_max, base, length, chunk,
+    states, state_vectors, states_grad, state_vectors_grad, running_max, base, length, chunk,
     DH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Turn the chunks' parts into states: sums from the first chunk on or (GRAD) from the last
-    back.
+    """Turn the chunks' parts into states, which are sums from the first chunk on, and (GRAD), in
+    every second program, into gradients of states, which are sums from the last chunk back.
     """
     blocks: tl.constexpr = (DH * DH + BLOCK - 1) // BLOCK
-    program, block = tl.program_id(0) // (blocks + 1), tl.program_id(0) % (blocks + 1)
+    place, backward = tl.program_id(0), False
+    if GRAD:
+        place, backward = place // 2, place % 2 == 1
+        states = tl.where(backward, states_grad, states)
+        state_vectors = tl.where(backward, state_vectors_grad, state_vectors)
+    program, block = place // (blocks + 1), place % (blocks + 1)
     running_max += tl.cast(program, tl.int64) * tl.cdiv(length, ROWS) * ROWS
     base += program * tl.cdiv(length, ROWS)
     bounds = tl.cdiv(length, chunk) - 1
     gates = (running_max, base, bounds, chunk)
     if block < blocks:
-        _sum_states(states, program, block, gates, DH * DH, BLOCK, ROWS, GRAD)
+        _sum_states(states, program, block, gates, backward, DH * DH, BLOCK, ROWS)
     else:
-        _sum_states(state_vectors, program, 0, gates, DH, BLOCK, ROWS, GRAD)
+        _sum_states(state_vectors, program, 0, gates, backward, DH, BLOCK, ROWS)
 
 
 @triton.jit
 def _sum_states(
-    parts, program, block, gates,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+    parts, program, block, gates, backward,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     running_max, base, bounds, chunk = gates
     element = block * BLOCK + tl.arange(0, BLOCK)
@@ -148,7 +152,7 @@ def _sum_states(
     total = tl.zeros((BLOCK,), tl.float32)
     before = tl.zeros((), tl.float64)
     for step in tl.range(0, bounds, num_stages=4):
-        bound = bounds - 1 - step if GRAD else step
+        bound = tl.where(backward, bounds - 1 - step, step)
         end = (bound + 1) * chunk - 1
         now = tl.load(base + end // ROWS) + tl.load(running_max + end)
         decay = tl.exp2(-tl.abs(now - before).to(tl.float32))  # M never falls

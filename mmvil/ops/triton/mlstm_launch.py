@@ -38,12 +38,12 @@ from . import (
     launch,
     next_power_of_2,
     on_input_device,
+    registers_for_four_blocks,
     shared_memory,
 )
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
 from .mlstm_kernels import (
     chunk_sums_kernel,
-    denominators_kernel,
     gradients_kernel,
     query_side_kernel,
     sum_states_kernel,
@@ -119,9 +119,13 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
 
 
 class _Cell:
-    """Launches of one call, with their common sizes, constants and gate scalars."""
+    """Launches of one call, with their common sizes, constants and gate scalars. In the backward
+    pass, ``backward`` has the normalizer and ``delta``.
+    """
 
-    def __init__(self, q, k, v, igate, fgate, reverse: bool, chunk_size: int | None):
+    def __init__(
+        self, q, k, v, igate, fgate, reverse: bool, chunk_size: int | None, **backward: Tensor
+    ):
         batch, heads, self.length, self.width = q.shape
         self.reverse, self.device, self.programs = reverse, q.device, batch * heads
         self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
@@ -135,20 +139,29 @@ class _Cell:
         self.padded = cdiv(self.length, rows) * rows
         shape = (self.programs, self.padded // rows)
         bases = torch.empty(shape, dtype=torch.float64, device=q.device)
-        log_weight, running_max, self.min_denom = self.scalars(3).unbind(0)
+        self.grad = bool(backward)
+        if self.grad:
+            log_weight, running_max, *others, self.stabilizer_grad = self.scalars(5).unbind(0)
+            self.denominators = dict(zip(('inverse', 'normalizer_grad'), others))
+            results = dict(min_denom=None, stabilizer_grad=self.stabilizer_grad)
+        else:
+            log_weight, running_max, self.min_denom = self.scalars(3).unbind(0)
+            self.denominators = dict(inverse=None, normalizer_grad=None)
+            results = dict(min_denom=self.min_denom, stabilizer_grad=None)
+            backward = dict(delta=None, normalizer=None)
         self.gates = dict(log_weight=log_weight, running_max=running_max, base=bases)
-        # In the forward pass, which does not read them, any pointers.
-        self.denominators = dict(inverse=self.min_denom, normalizer_grad=self.min_denom)
         self.block = min(GATE_BLOCK, max(rows, next_power_of_2(self.length)))
         launch(
             gate_statistics_kernel,
             self.programs,
-            **self.in_reading_order(igate=igate, fgate=fgate),
+            **self.in_reading_order(igate=igate, fgate=fgate, **backward),
             **self.gates,
-            min_denom=self.min_denom,
+            **self.denominators,
+            **results,
             **self.sizes,
             BLOCK=self.block,
             ROWS=rows,
+            GRAD=self.grad,
             num_warps=max(4, self.block // 256),
         )
 
@@ -159,12 +172,15 @@ class _Cell:
         shape = (count, self.programs, self.padded)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def in_reading_order(self, **tensors: Tensor) -> dict[str, Any]:
+    def in_reading_order(self, **tensors: Tensor | None) -> dict[str, Any]:
         """Arguments for tensors (B, NH, N, ...): a pointer to the first token in reading order, and
-        the strides from there.
+        the strides from there; None for None.
         """
         arguments = {}
         for name, x in tensors.items():
+            if x is None:
+                arguments[name] = arguments[f'{name}_strides'] = None
+                continue
             strides = x.stride()
             if max(strides[2:]) > FARTHEST:
                 x = x.contiguous()
@@ -174,18 +190,25 @@ class _Cell:
             arguments[name], arguments[f'{name}_strides'] = x, strides
         return arguments
 
-    def states(self, a: Tensor, b: Tensor, grad: bool = False) -> dict[str, Tensor]:
-        """Incoming states and normalizers of all chunks except the first, or gradients of both."""
-        shape = (self.programs, self.bounds, self.width)
+    def states(
+        self, k: Tensor, v: Tensor, q: Tensor | None = None, h_grad: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Incoming states and normalizers of all chunks except the first and, given q and the
+        gradient of h, gradients of both.
+        """
+        roles, t = 1 + self.grad, self.tiling
+        shape = (roles, self.programs, self.bounds, self.width)
         states = torch.empty(*shape, self.width, dtype=self.state_dtype, device=self.device)
         vectors = torch.empty(*shape, dtype=torch.float32, device=self.device)
-        t, targets = self.tiling, dict(states=states, state_vectors=vectors)
+        targets = dict(states=states[0], state_vectors=vectors[0])
+        targets.update(states_grad=None, state_vectors_grad=None)
+        if self.grad:
+            targets.update(states_grad=states[1], state_vectors_grad=vectors[1])
         if self.bounds:
-            tiles = cdiv(self.width, t.state) ** 2
             launch(
                 chunk_sums_kernel,
-                self.programs * self.bounds * tiles,
-                **self.in_reading_order(a=a, b=b),
+                self.programs * self.bounds * cdiv(self.width, t.state) ** 2 * roles,
+                **self.in_reading_order(k=k, v=v, q=q, h_grad=h_grad),
                 **self.gates,
                 **self.denominators,
                 **targets,
@@ -196,15 +219,16 @@ class _Cell:
                 WIDTH=t.state,
                 ROWS=t.rows,
                 STEP=min(t.rows, 64),
-                GRAD=grad,
+                GRAD=self.grad,
                 PRECISION=self.precision,
                 num_warps=t.state // 16,
                 num_stages=t.stages,
+                **(registers_for_four_blocks(k.dtype) if t.state == 64 else {}),
             )
             block = max(1024, next_power_of_2(self.width))
             launch(
                 sum_states_kernel,
-                self.programs * (cdiv(self.width**2, block) + 1),
+                self.programs * (cdiv(self.width**2, block) + 1) * roles,
                 **targets,
                 running_max=self.gates['running_max'],
                 base=self.gates['base'],
@@ -213,7 +237,7 @@ class _Cell:
                 DH=self.width,
                 BLOCK=block,
                 ROWS=t.rows,
-                GRAD=grad,
+                GRAD=self.grad,
             )
         return targets
 
@@ -267,10 +291,12 @@ def mlstm_forward(
     """
     cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
     h, normalizer = empty_like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    states = cell.states(k, v)
     cell.products(
         query_side_kernel,
         **cell.in_reading_order(a=q, b=k, c=v, out=h, normalizer=normalizer),
-        **cell.states(k, v),
+        states=states['states'],
+        state_vectors=states['state_vectors'],
         min_denom=cell.min_denom,
         **dict.fromkeys(('q', 'q_strides', 'row_grad', 'place', 'places')),
         GRAD=False,
@@ -305,26 +331,11 @@ def mlstm_backward(
         tuple[Tensor, ...]: Gradients of q, k, v (B, NH, N, DH) and of igate, fgate (B, NH, N), in
         their dtypes.
     """
-    cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size)
-    q_grad, k_grad, v_grad = (empty_like_tokens(x) for x in (q, k, v))
-    igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     if delta is None:
         delta = (h_grad.float() * h).sum(-1)
-    stabilizer_grad, inverse, normalizer_grad = cell.scalars(3).unbind(0)
-    cell.denominators = dict(inverse=inverse, normalizer_grad=normalizer_grad)
-    launch(
-        denominators_kernel,
-        cell.programs * cell.padded // cell.tiling.rows,
-        **cell.in_reading_order(delta=delta, normalizer=normalizer),
-        min_denom=cell.min_denom,
-        **cell.denominators,
-        stabilizer_grad=stabilizer_grad,
-        **cell.sizes,
-        padded=cell.padded,
-        ROWS=cell.tiling.rows,
-        num_warps=1,
-    )
-    states, states_grad = cell.states(k, v), cell.states(q, h_grad, grad=True)
+    cell = _Cell(q, k, v, igate, fgate, reverse, chunk_size, delta=delta, normalizer=normalizer)
+    q_grad, k_grad, v_grad = (empty_like_tokens(x) for x in (q, k, v))
+    igate_grad, fgate_grad = igate.new_empty(igate.shape), fgate.new_empty(fgate.shape)
     row_grad, log_weight_grad = cell.scalars(2 * cell.tiling.parts).chunk(2)
     cell.products(
         gradients_kernel,
@@ -332,8 +343,7 @@ def mlstm_backward(
         **cell.in_reading_order(
             q=q, k=k, v=v, h_grad=h_grad, q_grad=q_grad, k_grad=k_grad, v_grad=v_grad
         ),
-        **states,
-        **{f'{name}_grad': x for name, x in states_grad.items()},
+        **cell.states(k, v, q, h_grad),
         row_grad=row_grad,
         log_weight_grad=log_weight_grad,
         TOGETHER=cell.tiling.together,
@@ -346,7 +356,7 @@ def mlstm_backward(
         running_max=cell.gates['running_max'],
         log_weight_grad=log_weight_grad,
         row_grad=row_grad,
-        stabilizer_grad=stabilizer_grad,
+        stabilizer_grad=cell.stabilizer_grad,
         **cell.sizes,
         padded=cell.padded,
         BLOCK=cell.block,
