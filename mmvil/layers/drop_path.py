@@ -27,18 +27,25 @@ class DropPath(nn.Module):
             raise ValueError(f'drop_prob must be in [0, 1), but is {drop_prob}.')
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Add the branch to x.
 
         Args:
             x (Tensor): Shape (B, N, C).
             branch (Callable): Maps (b, N, C) to (b, N, C) for any b, sample by sample.
+            whole (Callable, optional): Faster way to compute x plus the branch of x, for calls in
+                which no sample can be dropped.
 
         Returns:
             Tensor: Shape (B, N, C).
         """
         if self.drop_prob == 0 or not self.training:
-            return x + branch(x)
+            return whole(x) if whole else x + branch(x)
         keep_prob = 1 - self.drop_prob
         if is_compiling() or is_tracing() or is_transforming():  # these need fixed shapes
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)

@@ -2,6 +2,7 @@
 """The ViL block: x + layer(norm(x)) in one reading direction."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,11 @@ class ViLBlock(nn.Module):
         weights = self._fusible_weights()
         if weights is None:
             return self.drop_path(x, lambda tokens: self._layer(tokens, grid))
-        return self.drop_path(x, lambda tokens: self._fused_layer(tokens, grid, weights))
+
+        def layer(tokens, residual=False):
+            return self._fused_layer(tokens, grid, weights, residual)
+
+        return self.drop_path(x, layer, partial(layer, residual=True))
 
     def gates(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations.
@@ -169,8 +174,12 @@ class ViLBlock(nn.Module):
             igate, fgate = (gate.transpose(1, 2) for gate in gates)
         return c, q, k, v, igate, fgate
 
-    def _fused_layer(self, x: Tensor, grid: tuple[int, int], weights: LayerWeights) -> Tensor:
-        """Compute the layer as one function of all weights, which saves little for backward."""
+    def _fused_layer(
+        self, x: Tensor, grid: tuple[int, int], weights: LayerWeights, residual: bool
+    ) -> Tensor:
+        """Compute the layer, with or without its residual connection, as one function of all
+        weights, which saves little for backward.
+        """
         dtype = autocast_dtype(x)
         settings = LayerSettings(
             grid=grid,
@@ -188,6 +197,7 @@ class ViLBlock(nn.Module):
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
             save_cell_inputs=self.lean == 'cell',
+            residual=residual,
         )
         return vil_layer(x, weights, settings)
 

@@ -42,6 +42,6 @@ def writable_token_rows(x: Tensor) -> Tensor:
     return rows
 
 
-def contiguous(parameter: Tensor | None) -> Tensor | None:
-    """Copy a parameter if it is not contiguous; None stays None."""
-    return None if parameter is None else parameter.contiguous()
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Copy x if it is not contiguous; None stays None."""
+    return None if x is None else x.contiguous()

@@ -26,11 +26,11 @@ def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tens
     Args:
         x (Tensor): Tokens, shape (B, N, D).
         weights (LayerWeights): Parameters.
-        settings (LayerSettings): Token grid, direction, dtype.
+        settings (LayerSettings): Token grid, direction, dtype, residual connection.
 
     Returns:
-        Tensor: Shape (B, N, D) in ``settings.dtype``, without the residual connection. First
-            derivatives only.
+        Tensor: Shape (B, N, D), in ``settings.dtype`` or, with the residual connection, that dtype
+            promoted with the input's. First derivatives only.
     """
     if not is_exporting() and (torch.is_grad_enabled() or is_compiling()):
         return _ViLLayer.apply(settings, x, *weights)

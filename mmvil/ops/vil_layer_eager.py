@@ -64,6 +64,8 @@ def forward(
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
+    if settings.residual:
+        y = x + y
     cell = (a, q, k, v) if settings.save_cell_inputs else ()
     return y, (x_m, z, h, igate, fgate, normalizer, *cell)
 
@@ -80,7 +82,7 @@ def gradients(
         w, settings: As in the forward pass.
     """
     x, x_m, z, h, igate, fgate, normalizer, *cell = saved
-    y_grad = y_grad.to(settings.dtype)
+    residual_grad, y_grad = y_grad, y_grad.to(settings.dtype)
     a, *qkv = cell or [_convolve(x_m, w, settings)]
     c = F.silu(a)
     projections = prepare_projections(w, settings.heads, settings.dtype)
@@ -153,6 +155,8 @@ def gradients(
     x_grad, norm_weight_grad, norm_bias_grad = _layer_norm_backward(
         x_norm_grad.view(x.shape), x, mean, rstd, w.norm_weight, w.norm_bias
     )
+    if settings.residual:
+        x_grad = x_grad.add_(residual_grad)
 
     heads = settings.heads
     return x_grad, LayerWeights(

@@ -243,10 +243,12 @@ def layer_launches(
     from mmvil.ops.triton.conv_qkv_gates_backward import before_cell_backward
     from mmvil.ops.triton.layer_norm import layer_norm, layer_norm_backward
     from mmvil.ops.triton.norm_skip_gate import after_cell, after_cell_backward
+    from mmvil.ops.triton.reduction import add_partial_sums, convert_and_sum
 
     x, w, settings = layer_inputs(width, size, dtype, version)
     grid, reverse = settings.grid, settings.reverse
     weights = BeforeCellWeights(*(getattr(w, name) for name in BeforeCellWeights._fields))
+    weights = weights._replace(conv_weight=w.conv_weight.movedim(0, -1).contiguous())
     x_m, z = x.new_empty(*x.shape[:2], 2 * HEADS * width, dtype=dtype).chunk(2, -1)
     a, gate = torch.empty_like(x_m), x.new_empty(len(x), HEADS, x.shape[1])
     h = a.unflatten(2, (HEADS, width)).transpose(1, 2)
@@ -257,9 +259,12 @@ def layer_launches(
         layer_norm(x, *norm, dtype)
         before_cell(x_m, weights, grid, HEADS, reverse)
         after_cell(*after)
-        after_cell_backward(a, *after)
-        before_cell_backward(h, h, h, gate, gate, a, a, x_m, weights, grid, reverse, x_m)
-        layer_norm_backward(x.to(dtype), x, *norm)
+        _, *sums = convert_and_sum(x, dtype)
+        sums.append(after_cell_backward(a, *after)[-1])
+        grads = (h, h, h, gate, gate, a)
+        sums.append(before_cell_backward(*grads, a, x_m, weights, grid, reverse, x_m))
+        sums.append(layer_norm_backward(x.to(dtype), x, *norm, x)[-1])
+        add_partial_sums(sums[0], sums[1:])
 
     with mock.patch.object(torch.version, 'hip', '6' if arch.startswith('gfx') else None):
         return {launch.label: launch for launch in record_launches(run)}

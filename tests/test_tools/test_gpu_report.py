@@ -188,7 +188,7 @@ def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
     timed, step, shares = (
         [row for row in timed if key in row] for key in ('GB/s', 'count', '% of time')
     )
-    assert limits['card'] == 'limits' and len(timed) == 14
+    assert limits['card'] == 'limits' and len(timed) == 15
     assert min(row['us'] for row in timed + step) > 0 and len(step) > len(timed)
     assert shares[0]['kernel'] == 'all'
     assert shares[0]['% of time'] >= sum(row['% of time'] for row in shares[1:]) > 0

@@ -31,15 +31,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, split_heads, token_rows
-from . import cdiv, launch, next_power_of_2, on_input_device
+from . import cdiv, launch, next_power_of_2, on_input_device, registers_for_four_blocks
 from .activation import sigmoid
 from .tiles import dot, dot_precision, load_row
 
 
 class BeforeCellWeights(NamedTuple):
-    """Parameters between up-projection and cell, E channels in NH heads. Biases may be None."""
+    """Parameters between up-projection and cell, E channels in NH heads, the convolution's in the
+    memory layout of tokens. Biases may be None.
+    """
 
-    conv_weight: Tensor  # (E, 1, 3, 3) or (E, 1, K)
+    conv_weight: Tensor  # (1, 3, 3, E) or (1, K, E)
     conv_bias: Tensor | None
     q_weight: Tensor  # (E / 4, 4, 4)
     q_bias: Tensor | None
@@ -222,8 +224,6 @@ def before_cell(
     """
     batch, length, channels = x.shape
     x_rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
-    # Channels side by side, so that 18 loads of 4 numbers replace 72 in each tile.
-    taps = weights.conv_weight.flatten(1).t().contiguous()
     a, q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(4))
     shape = (heads, 2, batch, heads, length) if with_gates else (1, 0)
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -233,7 +233,7 @@ def before_cell(
         heads,
         x=x_rows,
         x_stride=x_rows.stride(0),
-        **weights._replace(conv_weight=taps)._asdict(),
+        **weights._asdict(),
         a_out=a,
         q_out=q,
         k_out=k,
@@ -258,11 +258,6 @@ def before_cell(
     return a, q, k, v, gates_by_head.sum(0) if with_gates else gates_by_head[0]
 
 
-def registers_for_four_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Launch option that lets four blocks fit a multiprocessor; Triton for AMD rejects it."""
-    return {} if dtype == torch.float32 or torch.version.hip else dict(maxnreg=128)
-
-
 def channel_tile(dtype: torch.dtype) -> int:
     """Channels per tile of the kernels with matrix products.
 
@@ -280,7 +275,7 @@ def convolution_arguments(
     weights: BeforeCellWeights, grid: Sequence[int], length: int, reverse: bool
 ):
     """Grid and kernel arguments of the convolution; a causal one sees a single row."""
-    *kernel_rows, columns = weights.conv_weight.shape[2:]
+    *kernel_rows, columns = weights.conv_weight.shape[1:-1]
     kernel_height = kernel_rows[0] if kernel_rows else 1
     height, width = grid if kernel_rows else (1, length)
     return dict(

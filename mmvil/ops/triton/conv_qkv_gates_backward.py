@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows, writable_token_rows
-from . import cdiv, launch, next_power_of_2, on_input_device
+from . import cdiv, launch, next_power_of_2, on_input_device, registers_for_four_blocks
 from .activation import sigmoid
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -30,10 +30,9 @@ from .conv_qkv_gates import (
     gate_weights,
     high_and_low,
     neighbour,
-    registers_for_four_blocks,
     rows,
 )
-from .reduction import split_tokens, sum_rows
+from .reduction import split_tokens
 from .tiles import dot, dot_precision, load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -206,8 +205,8 @@ def convolution_backward_kernel(
     ROW: tl.constexpr, COLUMN: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Add the convolution's part to the gradient of x in place, for some tiles of tokens and one of
-    channels, and store partial sums of that gradient (E, ), and of those of bias (E, ) and weight
-    (E, taps).
+    channels, and store partial sums of the gradients of bias (E, ) and weight (E, taps), and of
+    that of x (E, ).
     """
     program = tl.program_id(0)
     channel = tl.program_id(1) * C + tl.arange(0, C)
@@ -216,7 +215,7 @@ def convolution_backward_kernel(
     bias_grad = tl.zeros((T, C), tl.float32)
     weights, weight_grads = (), ()
     for tap in tl.static_range(SIZE):
-        weights = weights + (load_row(conv_weight, channel * SIZE + tap, present),)
+        weights = weights + (load_row(conv_weight, tap * E + channel, present),)
         weight_grads = weight_grads + (tl.zeros((T, C), tl.float32),)
 
     begin = program * tokens_per_program
@@ -245,11 +244,11 @@ def convolution_backward_kernel(
         tl.store(dx_at, dx.to(x_grad.dtype.element_ty), mask=inside)
 
     sums += tl.cast(program, tl.int64) * sums_stride
-    tl.store(sums + channel, tl.sum(x_grad_sum, axis=0), mask=present)
-    tl.store(sums + E + channel, tl.sum(bias_grad, axis=0), mask=present)
+    tl.store(sums + channel, tl.sum(bias_grad, axis=0), mask=present)
     for tap in tl.static_range(SIZE):
-        to = sums + 2 * E + channel * SIZE + tap
+        to = sums + E + channel * SIZE + tap
         tl.store(to, tl.sum(weight_grads[tap], axis=0), mask=present)
+    tl.store(sums + (1 + SIZE) * E + channel, tl.sum(x_grad_sum, axis=0), mask=present)
 
 
 # -- Launches --------------------------------------------------------------------------------------
@@ -282,7 +281,8 @@ def before_cell_backward(
         x_grad (Tensor): Output for the gradient of x, shape (B, N, E), any token stride.
 
     Returns:
-        Tensor: Flat sums for :func:`split_gradients`.
+        Tensor: Partial sums of the gradients of the weights and of that of x, (programs, sum of
+            :func:`gradient_sizes`), in float32.
 
     Raises:
         ValueError: If ``x_grad`` is not a view of rows of channels.
@@ -297,11 +297,9 @@ def before_cell_backward(
     a_grad = torch.empty((tokens, channels), dtype=a.dtype, device=a.device)
 
     single = x.dtype == torch.float32
-    # Many gates take registers, too.
-    tile, token_tile = channel_tile(x.dtype), 16 if single or heads > 8 else 32
-    channel_tiles = heads * cdiv(channels // heads, tile)
-    share, programs = split_tokens(tokens, token_tile, channel_tiles, programs=1024)
-    sums = x.new_empty(programs, sum(gradient_sizes(w).values()), dtype=torch.float32)
+    share, token_tile, sums = before_cell_sums(x, w)
+    programs, tile, sizes = len(sums), channel_tile(x.dtype), gradient_sizes(w)
+    of_convolution = sizes['conv_bias'] + sizes['conv_weight'] + sizes['x']
     shared = dict(
         sums_stride=sums.stride(0), tokens=tokens, length=length, tokens_per_program=share
     )
@@ -330,7 +328,7 @@ def before_cell_backward(
         launch(
             projections_backward_kernel,
             programs,
-            channel_tiles,
+            heads * cdiv(channels // heads, tile),
             **tensors,
             source_stride=tensors['source'].stride(0),
             source_grad_stride=tensors['source_grad'].stride(0),
@@ -338,7 +336,7 @@ def before_cell_backward(
             fgate_grad=fgate_grad.float().contiguous(),
             igate_weight=w.igate_weight,
             fgate_weight=w.fgate_weight,
-            sums=sums[:, w.conv_weight.numel() + 2 * channels :],
+            sums=sums,
             **shared,
             E=channels,
             NH=heads,
@@ -363,7 +361,7 @@ def before_cell_backward(
         conv_weight=w.conv_weight,
         x_grad=x_grad_rows,
         x_grad_stride=x_grad_rows.stride(0),
-        sums=sums,
+        sums=sums[:, -of_convolution:],
         **shared,
         **convolution_arguments(w, grid, length, reverse),
         E=channels,
@@ -373,30 +371,43 @@ def before_cell_backward(
         num_stages=1,
         **registers_for_four_blocks(x.dtype),
     )
-    return sum_rows(sums)
+    return sums
+
+
+def before_cell_sums(x: Tensor, weights: BeforeCellWeights) -> tuple[int, int, Tensor]:
+    """Tokens per program of the backward kernels and per tile of the projections', and memory for
+    their sums.
+    """
+    heads, (batch, length, channels) = len(weights.igate_bias), x.shape
+    # Many gates take registers, too.
+    token_tile = 16 if x.dtype == torch.float32 or heads > 8 else 32
+    channel_tiles = heads * cdiv(channels // heads, channel_tile(x.dtype))
+    share, programs = split_tokens(batch * length, token_tile, channel_tiles, programs=1024)
+    size = sum(gradient_sizes(weights).values())
+    return share, token_tile, x.new_empty(programs, size, dtype=torch.float32)
 
 
 def gradient_sizes(weights: BeforeCellWeights) -> dict[str, int]:
-    """Sizes of the parts of :func:`before_cell_backward`'s result, including space for biases."""
+    """Sizes of the parts of :func:`before_cell_backward`'s sums, including space for biases."""
     w = weights
-    channels, gates = len(w.conv_weight), w.igate_weight
+    channels, gates = w.q_weight.shape[0] * w.q_weight.shape[1], w.igate_weight
     return dict(
-        x=channels,
-        conv_bias=channels,
-        conv_weight=w.conv_weight.numel(),
         **dict.fromkeys(('q_weight', 'k_weight', 'v_weight'), w.q_weight.numel()),
         **dict.fromkeys(('q_bias', 'k_bias', 'v_bias'), channels),
         **dict.fromkeys(('igate_weight', 'fgate_weight'), gates.numel()),
         **dict.fromkeys(('igate_bias', 'fgate_bias'), len(gates)),
+        conv_bias=channels,
+        conv_weight=w.conv_weight.numel(),
+        x=channels,
     )
 
 
-def split_gradients(sums: Tensor, weights: BeforeCellWeights) -> tuple[Tensor, BeforeCellWeights]:
-    """Split the result of :func:`before_cell_backward` into the sum of the gradient of x over
-    tokens, shape (E, ), and the gradients of the parameters; None for missing biases.
+def split_gradients(sums: Tensor, weights: BeforeCellWeights) -> BeforeCellWeights:
+    """Split the sums of :func:`before_cell_backward` into gradients of the parameters, whose
+    convolution weight may be (E, 1, 3, 3), too; None for missing biases.
     """
     sizes = gradient_sizes(weights)
     grads = dict(zip(sizes, sums.split([*sizes.values()])))
-    return grads['x'], BeforeCellWeights(
+    return BeforeCellWeights(
         **{n: None if p is None else grads[n].view(p.shape) for n, p in weights._asdict().items()}
     )

@@ -1,11 +1,11 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """The ViL layer with fused kernels: the functions of :mod:`mmvil.ops.vil_layer_eager`. They save
-the same tensors for backward, and the weights of both projections in the dtype of the features.
+the same tensors for backward, and weights as the kernels read them.
 
 What remains are torch's matrix products, the norm, the cell, and one fused part before and one
-after it. Under autocast, including casts of weights, this takes 7 launches besides the cell's in
-the forward pass and 16 in the backward pass, versus about 48 and 105 in the PyTorch form. Each part
-is a torch operator, so a compiler sees one node for it.
+after it. Under autocast, including casts of weights and the residual connection, this takes 9
+launches besides the cell's in the forward pass and 13 in the backward pass, versus about 48 and 105
+in the PyTorch form. Each part is a torch operator, so a compiler sees one node for it.
 """
 
 from types import SimpleNamespace
@@ -19,11 +19,11 @@ from ..compat import is_compiling
 from ..layout import split_heads
 from ..mlstm import mlstm_backward, mlstm_forward
 from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_weight_grad
-from . import on_input_device, reduction
 from .conv_qkv_gates import BeforeCellWeights, before_cell
-from .conv_qkv_gates_backward import before_cell_backward, gradient_sizes, split_gradients
-from .layer_norm import layer_norm, layer_norm_backward
-from .norm_skip_gate import after_cell, after_cell_backward
+from .conv_qkv_gates_backward import before_cell_backward, before_cell_sums, split_gradients
+from .layer_norm import layer_norm, layer_norm_backward, layer_norm_sums
+from .norm_skip_gate import after_cell, after_cell_backward, after_cell_sums
+from .reduction import add_partial_sums, convert_and_sum, token_sums
 
 
 def forward(
@@ -38,47 +38,53 @@ def forward(
     )
     up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)
+    taps = w.conv_weight.movedim(0, -1).contiguous()
+    weights = [*_before_cell_weights(w)._replace(conv_weight=taps)]
     a, q, k, v, gates = parts.before_cell(
-        x_m, _before_cell_weights(w), settings.grid, settings.heads, settings.reverse, True
+        x_m, weights, settings.grid, settings.heads, settings.reverse, True
     )
     igate, fgate = gates.unbind(0)
     h, normalizer = parts.mlstm(q, k, v, igate, fgate, settings.reverse, *settings.form)
     cell = (a, q, k, v) if settings.save_cell_inputs else ()
-    saved = (up_weight, down_weight, x_m, z, h, igate, fgate, normalizer, *cell)
+    saved = (up_weight, down_weight, taps, x_m, z, h, igate, fgate, normalizer, *cell)
     del q, k, v
     y = parts.after_cell(h, a, z, *_after_cell_parameters(w, settings))
-    return F.linear(y, down_weight, down_bias), saved
+    out = F.linear(y, down_weight, down_bias)
+    return x + out if settings.residual else out, saved
 
 
 def gradients(
     y_grad: Tensor, saved: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
     """Compute all gradients like :func:`mmvil.ops.vil_layer_eager.gradients`."""
-    x, up_weight, down_weight, x_m, z, h, igate, fgate, normalizer, *cell = saved
+    x, up_weight, down_weight, taps, x_m, z, h, igate, fgate, normalizer, *cell = saved
     parts = _parts(x)
-    y_grad = y_grad.to(settings.dtype)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
-    weights = _before_cell_weights(w)
+    weights = [*_before_cell_weights(w)._replace(conv_weight=taps)]
     if not cell:
         *cell, _ = parts.before_cell(x_m, weights, grid, heads, reverse, False)
     a, q, k, v = cell
 
     # Down-projection, and the fused part after the cell.
+    residual_grad = y_grad if settings.residual else None
+    if w.down_bias is None:
+        y_grad, down_sums = y_grad.to(settings.dtype), []
+    else:
+        converted, *down_sums = parts.convert_and_sum(y_grad, settings.dtype)
+        y_grad = y_grad if y_grad.dtype == settings.dtype else converted
     gated_grad = torch.matmul(y_grad, down_weight)  # (B, N, E)
-    gated, h_grad, delta, c_grad, up_grad, after_grads = parts.after_cell_backward(
+    gated, h_grad, delta, c_grad, up_grad, after_sums = parts.after_cell_backward(
         gated_grad, h, a, z, *_after_cell_parameters(w, settings)
     )
     down_weight_grad = linear_weight_grad(y_grad, gated)
-    down_bias_grad = None if w.down_bias is None else parts.sum_rows(y_grad.flatten(0, 1))
-    out_norm_weight_grad, out_norm_bias_grad, skip_grad, z_grad_sum = after_grads.unbind(0)
-    del gated_grad, gated
+    del gated_grad, gated, y_grad
 
     # Cell, and the fused part before it.
     q_grad, k_grad, v_grad, igate_grad, fgate_grad = parts.mlstm_backward(
         h_grad, q, k, v, igate, fgate, h, normalizer, reverse, *settings.form, delta
     )
     del h_grad, q, k, v, cell
-    sums = parts.before_cell_backward(
+    before_sums = parts.before_cell_backward(
         q_grad,
         k_grad=k_grad,
         v_grad=v_grad,
@@ -92,26 +98,35 @@ def gradients(
         reverse=reverse,
         x_grad=up_grad.chunk(2, dim=-1)[0],  # written by the operator
     )
-    x_m_grad_sum, before_grads = split_gradients(sums, BeforeCellWeights(*weights))
     del q_grad, k_grad, v_grad, c_grad, a
 
     # Up-projection and norm.
     x_norm_grad = torch.matmul(up_grad, up_weight)
-    x_norm, x_grad, norm_grads = parts.layer_norm_backward(
-        x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps
+    x_norm, x_grad, norm_sums = parts.layer_norm_backward(
+        x_norm_grad, x, w.norm_weight, w.norm_bias, settings.norm_eps, residual_grad
     )
     up_weight_grad = linear_weight_grad(up_grad, x_norm)
+
+    # Sums over tokens. Those of both halves of the up-projection's output are side by side.
+    partial_sums = [before_sums, after_sums, norm_sums, *down_sums]
+    sums = parts.add_partial_sums(partial_sums[0], partial_sums[1:])
+    before, after, norm, *down = sums.split([part.shape[1] for part in partial_sums])
+    before_grads = split_gradients(before, _before_cell_weights(w))
+    end, inner = before.shape[0], z.shape[2]
+    up_bias_grad = sums[end - inner : end + inner]
+    _, out_norm_weight_grad, out_norm_bias_grad, skip_grad = after.view(4, inner)
+    norm_weight_grad, norm_bias_grad = norm.view(2, -1)
     return x_grad, LayerWeights(
-        norm_weight=norm_grads[0],
-        norm_bias=None if w.norm_bias is None else norm_grads[1],
+        norm_weight=norm_weight_grad,
+        norm_bias=None if w.norm_bias is None else norm_bias_grad,
         up_weight=up_weight_grad,
-        up_bias=None if w.up_bias is None else torch.cat([x_m_grad_sum, z_grad_sum]),
+        up_bias=None if w.up_bias is None else up_bias_grad,
         **before_grads._asdict(),
         out_norm_weight=out_norm_weight_grad,
         out_norm_bias=None if w.out_norm_bias is None else out_norm_bias_grad,
         skip=skip_grad,
         down_weight=down_weight_grad,
-        down_bias=down_bias_grad,
+        down_bias=down[0] if down else None,
     )
 
 
@@ -121,15 +136,13 @@ def _parts(x: Tensor):
     return torch.ops.mmvil if observed else _FUNCTIONS
 
 
-def _before_cell_weights(w: LayerWeights) -> list[Tensor | None]:
-    return [getattr(w, name) for name in BeforeCellWeights._fields]
+def _before_cell_weights(w: LayerWeights) -> BeforeCellWeights:
+    return BeforeCellWeights(*(getattr(w, name) for name in BeforeCellWeights._fields))
 
 
 def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:
     return w.out_norm_weight, w.out_norm_bias, w.skip, settings.out_norm_eps
 
-
-sum_rows = on_input_device(reduction.sum_rows)
 
 _FUNCTIONS = SimpleNamespace(
     layer_norm=layer_norm,
@@ -140,7 +153,8 @@ _FUNCTIONS = SimpleNamespace(
     mlstm_backward=mlstm_backward,
     after_cell=after_cell,
     after_cell_backward=after_cell_backward,
-    sum_rows=sum_rows,
+    convert_and_sum=convert_and_sum,
+    add_partial_sums=add_partial_sums,
 )
 """The operators' Python functions, which take half as long to call."""
 
@@ -153,8 +167,8 @@ _library.define(
     'layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor y'
 )
 _library.define(
-    'layer_norm_backward(Tensor y_grad, Tensor x, Tensor weight, Tensor? bias, float eps)'
-    ' -> (Tensor y, Tensor x_grad, Tensor parameter_grads)'
+    'layer_norm_backward(Tensor y_grad, Tensor x, Tensor weight, Tensor? bias, float eps,'
+    ' Tensor? residual_grad=None) -> (Tensor y, Tensor x_grad, Tensor partial_sums)'
 )
 _library.define(
     'before_cell(Tensor x, Tensor?[] weights, SymInt[] grid, SymInt heads, bool reverse,'
@@ -163,7 +177,7 @@ _library.define(
 _library.define(
     'before_cell_backward(Tensor q_grad, Tensor k_grad, Tensor v_grad, Tensor igate_grad,'
     ' Tensor fgate_grad, Tensor c_grad, Tensor a, Tensor x, Tensor?[] weights, SymInt[] grid,'
-    ' bool reverse, Tensor(a!) x_grad) -> Tensor'
+    ' bool reverse, Tensor(a!) x_grad) -> Tensor partial_sums'
 )
 _library.define(
     'after_cell(Tensor h, Tensor a, Tensor z, Tensor weight, Tensor? bias, Tensor skip, float eps)'
@@ -172,10 +186,10 @@ _library.define(
 _library.define(
     'after_cell_backward(Tensor y_grad, Tensor h, Tensor a, Tensor z, Tensor weight, Tensor? bias,'
     ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor delta, Tensor c_grad,'
-    ' Tensor up_grad, Tensor parameter_grads)'
+    ' Tensor up_grad, Tensor partial_sums)'
 )
-
-_library.define('sum_rows(Tensor x) -> Tensor')
+_library.define('convert_and_sum(Tensor x, ScalarType dtype) -> (Tensor copy, Tensor partial_sums)')
+_library.define('add_partial_sums(Tensor first, Tensor[] others) -> Tensor')
 
 
 def _layer_norm_fake(x, weight, bias, eps, dtype):
@@ -184,7 +198,7 @@ def _layer_norm_fake(x, weight, bias, eps, dtype):
 
 def _layer_norm_backward_fake(y_grad, x, *_):
     y, x_grad = y_grad.new_empty(x.shape), x.new_empty(x.shape)
-    return y, x_grad, x.new_empty(2, x.shape[-1], dtype=torch.float32)
+    return y, x_grad, layer_norm_sums(x)[1]
 
 
 def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
@@ -196,8 +210,7 @@ def _before_cell_fake(x, weights, grid, heads, reverse, with_gates):
 
 def _before_cell_backward_fake(*args):
     *_, x, weights, _, _, _ = args
-    size = sum(gradient_sizes(BeforeCellWeights(*weights)).values())
-    return x.new_empty(size, dtype=torch.float32)
+    return before_cell_sums(x, BeforeCellWeights(*weights))[-1]
 
 
 def _after_cell_fake(h, a, z, *_):
@@ -207,13 +220,18 @@ def _after_cell_fake(h, a, z, *_):
 def _after_cell_backward_fake(y_grad, h, a, z, *_):
     y, h_grad, c_grad = (z.new_empty(z.shape) for _ in range(3))
     up_grad = z.new_empty(*z.shape[:2], 2 * z.shape[2])
-    parameter_grads = z.new_empty(4, z.shape[2], dtype=torch.float32)
     delta = h.new_empty(h.shape[:3], dtype=torch.float32)
-    return y, split_heads(h_grad, h.shape[1]), delta, c_grad, up_grad, parameter_grads
+    sums = after_cell_sums(z, h.shape[1])[1]
+    return y, split_heads(h_grad, h.shape[1]), delta, c_grad, up_grad, sums
 
 
-def _sum_rows_fake(x):
-    return x.new_empty(x.shape[1], dtype=torch.float32)
+def _convert_and_sum_fake(x, dtype):
+    copy = x.new_empty(0 if x.dtype == dtype else x.shape, dtype=dtype)
+    return copy, token_sums(x)[1]
+
+
+def _add_partial_sums_fake(first, others):
+    return first.new_empty(sum(x.shape[1] for x in (first, *others)))
 
 
 for _function, _fake in (
@@ -223,7 +241,8 @@ for _function, _fake in (
     (before_cell_backward, _before_cell_backward_fake),
     (after_cell, _after_cell_fake),
     (after_cell_backward, _after_cell_backward_fake),
-    (sum_rows, _sum_rows_fake),
+    (convert_and_sum, _convert_and_sum_fake),
+    (add_partial_sums, _add_partial_sums_fake),
 ):
     _library.impl(_function.__name__, _function, 'CompositeExplicitAutograd')
     _library.impl(_function.__name__, _fake, 'Meta')

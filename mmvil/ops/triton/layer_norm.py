@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import contiguous, token_rows
 from . import cdiv, launch, next_power_of_2, on_input_device
-from .reduction import split_tokens, sum_rows
+from .reduction import split_tokens
 from .tiles import load_row
 
 
@@ -55,12 +55,12 @@ def layer_norm_kernel(
 
 @triton.jit(do_not_specialize=['tokens', 'tokens_per_program'])
 def layer_norm_backward_kernel(
-    x, x_stride, y_grad, weight, bias, y, x_grad, sums, sums_stride,
+    x, x_stride, y_grad, residual_grad, weight, bias, y, x_grad, sums, sums_stride,
     tokens, tokens_per_program, eps,
     D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Recompute y, and compute the gradient of x and partial sums of those of weight and bias (2,
-    D), for some tiles of tokens.
+    """Recompute y, and compute the gradient of x, plus that of a residual connection if there is
+    one, and partial sums of those of weight and bias (2, D), for some tiles of tokens.
     """
     program, channel = tl.program_id(0), tl.arange(0, C)
     present = channel < D
@@ -77,11 +77,15 @@ def layer_norm_backward_kernel(
         # All loads before the first store, behind which they could not be prefetched.
         x_tile = tl.load(x + offset * x_stride + channel[None, :], mask=inside, other=0)
         dy = tl.load(y_grad + here, mask=inside, other=0).to(tl.float32)
+        if residual_grad is not None:
+            residual = tl.load(residual_grad + here, mask=inside, other=0)
         normed, rstd = normalize(x_tile.to(tl.float32), present[None, :], eps, D)
         tl.store(y + here, (normed * w + b).to(y.dtype.element_ty), mask=inside)
         weight_grad += dy * normed
         bias_grad += dy
         dx = normalize_backward(dy * w, normed, rstd, D)
+        if residual_grad is not None:
+            dx += residual.to(tl.float32)
         tl.store(x_grad + here, dx.to(x_grad.dtype.element_ty), mask=inside)
     sums += tl.cast(program, tl.int64) * sums_stride + channel
     tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
@@ -123,29 +127,34 @@ def layer_norm(
 
 @on_input_device
 def layer_norm_backward(
-    y_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    y_grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of :func:`layer_norm`.
 
     Args:
         y_grad (Tensor): Shape (B, N, D), in the dtype of the output.
         x, weight, bias, eps: As in the forward pass.
+        residual_grad (Tensor, optional): Added to the gradient of x, shape (B, N, D).
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The recomputed output; gradients of x, and of weight and bias
-        (2, D) in float32.
+        tuple[Tensor, Tensor, Tensor]: The recomputed output; the gradient of x; partial sums of
+        those of weight and bias (programs, 2D), in float32.
     """
-    rows, tile, size = token_rows(x), _tile(x, 1024), x.shape[-1]
+    rows, tile = token_rows(x), _tile(x, 1024)
     y, x_grad = (torch.empty(x.shape, dtype=d, device=x.device) for d in (y_grad.dtype, x.dtype))
-    # On an H100, 512 programs are faster than 1024, which write twice as many partial sums.
-    share, programs = split_tokens(len(rows), tile['T'], 1, programs=512)
-    sums = x.new_empty(programs, 2 * size, dtype=torch.float32)
+    share, sums = layer_norm_sums(x)
     launch(
         layer_norm_backward_kernel,
-        programs,
+        len(sums),
         x=rows,
         x_stride=rows.stride(0),
         y_grad=y_grad.contiguous(),
+        residual_grad=contiguous(residual_grad),
         weight=contiguous(weight),
         bias=contiguous(bias),
         y=y,
@@ -157,7 +166,15 @@ def layer_norm_backward(
         eps=eps,
         **tile,
     )
-    return y, x_grad, sum_rows(sums).view(2, size)
+    return y, x_grad, sums
+
+
+def layer_norm_sums(x: Tensor) -> tuple[int, Tensor]:
+    """Tokens per program of the backward kernel, and memory for its sums."""
+    batch, tokens, size = x.shape
+    # On an H100, 512 programs are faster than 1024, which write twice as many partial sums.
+    share, programs = split_tokens(batch * tokens, _tile(x, 1024)['T'], 1, programs=512)
+    return share, x.new_empty(programs, 2 * size, dtype=torch.float32)
 
 
 def _tile(x: Tensor, size: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ r"""Head-wise norm, skip and output gate of the ViL layer as fused kernels, forw
 The norm is over the channels of a head. In one launch, the forward kernel reads h, a and z and
 writes y: 4 tensors of shape (B, N, E). The backward kernel reads the gradient of y, h, a and z, and
 writes the gradients of h, c = SiLU(a) and z, and y again for the weight gradient of the
-down-projection: 8 tensors, and a small second launch for the sums over tokens.
+down-projection: 8 tensors, and partial sums over tokens.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from ..layout import contiguous, split_heads, token_rows, with_unit_stride
 from . import cdiv, launch, next_power_of_2, on_input_device
 from .activation import sigmoid
 from .layer_norm import normalize, normalize_backward
-from .reduction import split_tokens, sum_rows
+from .reduction import split_tokens
 from .tiles import load_row
 
 # -- Kernels ---------------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ def after_cell_backward_kernel(
         tl.store(to, tl.sum(dh.to(tl.float32) * h_tile, axis=1), mask=token < tokens)
 
     sums += program.to(tl.int64) * sums_stride + channel
-    tl.store(sums, tl.sum(weight_grad, axis=0), mask=present)
-    tl.store(sums + E, tl.sum(bias_grad, axis=0), mask=present)
-    tl.store(sums + 2 * E, tl.sum(skip_grad, axis=0), mask=present)
-    tl.store(sums + 3 * E, tl.sum(z_grad_sum, axis=0), mask=present)
+    tl.store(sums, tl.sum(z_grad_sum, axis=0), mask=present)
+    tl.store(sums + E, tl.sum(weight_grad, axis=0), mask=present)
+    tl.store(sums + 2 * E, tl.sum(bias_grad, axis=0), mask=present)
+    tl.store(sums + 3 * E, tl.sum(skip_grad, axis=0), mask=present)
 
 
 # -- Launches --------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def after_cell_backward(
         tuple: y of the forward pass (B, N, E); gradient of h (B, NH, N, DH), in the memory layout
         of (B, N, E); the sum over channels of h times that gradient (B, NH, N), in float32;
         gradients of c = SiLU(a) (B, N, E) and of both halves of the up-projection's output (B, N,
-        2E), of which only the second, that of z, is written; gradients of weight, bias and skip,
-        and the sum of that of z over tokens (4, E), in float32.
+        2E), of which only the second, that of z, is written; partial sums of the gradients of z,
+        weight, bias and skip (programs, 4E), in float32.
     """
     arguments = _shared_arguments(h, a, z, weight, bias, skip, eps, tile_size=1024)
     tokens, heads, channels = arguments['tokens'], h.shape[1], z.shape[-1]
@@ -192,12 +192,10 @@ def after_cell_backward(
     delta = torch.empty(h.shape[:3], dtype=torch.float32, device=z.device)
     up_grad = torch.empty((*z.shape[:2], 2 * channels), dtype=z.dtype, device=z.device)
     z_grad = up_grad.view(tokens, 2 * channels)[:, channels:]
-    # Three fit a multiprocessor: on an H100, all run at the same time, which is the fastest.
-    share, programs = split_tokens(tokens, arguments['T'], heads, programs=384)
-    sums = z.new_empty(programs, 4 * channels, dtype=torch.float32)
+    share, sums = after_cell_sums(z, heads)
     launch(
         after_cell_backward_kernel,
-        programs,
+        len(sums),
         heads,
         **arguments,
         y_grad=y_grad.contiguous(),
@@ -211,7 +209,22 @@ def after_cell_backward(
         sums_stride=sums.stride(0),
         tokens_per_program=share,
     )
-    return y, split_heads(h_grad, heads), delta, c_grad, up_grad, sum_rows(sums).view(4, channels)
+    return y, split_heads(h_grad, heads), delta, c_grad, up_grad, sums
+
+
+def after_cell_sums(z: Tensor, heads: int) -> tuple[int, Tensor]:
+    """Tokens per program of the backward kernel, and memory for its sums."""
+    batch, tokens, channels = z.shape
+    tile = _tile_sizes(channels // heads, 1024)
+    # Three fit a multiprocessor: on an H100, all run at the same time, which is the fastest.
+    share, programs = split_tokens(batch * tokens, tile['T'], heads, programs=384)
+    return share, z.new_empty(programs, 4 * channels, dtype=torch.float32)
+
+
+def _tile_sizes(head_width: int, size: int) -> dict[str, int]:
+    """Tokens and channels of tiles of about ``size`` values."""
+    columns = next_power_of_2(head_width)
+    return dict(T=max(1, min(64, size // columns)), C=columns)
 
 
 def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -> dict[str, Any]:
@@ -219,7 +232,6 @@ def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -
     h, rows = with_unit_stride(h), token_rows(z)
     heads, channels = h.shape[1], z.shape[-1]
     batch_stride, head_stride, position_stride, _ = h.stride()
-    channel_tile = next_power_of_2(channels // heads)
     return dict(
         h=h,
         batch_stride=batch_stride,
@@ -236,6 +248,5 @@ def _shared_arguments(h, a, z, weight, bias, skip, eps: float, tile_size: int) -
         eps=eps,
         E=channels,
         NH=heads,
-        T=max(1, min(64, tile_size // channel_tile)),
-        C=channel_tile,
+        **_tile_sizes(channels // heads, tile_size),
     )
