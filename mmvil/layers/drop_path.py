@@ -31,21 +31,22 @@ class DropPath(nn.Module):
         self,
         x: Tensor,
         branch: Callable[[Tensor], Tensor],
-        whole: Callable[[Tensor], Tensor] | None = None,
+        residual_branch: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Add the branch to x.
 
         Args:
             x (Tensor): Shape (B, N, C).
             branch (Callable): Maps (b, N, C) to (b, N, C) for any b, sample by sample.
-            whole (Callable, optional): Faster way to compute x plus the branch of x, for calls in
-                which no sample can be dropped.
+            residual_branch (Callable, optional): Faster way to add the branch: maps x, a factor
+                for the branch (default: 1) and indices of kept samples (default: None, for all) to
+                the result.
 
         Returns:
             Tensor: Shape (B, N, C).
         """
         if self.drop_prob == 0 or not self.training:
-            return whole(x) if whole else x + branch(x)
+            return residual_branch(x) if residual_branch else x + branch(x)
         keep_prob = 1 - self.drop_prob
         if is_compiling() or is_tracing() or is_transforming():  # these need fixed shapes
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
@@ -54,10 +55,13 @@ class DropPath(nn.Module):
         if len(kept) == 0:
             # Distributed data parallel expects gradients of the branch's parameters.
             return x + branch(x) * 0
-        if len(kept) == x.shape[0]:
+        kept = None if len(kept) == x.shape[0] else kept.to(x.device, non_blocking=True)
+        if residual_branch:
+            return residual_branch(x, 1 / keep_prob, kept)
+        if kept is None:
             return x.add(branch(x), alpha=1 / keep_prob)
-        kept = kept.to(x.device, non_blocking=True)
-        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=1 / keep_prob)
+        part = branch(x.index_select(0, kept))
+        return x.index_add(0, kept, part.to(x.dtype), alpha=1 / keep_prob)
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'

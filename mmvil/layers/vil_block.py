@@ -125,10 +125,10 @@ class ViLBlock(nn.Module):
         if weights is None:
             return self.drop_path(x, lambda tokens: self._layer(tokens, grid))
 
-        def layer(tokens, residual=False):
-            return self._fused_layer(tokens, grid, weights, residual)
+        def residual_layer(tokens, scale=1.0, samples=None):
+            return self._fused_layer(tokens, grid, weights, scale, samples)
 
-        return self.drop_path(x, layer, partial(layer, residual=True))
+        return self.drop_path(x, partial(residual_layer, scale=None), residual_layer)
 
     def gates(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations.
@@ -175,7 +175,12 @@ class ViLBlock(nn.Module):
         return c, q, k, v, igate, fgate
 
     def _fused_layer(
-        self, x: Tensor, grid: tuple[int, int], weights: LayerWeights, residual: bool
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        weights: LayerWeights,
+        residual_scale: float | None,
+        samples: Tensor | None,
     ) -> Tensor:
         """Compute the layer, with or without its residual connection, as one function of all
         weights, which saves little for backward.
@@ -197,9 +202,9 @@ class ViLBlock(nn.Module):
             out_norm_eps=self.out_norm.eps,
             dtype=dtype,
             save_cell_inputs=self.lean == 'cell',
-            residual=residual,
+            residual_scale=residual_scale,
         )
-        return vil_layer(x, weights, settings)
+        return vil_layer(x, weights, settings, samples)
 
     def _fusible_weights(self) -> LayerWeights | None:
         """Weights of all submodules, or None if the submodules have to be called.

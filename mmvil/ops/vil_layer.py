@@ -19,7 +19,9 @@ from .mlstm import reject_double_backward
 from .vil_layer_common import LayerSettings, LayerWeights, cast, cast_together
 
 
-def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tensor:
+def vil_layer(
+    x: Tensor, weights: LayerWeights, settings: LayerSettings, samples: Tensor | None = None
+) -> Tensor:
     """Norm, up-projection, convolution, mLSTM, gated product and down-projection (ViL, arXiv
     2406.04303, figure 2).
 
@@ -27,22 +29,25 @@ def vil_layer(x: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tens
         x (Tensor): Tokens, shape (B, N, D).
         weights (LayerWeights): Parameters.
         settings (LayerSettings): Token grid, direction, dtype, residual connection.
+        samples (Tensor, optional): Indices of samples, each at most once. The layer is computed for
+            these, and the others keep their values. Needs the residual connection. Default: None,
+            for all.
 
     Returns:
         Tensor: Shape (B, N, D), in ``settings.dtype`` or, with the residual connection, that dtype
             promoted with the input's. First derivatives only.
     """
     if not is_exporting() and (torch.is_grad_enabled() or is_compiling()):
-        return _ViLLayer.apply(settings, x, *weights)
-    return _forward(x, weights, settings)[0]
+        return _ViLLayer.apply(settings, samples, x, *weights)
+    return _forward(x, weights, settings, samples)[0]
 
 
 class _ViLLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, x, *weights):
-        y, saved = _forward(x, LayerWeights(*weights), settings)
-        ctx.settings = settings
-        ctx.save_for_backward(x, *saved, *weights)
+    def forward(ctx, settings, samples, x, *weights):
+        y, saved = _forward(x, LayerWeights(*weights), settings, samples)
+        ctx.settings, ctx.samples = settings, samples
+        ctx.save_for_backward(*saved, *weights)
         return y
 
     @staticmethod
@@ -57,20 +62,32 @@ class _ViLLayer(torch.autograd.Function):
                 )
         tensors, count = ctx.saved_tensors, len(LayerWeights._fields)  # read once: checkpointing
         x, saved, weights = tensors[0], tensors[:-count], LayerWeights(*tensors[-count:])
-        implementation = _implementation(ctx.settings)
+        implementation, samples = _implementation(ctx.settings), ctx.samples
+        part_grad = y_grad if samples is None else y_grad.index_select(0, samples)
         with without_autocast(x):
-            x_grad, grads = implementation.gradients(y_grad, saved, weights, ctx.settings)
-        _, x_needed, *needed = ctx.needs_input_grad
+            x_grad, grads = implementation.gradients(part_grad, saved, weights, ctx.settings)
+        *_, x_needed = ctx.needs_input_grad[:3]
+        x_grad = cast(x_grad, x.dtype) if x_needed else None
+        if x_needed and samples is not None:
+            x_grad = y_grad.index_copy(0, samples, x_grad)
+        needed = ctx.needs_input_grad[3:]
         grads = [grad if need else None for grad, need in zip(grads, needed)]
         grads = cast_together(grads, [None if w is None else w.dtype for w in weights])
-        return None, cast(x_grad, x.dtype) if x_needed else None, *grads
+        return None, None, x_grad, *grads
 
 
 def _forward(
-    x: Tensor, w: LayerWeights, settings: LayerSettings
+    x: Tensor, w: LayerWeights, settings: LayerSettings, samples: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute the output, and the tensors to save for backward, of which the input is the first."""
+    part, scale = x if samples is None else x.index_select(0, samples), settings.residual_scale
     with without_autocast(x):  # dtypes are explicit here
-        return _implementation(settings).forward(x, w, settings)
+        y, saved = _implementation(settings).forward(part, w, settings)
+    if samples is not None:
+        y = x.index_add(0, samples, y.to(x.dtype), alpha=scale)
+    elif scale is not None:
+        y = x + y if scale == 1 else x.add(y, alpha=scale)
+    return y, (part, *saved)
 
 
 def _implementation(settings: LayerSettings):

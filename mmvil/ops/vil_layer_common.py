@@ -51,8 +51,8 @@ class LayerSettings(NamedTuple):
     """Dtype of features and matrix products; gates and statistics are at least float32."""
     save_cell_inputs: bool = False
     """Keep q, k, v and the convolution's output for backward."""
-    residual: bool = False
-    """Add the input to the output."""
+    residual_scale: float | None = None
+    """Return the input plus this number times the layer's output, unless it is None."""
 
 
 def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

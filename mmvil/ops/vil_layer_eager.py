@@ -35,7 +35,7 @@ from .vil_layer_common import (
 def forward(
     x: Tensor, w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute the layer.
+    """Compute the layer, without the residual connection.
 
     Args:
         x (Tensor): Tokens, shape (B, N, D).
@@ -64,8 +64,6 @@ def forward(
     h_norm, _, _ = _head_norm(h, settings)
     mixed = _mix_(h_norm, c, w, settings).mul_(F.silu(z))
     y = F.linear(mixed, cast(w.down_weight, settings.dtype), cast(w.down_bias, settings.dtype))
-    if settings.residual:
-        y = x + y
     cell = (a, q, k, v) if settings.save_cell_inputs else ()
     return y, (x_m, z, h, igate, fgate, normalizer, *cell)
 
@@ -73,7 +71,8 @@ def forward(
 def gradients(
     y_grad: Tensor, saved: tuple[Tensor, ...], w: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, LayerWeights]:
-    """Compute the gradients of the input (B, N, D) and of all weights.
+    """Compute the gradients of the input (B, N, D) and of all weights, with the residual
+    connection.
 
     Args:
         y_grad (Tensor): Gradient of the output, shape (B, N, D).
@@ -82,7 +81,8 @@ def gradients(
         w, settings: As in the forward pass.
     """
     x, x_m, z, h, igate, fgate, normalizer, *cell = saved
-    residual_grad, y_grad = y_grad, y_grad.to(settings.dtype)
+    residual_grad, scale = y_grad, settings.residual_scale
+    y_grad = (y_grad if scale in (None, 1) else y_grad * scale).to(settings.dtype)
     a, *qkv = cell or [_convolve(x_m, w, settings)]
     c = F.silu(a)
     projections = prepare_projections(w, settings.heads, settings.dtype)
@@ -155,7 +155,7 @@ def gradients(
     x_grad, norm_weight_grad, norm_bias_grad = _layer_norm_backward(
         x_norm_grad.view(x.shape), x, mean, rstd, w.norm_weight, w.norm_bias
     )
-    if settings.residual:
+    if scale is not None:
         x_grad = x_grad.add_(residual_grad)
 
     heads = settings.heads

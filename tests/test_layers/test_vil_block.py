@@ -44,6 +44,22 @@ def test_fused_layer_equals_autograd(version, reverse):
     assert all(torch.equal(kept[name], value) for name, value in actual.items())
 
 
+@pytest.mark.parametrize('kept', [[0, 3], [0, 1, 2, 3], []])
+def test_fused_layer_drops_samples_like_autograd(kept, monkeypatch):
+    block = make_block(drop_path_rate=0.4).train()
+    draws = torch.ones(4)
+    draws[kept] = 0
+    monkeypatch.setattr(torch, 'rand', lambda size: draws)
+    x = torch.randn(4, 35, 16, dtype=torch.float64)
+    expected, actual = run(block, x, lean=False), run(block, x, lean=True)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-9 or not value.any(), name
+    with torch.no_grad():
+        assert torch.equal(block(x, GRID), actual['output'])
+    dropped = [sample for sample in range(4) if sample not in kept]
+    assert torch.equal(actual['output'][dropped], x[dropped])
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_fused_layer_under_autocast_is_close_to_float32(dtype, tolerance):
     block = make_block(dtype=torch.float32)

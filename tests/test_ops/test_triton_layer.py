@@ -405,15 +405,18 @@ def test_before_cell_rejects_an_output_that_it_cannot_view(x_grad):
     [(2, False), *(pytest.param(v, True, marks=pytest.mark.slow) for v in (1, 2))],
 )
 def test_block_with_kernels_equals_plain_block_in_float64(version, reverse):
+    """A third of the samples is dropped in the forward direction."""
     torch.manual_seed(0)
     block = ViLBlock(32, num_heads=4, version=version, reverse=reverse, backend='triton')
+    block.drop_path.drop_prob = 0 if reverse else 1 / 3
     for parameter in block.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    x, grid = torch.randn(2, 15, 32), (5, 3)
+    x, grid = torch.randn(3, 15, 32), (5, 3)
 
     def run(block, dtype):
         block = block.to(DEVICE, dtype)
         inputs = x.detach().to(DEVICE, dtype).requires_grad_()
+        torch.manual_seed(0)  # drops one of three
         y = block(inputs, grid)
         (
             y * torch.linspace(-1, 1, y.numel(), dtype=dtype, device=DEVICE).view_as(y)
@@ -457,7 +460,7 @@ def test_fake_operators_match_real_outputs(case):
         before_cell_backward=(h, h, h, gate, gate, a, a, x, *before, case.reverse, y),
         after_cell=(h, a, x, parameter, None, parameter, 1e-5),
         after_cell_backward=(y, h, a, x, parameter, parameter, parameter, 1e-5),
-        convert_and_sum=(x, torch.bfloat16),
+        convert_and_sum=(x, torch.bfloat16, 0.5),
         add_partial_sums=(randn(3, 5), [randn(2, 33)]),
     ).items():
         operator = getattr(torch.ops.mmvil, name).default
@@ -578,13 +581,10 @@ def test_gradients_are_the_same_bits_every_time():
 @pytest.mark.parametrize('tokens, width', [(0, 5), (1, 33), (65, 20), (550, 40)])
 def test_convert_and_sum_equals_pytorch(tokens, width, dtype):
     x = 3 + randn(width, 2, tokens).movedim(0, 2)
-    copy, sums = convert_and_sum(x, dtype)
-    if dtype == x.dtype:
-        assert not copy.numel()
-    else:
-        assert torch.allclose(copy.float(), x, rtol=2**-7)  # the interpreter truncates
-        x = copy
-    assert torch.allclose(sums.sum(0), x.double().sum((0, 1)).float(), rtol=1e-5)
+    y, sums = convert_and_sum(x, dtype, 1.25)
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), 1.25 * x, rtol=2**-7)  # the interpreter truncates
+    assert torch.allclose(sums.sum(0), y.double().sum((0, 1)).float(), rtol=1e-5)
 
 
 @runs_kernels
@@ -760,14 +760,14 @@ def _is_copy(x, y):
 
 
 def traffic(head_width, size, save_cell_inputs=False):
-    """Counts of the forward and the backward pass, with the residual connection, and the bytes of
-    one (B, N, E).
+    """Counts of the forward pass, without the residual connection, and of the backward pass, with
+    it, and the bytes of one (B, N, E).
     """
     from mmvil.ops.triton import fused_layer
     from tests.test_ops.triton_offline import layer_inputs
 
     x, weights, settings = layer_inputs(head_width, size)
-    settings = settings._replace(save_cell_inputs=save_cell_inputs, residual=True)
+    settings = settings._replace(save_cell_inputs=save_cell_inputs, residual_scale=1)
 
     def count(function, *args):
         mode = Traffic()
@@ -778,8 +778,8 @@ def traffic(head_width, size, save_cell_inputs=False):
         with mock.patch.object(JITFunction, 'run', launch), mode:
             return mode, function(*args)
 
-    forward, (y, saved) = count(fused_layer.forward, x, weights, settings)
-    backward, _ = count(fused_layer.gradients, y, (x, *saved), weights, settings)
+    forward, (_, saved) = count(fused_layer.forward, x, weights, settings)
+    backward, _ = count(fused_layer.gradients, x, (x, *saved), weights, settings)
     return forward, backward, x.numel() * 2 * 2
 
 
@@ -789,7 +789,7 @@ def traffic(head_width, size, save_cell_inputs=False):
 @pytest.mark.parametrize('save_cell_inputs, backward', [(False, 48), (True, 43)])
 def test_layer_moves_few_bytes(head_width, size, save_cell_inputs, backward):
     *counts, unit = traffic(head_width, size, save_cell_inputs)
-    for count, most, most_beside_cell in zip(counts, (22, backward), (17.7, backward - 7.3)):
+    for count, most, most_beside_cell in zip(counts, (20, backward), (15.2, backward - 7.3)):
         units, of_cell = count.bytes / unit, count.cell_bytes / unit
         print(f'{head_width} {size}: {units:.1f} (B, N, E), cell {of_cell:.1f}, {count.launches}')
         assert units - of_cell <= most_beside_cell
@@ -800,6 +800,6 @@ def test_layer_moves_few_bytes(head_width, size, save_cell_inputs, backward):
 @pytest.mark.parametrize('save_cell_inputs, launches', [(False, 15), (True, 14)])
 def test_layer_launches_few_kernels(save_cell_inputs, launches):
     forward, backward, _ = traffic(96, 224, save_cell_inputs)
-    assert forward.launches <= 11 and backward.launches <= launches
+    assert forward.launches <= 10 and backward.launches <= launches
     forward, backward, _ = traffic(96, 1024, save_cell_inputs)
-    assert forward.launches <= 13 and backward.launches <= launches + 2
+    assert forward.launches <= 12 and backward.launches <= launches + 2

@@ -49,8 +49,7 @@ def forward(
     saved = (up_weight, down_weight, taps, x_m, z, h, igate, fgate, normalizer, *cell)
     del q, k, v
     y = parts.after_cell(h, a, z, *_after_cell_parameters(w, settings))
-    out = F.linear(y, down_weight, down_bias)
-    return x + out if settings.residual else out, saved
+    return F.linear(y, down_weight, down_bias), saved
 
 
 def gradients(
@@ -66,12 +65,9 @@ def gradients(
     a, q, k, v = cell
 
     # Down-projection, and the fused part after the cell.
-    residual_grad = y_grad if settings.residual else None
-    if w.down_bias is None:
-        y_grad, down_sums = y_grad.to(settings.dtype), []
-    else:
-        converted, *down_sums = parts.convert_and_sum(y_grad, settings.dtype)
-        y_grad = y_grad if y_grad.dtype == settings.dtype else converted
+    scale = settings.residual_scale
+    residual_grad = None if scale is None else y_grad
+    y_grad, *down_sums = parts.convert_and_sum(y_grad, settings.dtype, scale or 1.0)
     gated_grad = torch.matmul(y_grad, down_weight)  # (B, N, E)
     gated, h_grad, delta, c_grad, up_grad, after_sums = parts.after_cell_backward(
         gated_grad, h, a, z, *_after_cell_parameters(w, settings)
@@ -108,7 +104,8 @@ def gradients(
     up_weight_grad = linear_weight_grad(up_grad, x_norm)
 
     # Sums over tokens. Those of both halves of the up-projection's output are side by side.
-    partial_sums = [before_sums, after_sums, norm_sums, *down_sums]
+    partial_sums = [before_sums, after_sums, norm_sums]
+    partial_sums += [] if w.down_bias is None else down_sums
     sums = parts.add_partial_sums(partial_sums[0], partial_sums[1:])
     before, after, norm, *down = sums.split([part.shape[1] for part in partial_sums])
     before_grads = split_gradients(before, _before_cell_weights(w))
@@ -188,7 +185,9 @@ _library.define(
     ' Tensor skip, float eps) -> (Tensor y, Tensor h_grad, Tensor delta, Tensor c_grad,'
     ' Tensor up_grad, Tensor partial_sums)'
 )
-_library.define('convert_and_sum(Tensor x, ScalarType dtype) -> (Tensor copy, Tensor partial_sums)')
+_library.define(
+    'convert_and_sum(Tensor x, ScalarType dtype, float scale) -> (Tensor y, Tensor partial_sums)'
+)
 _library.define('add_partial_sums(Tensor first, Tensor[] others) -> Tensor')
 
 
@@ -225,9 +224,8 @@ def _after_cell_backward_fake(y_grad, h, a, z, *_):
     return y, split_heads(h_grad, h.shape[1]), delta, c_grad, up_grad, sums
 
 
-def _convert_and_sum_fake(x, dtype):
-    copy = x.new_empty(0 if x.dtype == dtype else x.shape, dtype=dtype)
-    return copy, token_sums(x)[1]
+def _convert_and_sum_fake(x, dtype, scale):
+    return x.new_empty(x.shape, dtype=dtype), token_sums(x)[1]
 
 
 def _add_partial_sums_fake(first, others):

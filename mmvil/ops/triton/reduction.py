@@ -36,11 +36,11 @@ def split_tokens(tokens: int, tile: int, programs_beside: int, programs: int) ->
 
 @triton.jit
 def _sum_rows(
-    x, copy, first, end, column,
+    x, y, scale, first, end, column,
     WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Sum rows of x (rows, WIDTH), for C columns, and convert them on the way if there is a copy to
-    write.
+    """Sum rows of x (rows, WIDTH), for C columns, and scale and convert them on the way if there is
+    a place y for the result.
     """
     present = column < WIDTH
     total = tl.zeros((T, C), tl.float32)
@@ -49,22 +49,24 @@ def _sum_rows(
         at = tl.cast(row, tl.int64)[:, None] * WIDTH + column[None, :]
         inside = (row < end)[:, None] & present[None, :]
         value = tl.load(x + at, mask=inside, other=0)
-        if copy is not None:
-            value = value.to(copy.dtype.element_ty)
-            tl.store(copy + at, value, mask=inside)
+        if y is not None:
+            value = (value.to(tl.float32) * scale).to(y.dtype.element_ty)
+            tl.store(y + at, value, mask=inside)
         total += value.to(tl.float32)
     return tl.sum(total, axis=0)
 
 
 @triton.jit(do_not_specialize=['rows', 'share'])
 def convert_and_sum_kernel(
-    x, copy, sums, rows, share,
+    x, y, scale, sums, rows, share,
     WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Convert ``share`` rows of x (rows, WIDTH), for one tile of columns, and store their sum."""
+    """Scale and convert ``share`` rows of x (rows, WIDTH), for one tile of columns, and store their
+    sum.
+    """
     program, column = tl.program_id(0), tl.program_id(1) * C + tl.arange(0, C)
     end = tl.minimum((program + 1) * share, rows)
-    total = _sum_rows(x, copy, program * share, end, column, WIDTH, T, C)
+    total = _sum_rows(x, y, scale, program * share, end, column, WIDTH, T, C)
     tl.store(sums + program * WIDTH + column, total, mask=column < WIDTH)
 
 
@@ -97,33 +99,34 @@ def _sum_tile(
     if TILES > 0:
         if (tile >= 0) & (tile < TILES):
             column = tile * C + tl.arange(0, C)
-            total = _sum_rows(x, None, 0, rows, column, WIDTH, T, C)
+            total = _sum_rows(x, None, None, 0, rows, column, WIDTH, T, C)
             tl.store(sums + column, total, mask=column < WIDTH)
     return tile - TILES
 
 
 @on_input_device
-def convert_and_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Convert tokens to a dtype and sum what results.
+def convert_and_sum(x: Tensor, dtype: torch.dtype, scale: float = 1) -> tuple[Tensor, Tensor]:
+    """Multiply tokens by a number, convert them to a dtype, and sum the result.
 
     Args:
         x (Tensor): Shape (B, N, C).
-        dtype (torch.dtype): Dtype of the copy.
+        dtype (torch.dtype): Dtype of the result.
+        scale (float): The number. Default: 1.
 
     Returns:
-        tuple[Tensor, Tensor]: The copy (B, N, C), empty if x has the dtype already, and partial
-        sums (programs, C) in float32.
+        tuple[Tensor, Tensor]: The result (B, N, C), and its partial sums (programs, C) in float32.
     """
     x = x.contiguous()
     batch, tokens, width = x.shape
-    copy = x.new_empty(0 if x.dtype == dtype else x.shape, dtype=dtype)
+    y = torch.empty_like(x, dtype=dtype)
     share, sums = token_sums(x)
     launch(
         convert_and_sum_kernel,
         len(sums),
         cdiv(width, 32),
         x=x,
-        copy=None if x.dtype == dtype else copy,
+        y=y,
+        scale=float(scale),
         sums=sums,
         rows=batch * tokens,
         share=share,
@@ -131,7 +134,7 @@ def convert_and_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         T=64,
         C=32,
     )
-    return copy, sums
+    return y, sums
 
 
 def token_sums(x: Tensor) -> tuple[int, Tensor]:

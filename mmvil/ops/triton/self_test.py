@@ -161,7 +161,7 @@ def _run_layer(case: Case, head_width: int, device, dtype, backend: str) -> dict
         norm_eps=1e-6,
         out_norm_eps=1e-6,
         dtype=dtype,
-        residual=case.reverse,
+        residual_scale=0.5 if case.reverse else None,
     )
 
     def weight(*shape: int, inputs: int) -> Tensor:
