@@ -46,7 +46,7 @@ class DropPath(nn.Module):
             Tensor: Shape (B, N, C).
         """
         if self.drop_prob == 0 or not self.training:
-            return residual_branch(x) if residual_branch else x + branch(x)
+            return x + branch(x) if residual_branch is None else residual_branch(x)
         keep_prob = 1 - self.drop_prob
         if is_compiling() or is_tracing() or is_transforming():  # these need fixed shapes
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
@@ -56,7 +56,7 @@ class DropPath(nn.Module):
             # Distributed data parallel expects gradients of the branch's parameters.
             return x + branch(x) * 0
         kept = None if len(kept) == x.shape[0] else kept.to(x.device, non_blocking=True)
-        if residual_branch:
+        if residual_branch is not None:
             return residual_branch(x, 1 / keep_prob, kept)
         if kept is None:
             return x.add(branch(x), alpha=1 / keep_prob)

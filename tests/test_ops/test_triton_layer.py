@@ -613,24 +613,31 @@ ITERATION = {
     'projections_backward': dict(instructions=400, barriers=14, registers=230),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
     'after_cell_backward': dict(instructions=640, barriers=12, registers=168),
-    'layer_norm_backward': dict(instructions=340, barriers=10, registers=128),
+    'layer_norm_backward': dict(instructions=350, barriers=10, registers=128),
 }
 """The most that the loop of a kernel may take in bfloat16, version 2."""
 
 
 def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, most=None):
-    from tests.test_ops.triton_offline import SHARED_LIMIT, compile_launch, layer_launches
+    from tests.test_ops.triton_offline import (
+        OLD_COMPILER,
+        SHARED_LIMIT,
+        compile_launch,
+        layer_launches,
+    )
 
     for label, launch in layer_launches(arch, head_width, size, dtype, version).items():
         facts = compile_launch(launch, arch)
         print(f'{arch} {head_width} {size} {str(dtype)[6:]} v{version} {label}: {facts}')
         # Four blocks of before_cell per multiprocessor are faster than three without spills.
-        few = 80 if label.startswith('before_cell') and dtype != torch.float32 else 0
+        few = 168 if OLD_COMPILER else 80
+        few *= label.startswith('before_cell') and dtype != torch.float32
         assert facts['spills'] <= allowed_spills + few, label
         # Two blocks share a multiprocessor at least.
         assert 2 * facts['shared_bytes'] <= SHARED_LIMIT[arch], label
         assert not facts.get('serialized'), label
-        for key, value in (most or {}).get(launch.name.removesuffix('_kernel'), {}).items():
+        limits = {} if OLD_COMPILER or not most else most
+        for key, value in limits.get(launch.name.removesuffix('_kernel'), {}).items():
             (loop,) = facts['loops']
             assert {**loop._asdict(), **facts}[key] <= value, (label, key)
 
@@ -649,10 +656,7 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
     ],
 )
 def test_kernels_compile_to_short_loops_without_spills(arch, head_width, size):
-    from tests.test_ops.triton_offline import OLD_COMPILER
-
-    most = None if OLD_COMPILER else ITERATION
-    check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=most)
+    check_compiled(arch, head_width, size, torch.bfloat16, version=2, most=ITERATION)
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
