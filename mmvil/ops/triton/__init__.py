@@ -134,7 +134,8 @@ def launch(kernel, *programs: int, **arguments) -> None:
     if not all(programs):
         return
     kind = type(kernel)
-    key = [kernel.fn, kind.run, kind.__getitem__, *arguments]  # patched while a tool intercepts
+    patched = getattr(kind, 'run', None), kind.__getitem__  # while a tool intercepts
+    key = [kernel.fn, *patched, *arguments]
     values = []
     for x in arguments.values():
         if hasattr(x, 'data_ptr'):
