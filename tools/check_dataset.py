@@ -18,7 +18,7 @@ from PIL import Image
 from mmvil.cli.config import innermost_datasets, load_config, set_data_root
 from mmvil.cli.dataset_check import BINARY_MASKS, check_dataset
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
 
 SPLITS = ('train', 'val', 'test')
@@ -32,7 +32,7 @@ def main():
     problems, has_labels = [], False
     for split, dataset_cfg in distinct_datasets(cfg, args.splits):
         check_folders(cfg, f'{split}_dataloader')
-        images, classes, found, counts = check_dataset(dataset_cfg, cfg, max(args.jobs, 1))
+        images, classes, found, counts = check_dataset(dataset_cfg, cfg, args.jobs)
         if has_labels:  # small splits may contain only background
             found = [problem for problem in found if problem.what != BINARY_MASKS]
         has_labels |= counts is not None and counts[:, 1:].any()
@@ -57,7 +57,7 @@ def make_check_parser():
     add('--data-root', help="data folder, instead of the config's")
     add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all distinct ones')
     jobs = os.cpu_count()
-    add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
+    add('-j', '--jobs', type=at_least(1), default=jobs, help='processes (default: all cores)')
     add('--out', type=Path, help='text file for the list of all problems')
     return parser
 

@@ -19,15 +19,13 @@ from mmvil.cli.config import load_config
 from mmvil.cli.drawing import make_artist
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, find_images
-from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, device, make_parser, parse_args, run
 
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.gif')
 
 
 def main():
     args = parse_args(make_demo_parser())
-    if not 0 <= args.opacity <= 1:
-        raise UserError(f'--opacity must be 0 to 1, but is {args.opacity}')
     if Path(args.out_dir).is_file():
         raise UserError(f'--out-dir must be a folder, but {args.out_dir} is a file')
     cfg = load_config(args.config, args.cfg_options)
@@ -62,12 +60,13 @@ def make_demo_parser():
     add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
     add('--out-dir', default='pictures', help='folder for pictures (PNG) or the video (MP4)')
-    add('--opacity', type=float, default=0.5, help='opacity of the class colors, 0 to 1')
+    opacity = 'opacity of the class colors, 0 to 1'
+    add('--opacity', type=at_least(0, float, 1), default=0.5, help=opacity)
     add('--no-legend', action='store_true', help='do not write class names')
     add('--every', type=at_least(1), default=1, metavar='N', help='use every Nth frame of a video')
     add('--max-frames', type=at_least(1), help='stop a video or webcam after this many frames')
     add('--show', action='store_true', help='also show video or webcam in a window; q stops')
-    add('--device', help='cuda, cuda:1, cpu (default: a GPU if there is one)')
+    add('--device', type=device, help='cuda, cuda:1, cpu (default: a GPU if there is one)')
     return parser
 
 

@@ -6,8 +6,8 @@
 # See dist_train.sh for several machines.
 set -euo pipefail
 
-if [ $# -lt 3 ]; then
-    echo "usage: $0 CONFIG CHECKPOINT N [arguments of test.py]" >&2
+if ! [[ $# -ge 3 && $3 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: $0 CONFIG CHECKPOINT N [arguments of test.py], with N processes" >&2
     exit 2
 fi
 MMVIL_TOOL=test.py

@@ -7,10 +7,16 @@
 # and PORT, and its own NODE_RANK. PYTHON names the interpreter.
 set -euo pipefail
 
-if [ $# -lt 2 ]; then
-    echo "usage: $0 CONFIG N [arguments of train.py]" >&2
+if ! [[ $# -ge 2 && $2 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: $0 CONFIG N [arguments of train.py], with N processes" >&2
     exit 2
 fi
+for name in NNODES NODE_RANK PORT; do
+    if ! [[ ${!name:-0} =~ ^[0-9]+$ ]]; then
+        echo "error: $name must be a number, but is ${!name}" >&2
+        exit 2
+    fi
+done
 CONFIG=$1
 N=$2
 shift 2

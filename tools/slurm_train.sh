@@ -11,6 +11,12 @@ if [ $# -lt 3 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG [arguments of train.py]" >&2
     exit 2
 fi
+for name in GPUS GPUS_PER_NODE CPUS_PER_TASK PORT; do
+    if ! [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: $name must be a number, but is ${!name}" >&2
+        exit 2
+    fi
+done
 PARTITION=$1
 JOB_NAME=$2
 CONFIG=$3

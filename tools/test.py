@@ -14,7 +14,8 @@ from mmengine.fileio import dump
 
 from mmvil.cli.config import innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
+from mmvil.cli.inference import ImageReader
+from mmvil.cli.main import add_runner_arguments, at_least, make_parser, parse_args, run
 from mmvil.cli.preflight import CheckFitHook, build_loops, build_runner, check_testing
 
 
@@ -51,8 +52,10 @@ def make_test_parser():
     add('--show', action='store_true', help='show the predictions in a window')
     pictures = 'folder for pictures; for segmentors and detectors, in its vis_data/vis_image'
     add('--show-dir', help=pictures)
-    add('--interval', type=int, default=1, help='draw only every n-th image')
-    add('--wait-time', type=float, default=2, help='seconds that --show shows a picture')
+    every = 'draw only every n-th image; onedl-mmsegmentation draws all'
+    add('--interval', type=at_least(1), default=1, help=every)
+    seconds = dict(type=at_least(0, float), default=2, metavar='SECONDS')
+    add('--wait-time', help='how long --show shows a picture', **seconds)
     return parser
 
 
@@ -106,6 +109,11 @@ def draw(cfg, args, is_classifier):
     """Draw predictions with the library's hook."""
     if 'visualization' not in cfg.default_hooks:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
+    if not ImageReader(cfg).bgr:  # the hooks read files with OpenCV
+        raise UserError(
+            '--show and --show-dir draw photographs only; tools/demo.py and '
+            'tools/visualization/plot_predictions.py also draw these images'
+        )
     hook = cfg.default_hooks.visualization
     hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
     if is_classifier:

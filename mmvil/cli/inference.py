@@ -107,7 +107,7 @@ class ImageReader:
         self._load = build_pipeline(pipeline[: last + 1])
         self._prepare = build_pipeline(pipeline[last + 1 :])
         # Like the OpenCV and Pillow backends for three channels.
-        first = next(filter(loads, pipeline), {})
+        first = next(filter(loads, pipeline), dict(type='LoadImageFromFile'))
         is_standard = type_name(first) == 'LoadImageFromFile'
         self.bgr = is_standard and first.get('imdecode_backend') != 'tifffile'
 

@@ -3,6 +3,7 @@
 
 import argparse
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -114,17 +115,27 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     add('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """Type of an argument: a number of at least ``low``."""
+def at_least(low: float, kind: type = int, high: float = math.inf) -> Callable[[str], float]:
+    """Type of an argument: a number from ``low`` to ``high``."""
+    limits = f'at least {low:g}' if high == math.inf else f'{low:g} to {high:g}'
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not value >= low:  # nor NaN
-            raise argparse.ArgumentTypeError(f'must be at least {low:g}, but is {text}')
+        if not low <= value <= high:  # nor NaN
+            raise argparse.ArgumentTypeError(f'must be {limits}, but is {text}')
         return value
 
     parse.__name__ = kind.__name__  # in argparse's message on other text
     return parse
+
+
+def device(text: str) -> torch.device:
+    """Type of an argument: a device of this machine."""
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # no CUDA in this PyTorch; others
+        reason = str(error).strip().splitlines()[0]
+        raise argparse.ArgumentTypeError(f'cannot use {text}: {reason}') from None
 
 
 def figure_path(text: str) -> Path:

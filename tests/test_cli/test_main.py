@@ -14,12 +14,14 @@ from mmvil.cli.main import (
     add_config_arguments,
     add_runner_arguments,
     at_least,
+    device,
     figure_path,
     make_parser,
     parse_args,
     run,
 )
 from mmvil.engine import SampleError
+from tests.conftest import ROOT
 
 
 def test_value_error_of_mmvil_is_one_line(capsys):
@@ -128,6 +130,8 @@ def test_parse_args_rejects_a_launcher_that_has_not_started_it(monkeypatch, caps
         ('--num', '0', 'argument --num: must be at least 1, but is 0'),
         ('--num', 'x', "argument --num: invalid int value: 'x'"),
         ('--lr', 'nan', 'argument --lr: must be at least 0.5, but is nan'),
+        ('--share', '1.5', 'argument --share: must be 0 to 1, but is 1.5'),
+        ('--device', 'gpu', 'argument --device: cannot use gpu: Expected one of cpu, cuda,'),
         ('--out', 'curve.xyz', r'argument --out: must end with one of .*\.png.*, but is curve.xyz'),
         ('--out', 'curve', 'argument --out: must end with one of .*, but is curve'),
     ],
@@ -136,9 +140,18 @@ def test_types_of_arguments_say_what_they_accept(capsys, option, text, message):
     parser = argparse.ArgumentParser()
     parser.add_argument('--num', type=at_least(1))
     parser.add_argument('--lr', type=at_least(0.5, float))
+    parser.add_argument('--share', type=at_least(0, float, 1))
+    parser.add_argument('--device', type=device)
     parser.add_argument('--out', type=figure_path)
     good = parser.parse_args(['--num', '1', '--lr', '0.5', '--out', 'a/curve.PDF'])
     assert (good.num, good.lr, good.out) == (1, 0.5, Path('a/curve.PDF'))
     with pytest.raises(SystemExit):
         parser.parse_args([option, text])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_numbers_of_the_tools_have_limits():
+    for path in (ROOT / 'tools').rglob('*.py'):
+        if path.name != 'make_demo_dataset.py':  # checks them itself
+            unlimited = re.search(r'^(?!.*choices=).*type=(int|float)\b.*', path.read_text(), re.M)
+            assert unlimited is None, f'{path}: {unlimited[0]}'

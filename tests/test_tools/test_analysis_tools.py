@@ -184,7 +184,6 @@ def test_benchmark_compares_writes_json_and_plots(tools, tmp_path, monkeypatch, 
     [
         (['--sizes', '100'], 'multiples of 16'),
         (['--batch', '1', '2'], '--batch takes one number or 3'),
-        (['--rounds', '0'], 'at least 1'),
     ],
 )
 def test_benchmark_rejects_invalid_options(tools, options, complaint):

@@ -136,7 +136,7 @@ def test_check_dataset_accepts_randomly_dropped_images(camvid):
 
 
 def test_check_dataset_rejects_a_model_for_other_classes(camvid):
-    options = ('--splits', 'val', '-j', 0, '--cfg-options', 'model.decode_head.num_classes=12')
+    options = ('--splits', 'val', '-j', 1, '--cfg-options', 'model.decode_head.num_classes=12')
     said = check(CAMVID, camvid, *options, status=1)
     assert 'num_classes=12 in UPerHead, but the dataset has 11' in said
 

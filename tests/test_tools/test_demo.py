@@ -65,7 +65,7 @@ def test_demo_draws_every_nth_frame_of_a_video(tmp_path):
 @pytest.mark.parametrize(
     'option, words',
     [
-        (('--opacity', 2), '--opacity must be 0 to 1, but is 2.0'),
+        (('--opacity', 2), 'argument --opacity: must be 0 to 1, but is 2'),
         (('--out-dir', DEMO), '--out-dir must be a folder, but'),
     ],
 )

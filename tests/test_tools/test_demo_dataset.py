@@ -138,8 +138,9 @@ def test_demo_dataset_classes_equal_those_of_config(demo):
     assert [list(color) for color in objects.palette] == metainfo.palette[-len(demo.OBJECTS) :]
 
 
-def test_demo_dataset_rejects_tiny_images(tmp_path):
-    command = [sys.executable, SCRIPT, tmp_path, '--size', '16', '16']
+@pytest.mark.parametrize('options', [['--size', '16', '16'], ['--seed', '-1']])
+def test_demo_dataset_rejects_tiny_images_and_negative_numbers(tmp_path, options):
+    command = [sys.executable, SCRIPT, tmp_path, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert 'at least 32 pixels' in result.stderr
+    assert 'at least 32 pixels, and numbers must not be negative' in result.stderr

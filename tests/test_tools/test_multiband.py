@@ -150,6 +150,9 @@ def test_trained_model_is_tested_shown_and_exported(fields, trained, tmp_path):
         )
         assert np.asarray(Image.open(tmp_path / out)).std() > 0
 
+    said = call_tool(TOOLS / 'test.py', config, checkpoint, '--show-dir', tmp_path, status=2)
+    assert 'error: --show and --show-dir draw photographs only' in said and 'Traceback' not in said
+
     if hasattr(torch.compiler, 'is_exporting'):
         out = tmp_path / 'model.pt2'
         said = call_tool(TOOLS / 'deployment/export.py', config, checkpoint, '--out', out)
@@ -208,7 +211,7 @@ def test_channel_statistics_ignore_nothing(fields, tmp_path, image, message):
         Image.new('L', (64, 48)).save(tmp_path / f'annotations/training/{name}.png')
     if image is None:
         file.write_text('no image')
-    said = call_tool(STATISTICS, fields[0], '--data-root', tmp_path, '-j', 0, status=2)
+    said = call_tool(STATISTICS, fields[0], '--data-root', tmp_path, '-j', 1, status=2)
     assert message in said and 'Traceback' not in said
 
 

@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,9 +253,24 @@ def test_dist_test_runs_two_processes(segmentor, tmp_path):
 
 
 def test_dist_scripts_report_errors_in_one_line(tmp_path):
-    assert 'usage' in shell(TOOLS / 'dist_train.sh', status=2)
     said = shell(TOOLS / 'dist_train.sh', tmp_path / 'none.py', 2, status=2)
     assert said.count('error:') == 1 and 'Traceback' not in said
+
+
+@pytest.mark.parametrize(
+    'script, arguments, variables, line',
+    [
+        ('dist_train.sh', ('a.py',), {}, 'usage: .*dist_train.sh CONFIG N '),
+        ('dist_train.sh', ('a.py', 'two'), {}, 'usage: .*dist_train.sh CONFIG N '),
+        ('dist_test.sh', ('a.py', 'a.pth', '0'), {}, 'usage: .*dist_test.sh CONFIG CHECKPOINT N '),
+        ('dist_train.sh', ('a.py', '2'), dict(PORT='x'), 'error: PORT must be a number, but is x'),
+        ('slurm_test.sh', ('gpu', 'job', 'a.py'), {}, 'usage: .*slurm_test.sh PARTITION '),
+        ('slurm_train.sh', ('gpu', 'job', 'a.py'), dict(GPUS='x'), 'error: GPUS must be a number'),
+    ],
+)
+def test_launch_scripts_explain_their_arguments_in_one_line(script, arguments, variables, line):
+    said = shell(TOOLS / script, *arguments, status=2, **variables)
+    assert re.match(line, said) and said.count('\n') == 1
 
 
 def test_slurm_scripts_quote_and_honour_their_variables(tmp_path):

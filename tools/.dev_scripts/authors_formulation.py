@@ -14,13 +14,15 @@ import torch.nn.functional as F
 
 import mmvil
 from mmvil.apis import measure
+from mmvil.cli.main import at_least
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--sizes', type=int, nargs='+', default=[224, 512], help='square images')
-    parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
-    parser.add_argument('--threads', type=int, default=2, help='(%(default)s)')
+    sizes = dict(type=at_least(16), nargs='+', default=[224, 512])
+    parser.add_argument('--sizes', help='square images', **sizes)
+    parser.add_argument('--rounds', type=at_least(1), default=5, help='(%(default)s)')
+    parser.add_argument('--threads', type=at_least(1), default=2, help='(%(default)s)')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for size in args.sizes:

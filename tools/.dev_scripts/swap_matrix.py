@@ -19,10 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmvil import swap_backbone
+from mmvil.apis.read_config import read_config
 from mmvil.apis.training_memory import build_training_model, random_batch
 from mmvil.cli.config import config_dir, dicts
 from mmvil.cli.errors import one_line
@@ -99,7 +99,7 @@ def find_cases(library, only):
         if 'levir' in path.name:  # pairs of images, unlike random batches
             continue
         try:
-            cfg = Config.fromfile(path)
+            cfg = read_config(path)
         except Exception:  # needs a library that is not installed
             cases.setdefault((folder,), path)
             continue
@@ -126,8 +126,7 @@ def parts_of(model, library):
 def type_names(node):
     if isinstance(node, (list, tuple)):
         return '+'.join(map(type_names, node))
-    kind = (node or {}).get('type', '')
-    return kind if isinstance(kind, str) else kind.__name__
+    return (node or {}).get('type', '')
 
 
 # -- One case --------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def try_config(path):
         model = train_and_predict(cfg)
     except Exception as error:
         try:
-            train_and_predict(Config.fromfile(path))
+            train_and_predict(read_config(path))
         except Exception as old:
             return 'untested', f'this check fails with its own backbone, too: {one_line(old)[:200]}'
         return 'fails', one_line(error)[:200]

@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from mmvil.cli.main import at_least
 from mmvil.ops.triton import mlstm_launch, shared_memory
 from mmvil.ops.triton.mlstm_launch import Tiling, mlstm_backward, mlstm_forward, tiling
 
@@ -78,7 +79,8 @@ def gpu_milliseconds(function: Callable) -> float:
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Time tiles of the mLSTM kernels on this GPU.')
-    parser.add_argument('--width', nargs='+', type=int, default=[96, 192, 384], help='of a head')
+    widths = dict(type=at_least(1), nargs='+', default=[96, 192, 384])
+    parser.add_argument('--width', help='of a head', **widths)
     parser.add_argument('--size', nargs='+', type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'], default='bfloat16')
     args = parser.parse_args(args)

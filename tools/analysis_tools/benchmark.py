@@ -24,7 +24,7 @@ import mmvil
 from mmvil.apis.measure import MODES, compare
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import figure_path, make_parser, parse_args, run
+from mmvil.cli.main import at_least, device, figure_path, make_parser, parse_args, run
 
 ARCHS = ('tiny', 'small', 'base')
 LEAN = dict(on=(True, ''), cell=('cell', ' keeping cell'), off=(False, ' keeping all'))
@@ -43,15 +43,16 @@ def make_benchmark_parser():
     add('--compile', action='store_true', help='add each model with torch.compile')
     add('--timm', nargs='+', default=[], metavar='NAME', help='more models, from timm')
     add('--config', nargs='+', default=[], help='more models: the backbones of configs')
-    some = dict(type=int, nargs='+', metavar='PIXELS', default=[224, 512, 1024])
+    some = dict(type=at_least(16), nargs='+', metavar='PIXELS', default=[224, 512, 1024])
     add('--sizes', help='square images, multiples of 16 pixels (224 512 1024)', **some)
     batch = 'images, one number for all sizes or one for each (8 at 224 pixels, fewer above)'
-    add('--batch', type=int, nargs='+', help=batch)
+    add('--batch', type=at_least(1), nargs='+', help=batch)
     add('--modes', nargs='+', choices=MODES, default=list(MODES))
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
+    usual = 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--device', type=device, default=usual, help='(%(default)s)')
     add('--amp', choices=['float16', 'bfloat16'], help='autocast (default: float32)')
-    add('--rounds', type=int, default=7, help='measurements of each model (%(default)s)')
-    add('--threads', type=int, help='CPU threads (default: chosen by torch)')
+    add('--rounds', type=at_least(1), default=7, help='measurements of each model (%(default)s)')
+    add('--threads', type=at_least(1), help='CPU threads (default: chosen by torch)')
     add('--json', type=Path, metavar='FILE', help='write all measurements')
     plot = 'plot time and memory against image size'
     add('--plot', type=figure_path, metavar='FILE.png', help=plot)
@@ -60,7 +61,7 @@ def make_benchmark_parser():
 
 def check(args):
     """Complete the arguments, and raise if anything cannot be measured."""
-    wrong = [size for size in args.sizes if size < 16 or size % 16]
+    wrong = [size for size in args.sizes if size % 16]
     if wrong:
         raise UserError(f'--sizes must be multiples of 16 pixels, but {wrong[0]} is not')
     if args.batch is None:
@@ -69,12 +70,7 @@ def check(args):
         args.batch *= len(args.sizes)
     if len(args.batch) != len(args.sizes):
         raise UserError(f'--batch takes one number or {len(args.sizes)}, one for each of --sizes')
-    if min(args.rounds, *args.batch) < 1:
-        raise UserError('--rounds and --batch must be at least 1')
     args.modes = sorted(set(args.modes))
-    args.device = torch.device(args.device)
-    if args.device.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch sees no GPU here')
     for file in filter(None, (args.json, args.plot)):
         file.parent.mkdir(parents=True, exist_ok=True)
 

@@ -16,7 +16,7 @@ from mmengine.utils import track_progress_rich
 from mmvil.cli.config import innermost_datasets, list_files, load_config, require, set_data_root
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, data_preprocessor
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 from mmvil.cli.preflight import check_folders
 
 MULTIBAND = 'mmvil.apis.data_preprocessor.MultibandSegDataPreProcessor'
@@ -53,9 +53,9 @@ def make_statistics_parser():
     add = parser.add_argument
     add_config_arguments(parser, 'config file with the loader of the images')
     add('--data-root', help="data folder, instead of the config's")
-    add('--num', type=int, help='number of images, evenly spread (default: all)')
+    add('--num', type=at_least(1), help='number of images, evenly spread (default: all)')
     jobs = os.cpu_count()
-    add('-j', '--jobs', type=int, default=jobs, help='processes (default: all cores)')
+    add('-j', '--jobs', type=at_least(1), default=jobs, help='processes (default: all cores)')
     return parser
 
 
@@ -73,7 +73,7 @@ def training_files(cfg):
 def compute(files, reader, flip, jobs):
     """Compute the number of pixels, mean (C,) and standard deviation (C,) of all files."""
     of_file = functools.partial(statistics_of, reader=reader, flip=flip)
-    found = track_progress_rich(of_file, files, nproc=max(jobs, 1), description='images')
+    found = track_progress_rich(of_file, files, nproc=jobs, description='images')
     numbers, means, variances = zip(*found)
     expected = len(means[0])
     for path, mean in zip(files, means):

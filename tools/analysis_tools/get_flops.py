@@ -16,7 +16,7 @@ from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import build_untrained
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
@@ -37,7 +37,7 @@ def make_flops_parser():
     parser = make_parser(__doc__, whole=True)
     add_config_arguments(parser)
     sizes = parser.add_mutually_exclusive_group()
-    some = dict(type=int, nargs='+', metavar='PIXELS')
+    some = dict(type=at_least(1), nargs='+', metavar='PIXELS')
     shape = "height and width, or one number for both (default: the backbone's img_size, or 224)"
     sizes.add_argument('--shape', help=shape, **some)
     sizes.add_argument('--sizes', help='sizes of square images, to show the growth', **some)

@@ -26,7 +26,7 @@ import torch
 from mmengine.fileio import put
 
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import at_least, make_parser, parse_args, run
 
 STAGES = Path(__file__).resolve().parents[1] / '.dev_scripts/gpu_stages.py'
 STATUS = {'passed': 0, 'failed': 1, 'wrong': 3}
@@ -43,7 +43,7 @@ def main():
     add('--out', type=Path, default=Path('gpu_report'), metavar='FOLDER', help='(%(default)s)')
     add('--stages', nargs='+', metavar='NAME', help='stages to run (all)')
     add('--resume', action='store_true', help='skip stages that passed')
-    add('--minutes', type=float, default=math.inf, help='time limit of the report (none)')
+    add('--minutes', type=at_least(0, float), default=math.inf, help='time limit (none)')
     add('--quick', action='store_true', help='tiny sizes, to test the command itself')
     add('--device', choices=['cuda', 'cpu'], default='cuda', help='cpu needs --quick (%(default)s)')
     args = parse_args(parser)

@@ -18,22 +18,25 @@ from mmvil.apis import training_memory
 from mmvil.apis.training_memory import GIB, TrainingMemory
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_config_arguments, make_parser, parse_args, run
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
 
 def make_plan_parser():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add_config_arguments(parser)
-    add('--gpu-memory', type=float, metavar='GIB', help="of one GPU (default: this machine's)")
-    add('--gpus', type=int, default=1, help='number of GPUs (%(default)s)')
+    memory = dict(type=at_least(0, float), metavar='GIB')
+    add('--gpu-memory', help="of one GPU (default: this machine's)", **memory)
+    add('--gpus', type=at_least(1), default=1, help='number of GPUs (%(default)s)')
     headroom = "fraction of memory for CUDA, cuDNN's workspaces and fragmentation (%(default)s)"
-    add('--headroom', type=float, default=0.1, help=headroom)
-    add('--batch-size', type=int, help="images per update, in total (default: the recipe's)")
-    add('--shape', type=int, nargs='+', metavar='PIXELS', help='size of training images')
+    add('--headroom', type=at_least(0, float, 1), default=0.1, help=headroom)
+    batch = "images per update, in total (default: the recipe's)"
+    add('--batch-size', type=at_least(1), help=batch)
+    pixels = dict(type=at_least(1), nargs='+', metavar='PIXELS')
+    add('--shape', help='size of training images', **pixels)
     add('--measure', action='store_true', help="compare with training steps on this machine's GPU")
     speed = 'throughput of one GPU, from --measure or a training log, to estimate the duration'
-    add('--images-per-second', type=float, metavar='X', help=speed)
+    add('--images-per-second', type=at_least(1e-3, float), metavar='X', help=speed)
     add('--json', metavar='FILE', help='also write the numbers to a file')
     return parser
 
@@ -48,8 +51,6 @@ def check(args):
         raise UserError('--measure needs a GPU')
     if args.shape and len(args.shape) > 2:
         raise UserError(f'--shape takes height and width, not {len(args.shape)} numbers')
-    if args.gpus < 1 or args.gpu_memory <= 0 or not 0 <= args.headroom < 1:
-        raise UserError('--gpus and --gpu-memory must be positive, --headroom in [0, 1)')
 
 
 def recipe_batch(cfg):

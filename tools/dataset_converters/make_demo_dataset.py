@@ -53,8 +53,9 @@ def main():
     add('--size', type=int, nargs=2, default=(256, 192), metavar=('W', 'H'))
     add('--seed', type=int, default=0)
     args = parser.parse_args()
-    if min(args.size) < 32 or min(args.train, args.val) < 0:
-        parser.error('sizes must be at least 32 pixels, and numbers of images must not be negative')
+    # Without at_least of mmvil.cli.main, whose import would take most of the time.
+    if min(args.size) < 32 or min(args.train, args.val, args.seed) < 0:
+        parser.error('sizes must be at least 32 pixels, and numbers must not be negative')
     make_dataset(args.out, args.train, args.val, tuple(args.size), args.seed)
 
 

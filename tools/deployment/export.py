@@ -40,9 +40,9 @@ def make_export_parser():
     add('--normalized-input', action='store_true', help='do not include normalization')
     tokens = 'tokens per chunk of the mLSTM (default: by head width)'
     add('--chunk-size', type=at_least(1), help=tokens)
-    add('--opset', type=int, default=20, help='ONNX opset (%(default)s)')
+    add('--opset', type=at_least(1), default=20, help='ONNX opset (%(default)s)')
     accepted = 'tolerated relative difference, or fraction of labels (%(default)s)'
-    add('--tolerance', type=float, default=1e-3, help=accepted)
+    add('--tolerance', type=at_least(0, float), default=1e-3, help=accepted)
     return parser
 
 

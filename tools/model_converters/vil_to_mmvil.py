@@ -13,7 +13,7 @@ from mmengine.runner import save_checkpoint
 
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import make_parser, parse_args, run
+from mmvil.cli.main import at_least, make_parser, parse_args, run
 
 
 def make_converter_parser():
@@ -22,7 +22,7 @@ def make_converter_parser():
     add('src', help='official file, or mmvil://NAME to download it')
     add('dst', type=Path, help='file to write')
     default = 'from the file or its name, otherwise the patch size'
-    add('--stride', type=int, help=f'step between patches in pixels (default: {default})')
+    add('--stride', type=at_least(1), help=f'step between patches in pixels (default: {default})')
     add('--check', action='store_true', help='build the model, load it strictly and run it')
     add('--force', action='store_true', help='replace DST if it exists')
     return parser

@@ -21,6 +21,7 @@ from mmvil.cli.inference import ImageReader, build_model, find_images
 from mmvil.cli.main import (
     add_config_arguments,
     at_least,
+    device,
     figure_path,
     make_parser,
     parse_args,
@@ -43,16 +44,18 @@ def make_picture_parser():
     add_config_arguments(parser, 'config file that the checkpoint was trained with')
     add('checkpoint', help='checkpoint file')
     add('--out', type=figure_path, help='picture to write (default: PICTURE.png)')
-    add('--blocks', type=int, nargs='+', help='0-based (default: pairs, or those of out_indices)')
+    blocks = '0-based (default: pairs, or those of out_indices)'
+    add('--blocks', type=at_least(0), nargs='+', help=blocks)
     pair = dict(type=at_least(1), nargs=2, metavar=('HEIGHT', 'WIDTH'))
     add('--size', help='resize images (default: training size for classifiers, else none)', **pair)
-    pair = dict(type=float, nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'))
+    pair = dict(type=at_least(0, float, 1), nargs=2, default=(0.5, 0.5), metavar=('Y', 'X'))
     token = 'decay, receptive_field: the token, as fractions of height and width (%(default)s)'
     add('--at', help=token, **pair)
-    add('--head', type=int, help='gates, decay: one head (default: the mean over heads)')
+    head = 'gates, decay: one head (default: the mean over heads)'
+    add('--head', type=at_least(0), help=head)
     number = 'number of images from a folder (%(default)s)'
     add('--num', type=at_least(1), default=4, help=number)
-    add('--device', default='cpu', help='(%(default)s)')
+    add('--device', type=device, default='cpu', help='(%(default)s)')
     return parser
 
 
@@ -86,9 +89,9 @@ def check(args, backbone, images):
     if args.picture == 'receptive_field' and len({image.x.shape for image in images}) > 1:
         raise UserError('the images differ in size; resize them with --size HEIGHT WIDTH')
     last = len(backbone.layers) - 1
-    if not 0 <= min(args.blocks) <= max(args.blocks) <= last:
+    if max(args.blocks) > last:
         raise UserError(f'--blocks must be between 0 and {last}, but are {args.blocks}')
-    if args.head is not None and not 0 <= args.head < backbone.num_heads:
+    if args.head is not None and args.head >= backbone.num_heads:
         raise UserError(f'--head must be 0 to {backbone.num_heads - 1}, but is {args.head}')
 
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from mmvil.cli.config import innermost_datasets, list_files, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
-from mmvil.cli.main import at_least, figure_path, make_parser, parse_args, run
+from mmvil.cli.main import at_least, device, figure_path, make_parser, parse_args, run
 
 IGNORED = 255
 
@@ -68,7 +68,7 @@ def main():
     add('--out', type=figure_path, default=Path('predictions.png'), help='(%(default)s)')
     num = 'number of images, evenly spread (%(default)s)'
     add('--num', type=at_least(1), default=5, help=num)
-    add('--device', default='cpu', help='(%(default)s)')
+    add('--device', type=device, default='cpu', help='(%(default)s)')
     args = parse_args(parser)
     cfg = load_config(args.config, {})
     if 'decode_head' not in cfg.model or cfg.get('test_dataloader') is None:
