@@ -17,5 +17,5 @@ default_hooks = dict(logger=dict(interval=10, log_metric_by_epoch=False))
 custom_hooks = [
     *_base_.custom_hooks,
     # Evaluate and save weights averaged over about the last tenth of the iterations.
-    dict(type='EMAHook', ema_type='MomentumAnnealingEMA', gamma=10, update_buffers=True),
+    dict(type='mmengine.EMAHook', ema_type='MomentumAnnealingEMA', gamma=10, update_buffers=True),
 ]

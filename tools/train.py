@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmvil.cli.config import loaders, read_runner_config, require
 from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
-from mmvil.cli.preflight import CheckFitHook, build_loops, build_runner, check_training
+from mmvil.cli.preflight import CheckFitHook, build_runner, check_training, train
 from mmvil.cli.work_dir import choose_checkpoint, lock_work_dir, save_atomically
 
 # For each package, the module that mmengine imports and its backend.
@@ -37,8 +37,7 @@ def main():
         # A resumed checkpoint has to fit; others are adapted to the input channels.
         adapt = dict(type='mmvil.engine.AdaptInputChannelsHook')
         runner.register_hook(CheckFitHook() if cfg.get('resume') else adapt)
-        build_loops(runner, 'train', 'val')
-        runner.train()
+        train(runner)
 
 
 def make_train_parser():

@@ -55,7 +55,8 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
     if not os.path.isfile(path):
         known = {config.name: config for config in CONFIGS.glob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
-        hint = f'Did you mean {os.path.relpath(known[close[0]])}?' if close else 'See configs/.'
+        nearest = [os.path.relpath(known[name].resolve()) for name in close]
+        hint = f'Did you mean {nearest[0]}?' if nearest else 'See configs/.'
         raise UserError(f'config not found: {path}. {hint}')
     with as_user_error(f'cannot read {path}'):  # configs run Python code
         cfg = read_config(path)

@@ -57,7 +57,8 @@ def read_classes(path: Path) -> dict:
         UserError: If keys are unknown or lengths differ.
     """
     with as_user_error(f'cannot read {path}'):
-        own = _read_lines(path) if path.suffix == '.txt' else dict(load(path))
+        own = _read_lines(path) if path.suffix == '.txt' else load(path)
+    own = own if isinstance(own, dict) else dict(classes=own)  # a bare list, or an empty file
     own = {k: v if isinstance(v, list) else [v] for k, v in own.items() if v is not None}
     known = ('classes', *PER_CLASS, 'ignore')
     if set(own) - set(known):

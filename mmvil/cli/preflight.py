@@ -60,6 +60,20 @@ def build_loops(runner: Runner, *names: str) -> None:
             getattr(runner, f'{name}_loop')
 
 
+def train(runner: Runner) -> None:
+    """Train, and report invalid settings like :func:`build_runner`."""
+    build_loops(runner, 'train', 'val')
+    try:
+        runner.train()
+    except Exception:
+        # mmengine builds optimizer and schedulers in between; before, they are configs.
+        parts = [runner.optim_wrapper, *as_list(runner.param_schedulers)]
+        if any(isinstance(part, dict) for part in parts):
+            with _building():
+                raise
+        raise
+
+
 def _building():
     failed = 'cannot build what the config describes (--traceback shows where)'
     return as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError))

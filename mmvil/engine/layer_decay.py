@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 
@@ -36,7 +36,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg (dict, optional): The options above. Default: None.
 
     Raises:
-        ValueError: For an unknown option, a rate outside (0, 1], or an optimizer without ``lr``.
+        ValueError: For an unknown option or optimizer, a rate outside (0, 1], or without ``lr``.
         TypeError: If the rate is not 1 and the backbone has no ``get_layer_depth``.
     """
 
@@ -53,8 +53,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             _reject_unknown(where, options, ['lr_mult', 'decay_mult'])
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
-        if self.base_lr is None:
-            raise ValueError('set optimizer.lr: the learning rate of each layer derives from it')
+        if not isinstance(self.base_lr, (float, int)):
+            raise ValueError(
+                'set optimizer.lr to a number, from which the learning rate of each layer derives; '
+                f'it is {self.base_lr!r}'
+            )
+        kind = self.optimizer_cfg['type']
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            if isinstance(kind, str) and registry.get(kind) is None:
+                raise ValueError(f'unknown optimizer {kind!r}; it may need another package')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a whole model, plain or wrapped.

@@ -223,7 +223,8 @@ def test_class_weights_without_a_loss_for_them_are_rejected(tmp_path):
         ('classes.yaml', 'classes: a, b\n', 'at least two classes.* has: a, b'),
         ('classes.yaml', 'classes: [a, b]\ncolours: []\n', 'unknown keys: colours. .* colors'),
         ('classes.yaml', 'classes: [a, b\n', 'cannot read .*classes.yaml'),
-        ('classes.yaml', 'road\n', 'cannot read .*classes.yaml'),
+        ('classes.yaml', 'road\n', 'at least two classes.* has: road'),
+        ('classes.yaml', '', 'at least two classes'),
     ],
 )
 def test_read_classes_rejects_invalid_files(tmp_path, file, text, message):
@@ -232,10 +233,12 @@ def test_read_classes_rejects_invalid_files(tmp_path, file, text, message):
         read_classes(tmp_path / file)
 
 
-def test_read_classes_takes_empty_keys_as_absent_and_semicolons_as_separators(tmp_path):
+def test_read_classes_takes_empty_keys_bare_lists_and_semicolons(tmp_path):
     yaml, text = tmp_path / 'classes.yaml', tmp_path / 'classes.txt'
     yaml.write_text('classes: [a, b]\ncolors:\nignore: 3\n')
     assert read_classes(yaml) == dict(classes=['a', 'b'], ignore=[3])
+    yaml.write_text('- a\n- b\n')
+    assert read_classes(yaml) == dict(classes=['a', 'b'])
     text.write_text('a;1;2;3\nb; 4; 5; 6\n')
     assert read_classes(text) == dict(classes=['a', 'b'], colors=[[1, 2, 3], [4, 5, 6]])
 

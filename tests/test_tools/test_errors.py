@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tool_process import call_tool
 
-from mmvil.cli.config import load_config
+from mmvil.cli.config import CONFIGS, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.preflight import check_data
 
@@ -26,7 +26,7 @@ def test_missing_config_is_one_line_and_status_2():
     said = call_tool(TRAIN, 'configs/upernet_vil_t_camvd.py', status=2)
     (line,) = [line for line in said.splitlines() if line.startswith('error:')]
     assert line.startswith('error: config not found: configs/upernet_vil_t_camvd.py.')
-    assert 'Did you mean' in line and 'upernet_vil_t_camvid.py' in line
+    assert f'Did you mean {os.path.relpath((CONFIGS / CAMVID.name).resolve())}?' in line
     assert 'Traceback' not in said
 
 
@@ -88,6 +88,19 @@ def test_half_downloaded_annotations_are_noticed_at_once(tiny):
     cfg = load_config(str(tiny), {})
     with pytest.raises(UserError, match=r'1 of 2 images in .* no annotation .*1\.png'):
         check_data(cfg, 'train_dataloader')
+
+
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ('param_scheduler.0.endd=10', "unexpected keyword argument 'endd'"),
+        ('optim_wrapper.optimizer.type=Lion', "unknown optimizer 'Lion'"),
+    ],
+)
+def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, words):
+    options = ('--work-dir', tiny.parent / 'work', '--cfg-options', option)
+    error = error_of(call_tool(TRAIN, tiny, *options, status=2))
+    assert 'cannot build what the config describes' in error and words in error
 
 
 def slow(*values):

@@ -126,6 +126,13 @@ def test_classifier_of_own_folders_is_trained(tmp_path):
     cfg = Config.fromfile(tmp_path / 'work/small.py')
     assert cfg.test_dataloader.dataset.metainfo.classes == ['bright', 'dark']
 
+    # From these weights, on data with another number of classes.
+    for split in ('train', 'val'):
+        write_image(tmp_path / f'data/{split}/gray/0.jpg', np.full((40, 50, 3), 128))
+    start = f'load_from={tmp_path}/work/epoch_1.pth'
+    options = ('--work-dir', tmp_path / 'three', '--cfg-options', start)
+    assert 'accuracy/top1' in call_tool(TOOLS / 'train.py', config, *data, *options)
+
 
 # -- What check_dataset.py says --------------------------------------------------------------------
 
