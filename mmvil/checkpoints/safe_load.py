@@ -81,7 +81,7 @@ _ALLOWED = {
         *('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int', 'list'),
         *('range', 'set', 'slice', 'str', 'tuple'),
     },
-    'collections': {'OrderedDict', 'defaultdict', 'deque'},
+    'collections': {'Counter', 'OrderedDict', 'defaultdict', 'deque'},
     '_codecs': {'encode'},  # bytes, in the protocol that torch.save uses
     'torch': {'Size', 'Tensor', 'device'},
     'torch._tensor': {'_rebuild_from_type_v2'},  # tensors with attributes, which FSDP sets

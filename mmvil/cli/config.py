@@ -48,16 +48,18 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         backbone (str, optional): ViL that first replaces the config's backbone.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
     """
+    folder, prefix = CONFIGS.resolve(), ''
     if '::' in path:
         library, inner = path.split('::', 1)
         _require([library], path)
-        path = str(config_dir(library) / inner)
+        folder, prefix = config_dir(library), f'{library}::'
+        path = str(folder / inner)
     if not os.path.isfile(path):
-        known = {config.name: config for config in CONFIGS.glob('*.py')}
+        known = {config.name: config for config in folder.rglob('*.py')}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
-        nearest = [os.path.relpath(known[name].resolve()) for name in close]
-        hint = f'Did you mean {nearest[0]}?' if nearest else 'See configs/.'
-        raise UserError(f'config not found: {path}. {hint}')
+        start = folder if prefix else os.curdir
+        near = [f'Did you mean {prefix}{os.path.relpath(known[name], start)}?' for name in close]
+        raise UserError(f'config not found: {path}. {near[0] if near else f"See {folder}."}')
     with as_user_error(f'cannot read {path}'):  # configs run Python code
         cfg = read_config(path)
     if backbone is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
+from mmengine.optim import LinearLR, MultiStepLR, PolyLR
 from torch import nn
 
 from mmvil.checkpoints import DamagedCheckpointError, UntrustedCheckpointError, load_safely
@@ -19,6 +20,7 @@ def checkpoint():
     """What mmengine writes: weights, optimizer, schedulers, log with its history, numbers."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
     optimizer = torch.optim.AdamW(model.parameters())
+    schedulers = [LinearLR(optimizer), MultiStepLR(optimizer, [8, 11]), PolyLR(optimizer)]
     hub = MessageHub('of_test_safe_checkpoint')
     hub.update_scalar('train/loss', np.float32(1.5))
     hub.update_info('best', np.float64(2.5))
@@ -27,7 +29,8 @@ def checkpoint():
         state_dict=OrderedDict(model.state_dict()),
         message_hub=hub.state_dict(),
         optimizer=optimizer.state_dict(),
-        param_schedulers=[dict(last_step=2, names={'a'}, part=slice(1, 2))],
+        param_schedulers=[each.state_dict() for each in schedulers],
+        others=dict(names={'a'}, part=slice(1, 2)),
     )
 
 
