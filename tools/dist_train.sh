@@ -12,10 +12,9 @@ if ! [[ $# -ge 2 && $2 =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 for name in NNODES NODE_RANK PORT; do
-    if ! [[ ${!name:-0} =~ ^[0-9]+$ ]]; then
-        echo "error: $name must be a number, but is ${!name}" >&2
-        exit 2
-    fi
+    [[ ${!name:-1} =~ ^[0-9]+$ ]] && continue
+    echo "error: $name must be a number, but is ${!name}" >&2
+    exit 2
 done
 CONFIG=$1
 N=$2

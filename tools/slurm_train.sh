@@ -12,10 +12,9 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 for name in GPUS GPUS_PER_NODE CPUS_PER_TASK PORT; do
-    if ! [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
-        echo "error: $name must be a number, but is ${!name}" >&2
-        exit 2
-    fi
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] && continue
+    echo "error: $name must be a number, but is ${!name}" >&2
+    exit 2
 done
 PARTITION=$1
 JOB_NAME=$2

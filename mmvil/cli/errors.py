@@ -14,6 +14,7 @@ from ..checkpoints.safe_load import UntrustedCheckpointError
 from ..engine import SampleError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+PATH_ERRORS = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM)
 
 
 class UserError(Exception):
@@ -29,13 +30,15 @@ def user_message(error: Exception) -> str | None:
     """Return one line for an error that the user can fix, None for any other.
 
     The user can fix a ``UserError``, a ``ValueError`` raised by mmvil itself about an argument, an
-    unusable sample, a non-finite loss, and a full disk.
+    unusable sample, a non-finite loss, an unusable path, and a full disk.
     """
     if isinstance(error, SampleError):  # in a worker process, torch packs it into its trace
         return str(error).strip().splitlines()[-1].rpartition('SampleError: ')[2]
     if isinstance(error, UntrustedCheckpointError):
         return f'{error}. If you trust its source, add --trust-checkpoint.'
     if isinstance(error, OSError) and error.errno is not None:
+        if error.errno in PATH_ERRORS:
+            return f'{error.strerror}: {error.filename}'
         if error.errno not in DISK_ERRORS:
             return None
         file = f' while writing {error.filename}' if error.filename else ''

@@ -134,7 +134,7 @@ def device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (AssertionError, RuntimeError) as error:  # no CUDA in this PyTorch; others
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f'cannot use {text}: {reason}') from None
 
 

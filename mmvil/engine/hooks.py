@@ -11,7 +11,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from .layer_decay import plain_name
-from .sampling import seed_generators, seed_samples
+from .sampling import check_annotations, seed_generators, seed_samples
 
 
 @HOOKS.register_module()
@@ -43,7 +43,7 @@ class IterationSeedHook(Hook):
     deterministic (``randomness.deterministic``).
 
     Samples used before the resume are not loaded again. A sample that cannot be loaded, or whose
-    labels do not fit, stops training with an error that names its files.
+    labels do not fit, stops training, validation or testing with an error that names its files.
     """
 
     priority = 'VERY_HIGH'
@@ -72,6 +72,14 @@ class IterationSeedHook(Hook):
             if loader.batch_sampler.sampler.start and not hasattr(iterator, 'skip_iter'):
                 iterator = itertools.chain(itertools.repeat(None, runner.iter), iterator)
             loop.dataloader_iterator = iterator
+
+    def before_val_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Check the annotations."""
+        check_annotations(runner.val_dataloader.dataset, data_batch)
+
+    def before_test_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Check the annotations."""
+        check_annotations(runner.test_dataloader.dataset, data_batch)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Seed the random numbers of the model."""

@@ -54,10 +54,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not 0 < self.layer_decay_rate <= 1:
             raise ValueError(f'layer_decay_rate must be in (0, 1], got {self.layer_decay_rate}')
         if not isinstance(self.base_lr, (float, int)):
-            raise ValueError(
-                'set optimizer.lr to a number, from which the learning rate of each layer derives; '
-                f'it is {self.base_lr!r}'
-            )
+            raise ValueError('set optimizer.lr to a number, from which those of the layers derive')
         kind = self.optimizer_cfg['type']
         with OPTIMIZERS.switch_scope_and_registry(None) as registry:
             if isinstance(kind, str) and registry.get(kind) is None:

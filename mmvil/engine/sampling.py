@@ -112,11 +112,25 @@ def _load_samples(dataset, seed: int, indices: list[tuple[int, tuple]]) -> list:
         except Exception as error:
             message = f'cannot load {_sample_name(dataset, index)}: {type(error).__name__}: {error}'
             raise SampleError(' '.join(message.split())) from error
+        sample = samples[-1] if isinstance(samples[-1], dict) else {}
         try:
-            _check_labels(dataset, samples[-1])
+            size = getattr(sample.get('inputs'), 'shape', ())[-2:]
+            _check_labels(dataset, sample.get('data_samples'), size)
         except ValueError as error:
             raise SampleError(f'{_sample_name(dataset, index)}: {error}') from None
     return samples
+
+
+def check_annotations(dataset, batch: dict) -> None:
+    """Raise a SampleError if annotations of a batch of an evaluation do not fit images or classes:
+    metrics would fail, or ignore unknown labels.
+    """
+    for target in batch.get('data_samples') or ():
+        if hasattr(target, 'gt_sem_seg') and hasattr(target, 'ori_shape'):
+            try:
+                _check_labels(dataset, target, target.ori_shape)
+            except ValueError as error:
+                raise SampleError(f'{target.get("seg_map_path")}: {error}') from None
 
 
 def _sample_name(dataset, index: int) -> str:
@@ -128,14 +142,13 @@ def _sample_name(dataset, index: int) -> str:
     return ' with annotation '.join(filter(None, files)) or f'sample {index}'
 
 
-def _check_labels(dataset, sample) -> None:
+def _check_labels(dataset, target, size: Sequence[int]) -> None:
     """Raise a ValueError for labels that crash the loss, which on a GPU gives no reason."""
-    target = sample.get('data_samples') if isinstance(sample, dict) else None
     labels = getattr(target, 'gt_label', None)
     annotation = getattr(target, 'gt_sem_seg', None)
     if annotation is not None:
         labels = annotation.data
-        ours, images = ('x'.join(map(str, x.shape[-2:])) for x in (labels, sample['inputs']))
+        ours, images = ('x'.join(map(str, each)) for each in (labels.shape[-2:], size))
         if len(labels) != 1:  # mmseg keeps (H, W, C)
             raise ValueError(
                 'the annotation has colors, not one label per pixel; declare the colors of the '

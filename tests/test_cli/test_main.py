@@ -49,6 +49,13 @@ def test_full_disk_is_one_line_that_names_the_file(capsys, number):
     assert said.count('\n') == 1 and '--resume' in said
 
 
+def test_unusable_path_is_one_line(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit):
+        run((tmp_path / 'file/folder').mkdir)
+    assert capsys.readouterr().err == f'error: Not a directory: {tmp_path}/file/folder\n'
+
+
 def test_other_errors_of_the_system_keep_their_trace():
     with pytest.raises(FileNotFoundError):
         run(lambda: open('/does/not/exist'))

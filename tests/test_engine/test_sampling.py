@@ -2,17 +2,19 @@
 """The augmentation of a sample depends on its place in the training alone."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mmvil.engine import SampleError
 from mmvil.engine import sampling as module
-from mmvil.engine.sampling import seed_samples
+from mmvil.engine.sampling import check_annotations, seed_samples
 
 
 class Noise(Dataset):
@@ -132,3 +134,11 @@ def test_bad_sample_is_named(index, workers, message):
     else:
         with pytest.raises(SampleError, match=message):
             next(iter(loader))
+
+
+def test_annotations_of_an_evaluation_have_the_size_of_the_file():
+    for width, message in ((4, None), (2, 'a.png: the annotation has 4x2 pixels')):
+        target = BaseDataElement(metainfo=dict(ori_shape=(4, 4), seg_map_path='a.png'))
+        target.gt_sem_seg = SimpleNamespace(data=torch.zeros(1, 4, width, dtype=torch.long))
+        with pytest.raises(SampleError, match=message) if message else nullcontext():
+            check_annotations(Broken(), dict(data_samples=[target]))

@@ -138,6 +138,14 @@ def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
     assert str(path) in error and words in error
 
 
+def test_validation_stops_at_an_annotation_that_does_not_fit(tiny):
+    path = tiny.parent / 'data/annotations/validation/0.png'
+    Image.fromarray(np.full((32, 32), 12, np.uint8)).save(path)
+    options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
+    error = error_of(call_tool(TRAIN, tiny, *options, status=2))
+    assert f'{path}: its labels run from 11 to 11, but the dataset has classes 0 to 10' in error
+
+
 @pytest.mark.slow  # 15 seconds: two trainings
 def test_full_disk_leaves_the_checkpoints_before(tiny):
     """A limit on the size of files stands in for a full disk: a checkpoint is larger."""
