@@ -140,9 +140,10 @@ def _configure_class_folders(datasets, classes):
         if classes is None:
             classes, source = folders, root
         if len(folders) < 2 or folders != classes:
+            same = f'the same as {source} in alphabetical order ({", ".join(classes)}), '
             raise UserError(
-                f'{root} must have at least two folders, one per class, the same as {source} in '
-                f'alphabetical order ({", ".join(classes)}), but has: {", ".join(folders)}'
+                f'{root} must have at least two folders, one per class, '
+                f'{same if source != root else ""}but has: {", ".join(folders) or "none"}'
             )
     for dataset in datasets if classes else ():
         dataset.metainfo = dict(classes=classes)

@@ -155,9 +155,7 @@ def _check_labels(dataset, target, size: Sequence[int]) -> None:
                 'classes (docs/own_data.md)'
             )
         if ours != images:
-            raise ValueError(
-                f'the annotation has {ours} pixels but the image has {images}, after the pipeline'
-            )
+            raise ValueError(f'the annotation has {ours} pixels but the image has {images}')
         labels = labels[labels != getattr(dataset, 'ignore_index', 255)]
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     if classes is None or not torch.is_tensor(labels) or not labels.numel():

@@ -312,6 +312,12 @@ def test_class_weights_of_a_classifier_reach_its_loss(flowers):
         described(CLASSIFIER, flowers, 'classes.txt', 'rose\ndaisy\n')
 
 
+def test_images_outside_class_folders_are_rejected(tmp_path):
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(UserError, match='train must .* folders, one per class, but has: none'):
+        set_data_root(load_config(CLASSIFIER, {}), str(tmp_path))
+
+
 def test_splits_with_different_class_folders_are_rejected(flowers):
     (flowers / 'val/rose').rename(flowers / 'val/tulip')
     cfg = load_config(CLASSIFIER, {})
