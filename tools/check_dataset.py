@@ -10,9 +10,9 @@ classes, and images whose channels do not fit the model. Exit status: 1 if there
 import os
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
+from mmengine.fileio import put_text
 from PIL import Image
 
 from mmvil.cli.config import innermost_datasets, load_config, set_data_root
@@ -44,8 +44,7 @@ def main():
 
     if args.out:
         lines = (': '.join(filter(None, (x.file, x.what, x.labels))) for x in problems)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(''.join(f'{line}\n' for line in lines))
+        put_text(''.join(f'{line}\n' for line in lines), args.out)
     print(f'\nProblems: {len(problems)}.' if problems else '\nNo problems found.')
     sys.exit(1 if problems else 0)
 
@@ -58,7 +57,7 @@ def make_check_parser():
     add('--splits', nargs='+', choices=SPLITS, default=SPLITS, help='default: all distinct ones')
     jobs = os.cpu_count()
     add('-j', '--jobs', type=at_least(1), default=jobs, help='processes (default: all cores)')
-    add('--out', type=Path, help='text file for the list of all problems')
+    add('--out', help='text file for the list of all problems')
     return parser
 
 

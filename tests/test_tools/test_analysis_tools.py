@@ -138,7 +138,7 @@ def call(tool, monkeypatch, *arguments):
 
 def test_get_flops_prints_a_table_and_writes_json(get_flops, tmp_path, monkeypatch, capsys):
     pytest.importorskip('mmseg')
-    out = tmp_path / 'flops.json'
+    out = tmp_path / 'new/flops.json'
     config = ROOT / 'configs/upernet_vil_t_camvid.py'
     call(get_flops, monkeypatch, config, '--shape', 360, 480, '--json', out)
     said = capsys.readouterr().out

@@ -61,10 +61,10 @@ def test_plan_scales_settings_in_iterations(plan):
 def test_plan_prints_options_that_keep_the_batch(plan, tmp_path):
     printed = call_tool(
         *(SCRIPT, ROOT / 'configs/vil_t_imagenet.py', '--gpu-memory', '1', '--gpus', '2'),
-        *('--json', tmp_path / 'plan.json', '--images-per-second', '1000'),
+        *('--json', tmp_path / 'new/plan.json', '--images-per-second', '1000'),
         *('--cfg-options', *SMALL, 'model.head.in_channels=64'),
     )
-    report = json.loads((tmp_path / 'plan.json').read_text())
+    report = json.loads((tmp_path / 'new/plan.json').read_text())
     assert 2 * report['batch_per_gpu'] * report['accumulated'] == 1024
     assert report['batch_per_gpu'] <= report['largest_batch']
     assert f'train_dataloader.batch_size={report["batch_per_gpu"]}' in printed

@@ -8,8 +8,8 @@ The model runs on the meta device, so any size takes seconds and no memory.
 """
 
 import json
-from pathlib import Path
 
+from mmengine.fileio import put_text
 from mmengine.registry import init_default_scope
 
 from mmvil.apis.flop_count import count_multiply_adds, count_parameters
@@ -99,7 +99,7 @@ def main():
     print(NOTE)
     if args.json:
         report = dict(config=args.config, parameters=parameters, multiply_adds=counts)
-        Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
+        put_text(json.dumps(report, indent=2) + '\n', args.json)
 
 
 if __name__ == '__main__':

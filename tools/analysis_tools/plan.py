@@ -9,9 +9,9 @@ GPU and no memory. With --measure, steps also run on this machine's GPU.
 """
 
 import json
-from pathlib import Path
 
 import torch
+from mmengine.fileio import put_text
 from torch._subclasses import fake_tensor
 
 from mmvil.apis import training_memory
@@ -179,7 +179,7 @@ def main():
     if speed:
         print_duration(args, cfg, total, speed)
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
+        put_text(json.dumps(report, indent=2) + '\n', args.json)
 
 
 if __name__ == '__main__':
