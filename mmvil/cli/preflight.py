@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -66,12 +67,10 @@ def train(runner: Runner) -> None:
     try:
         runner.train()
     except Exception:
-        # mmengine builds optimizer and schedulers in between; before, they are configs.
+        # Until mmengine has built optimizer and schedulers, they are configs.
         parts = [runner.optim_wrapper, *as_list(runner.param_schedulers)]
-        if any(isinstance(part, dict) for part in parts):
-            with _building():
-                raise
-        raise
+        with _building() if any(isinstance(part, dict) for part in parts) else nullcontext():
+            raise
 
 
 def _building():

@@ -73,17 +73,13 @@ class IterationSeedHook(Hook):
                 iterator = itertools.chain(itertools.repeat(None, runner.iter), iterator)
             loop.dataloader_iterator = iterator
 
-    def before_val_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Check the annotations."""
-        check_annotations(runner.val_dataloader.dataset, data_batch)
-
-    def before_test_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Check the annotations."""
-        check_annotations(runner.test_dataloader.dataset, data_batch)
-
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Seed the random numbers of the model."""
         torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # also on GPUs
+
+    def _before_iter(self, runner, batch_idx: int, data_batch=None, mode: str = 'val') -> None:
+        """Check the annotations of a validation or test."""
+        check_annotations(getattr(runner, f'{mode}_dataloader').dataset, data_batch)
 
 
 @HOOKS.register_module()

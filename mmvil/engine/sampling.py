@@ -113,11 +113,9 @@ def _load_samples(dataset, seed: int, indices: list[tuple[int, tuple]]) -> list:
             message = f'cannot load {_sample_name(dataset, index)}: {type(error).__name__}: {error}'
             raise SampleError(' '.join(message.split())) from error
         sample = samples[-1] if isinstance(samples[-1], dict) else {}
-        try:
-            size = getattr(sample.get('inputs'), 'shape', ())[-2:]
-            _check_labels(dataset, sample.get('data_samples'), size)
-        except ValueError as error:
-            raise SampleError(f'{_sample_name(dataset, index)}: {error}') from None
+        size = getattr(sample.get('inputs'), 'shape', ())[-2:]
+        if problem := _label_problem(dataset, sample.get('data_samples'), size):
+            raise SampleError(f'{_sample_name(dataset, index)}: {problem}')
     return samples
 
 
@@ -126,11 +124,9 @@ def check_annotations(dataset, batch: dict) -> None:
     metrics would fail, or ignore unknown labels.
     """
     for target in batch.get('data_samples') or ():
-        if hasattr(target, 'gt_sem_seg') and hasattr(target, 'ori_shape'):
-            try:
-                _check_labels(dataset, target, target.ori_shape)
-            except ValueError as error:
-                raise SampleError(f'{target.get("seg_map_path")}: {error}') from None
+        is_complete = hasattr(target, 'gt_sem_seg') and hasattr(target, 'ori_shape')
+        if is_complete and (problem := _label_problem(dataset, target, target.ori_shape)):
+            raise SampleError(f'{target.get("seg_map_path")}: {problem}')
 
 
 def _sample_name(dataset, index: int) -> str:
@@ -142,27 +138,27 @@ def _sample_name(dataset, index: int) -> str:
     return ' with annotation '.join(filter(None, files)) or f'sample {index}'
 
 
-def _check_labels(dataset, target, size: Sequence[int]) -> None:
-    """Raise a ValueError for labels that crash the loss, which on a GPU gives no reason."""
+def _label_problem(dataset, target, size: Sequence[int]) -> str | None:
+    """Describe labels that do not fit: they crash the loss, which on a GPU gives no reason."""
     labels = getattr(target, 'gt_label', None)
     annotation = getattr(target, 'gt_sem_seg', None)
     if annotation is not None:
         labels = annotation.data
         ours, images = ('x'.join(map(str, each)) for each in (labels.shape[-2:], size))
         if len(labels) != 1:  # mmseg keeps (H, W, C)
-            raise ValueError(
+            return (
                 'the annotation has colors, not one label per pixel; declare the colors of the '
                 'classes (docs/own_data.md)'
             )
         if ours != images:
-            raise ValueError(f'the annotation has {ours} pixels but the image has {images}')
+            return f'the annotation has {ours} pixels but the image has {images}'
         labels = labels[labels != getattr(dataset, 'ignore_index', 255)]
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    if classes is None or not torch.is_tensor(labels) or not labels.numel():
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= len(classes):
-        raise ValueError(
-            f'its labels run from {low} to {high}, but the dataset has classes 0 to '
-            f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
-        )
+    if classes is not None and torch.is_tensor(labels) and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < len(classes):
+            return (
+                f'its labels run from {low} to {high}, but the dataset has classes 0 to '
+                f'{len(classes) - 1} (reduce_zero_label and ignore_index are taken into account)'
+            )
+    return None
