@@ -55,7 +55,7 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         folder, prefix = config_dir(library), f'{library}::'
         path = str(folder / inner)
     if not os.path.isfile(path):
-        known = {config.name: config for config in folder.rglob('*.py')}
+        known = {each.name: each for each in folder.rglob('*.py') if '_base_' not in each.parts}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
         start = folder if prefix else os.curdir
         near = [f'Did you mean {prefix}{os.path.relpath(known[name], start)}?' for name in close]

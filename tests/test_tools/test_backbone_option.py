@@ -88,5 +88,5 @@ def test_wrong_uses_of_backbone_are_one_line(data, tmp_path):
     assert "Unknown arch 'vit_s'" in said and 'Traceback' not in said
     said = call_tool(TRAIN, f'mmseg::{PSPNET}', '--checkpoint', 'vil.th', status=2)
     assert 'need --backbone' in said
-    said = call_tool(TRAIN, 'mmseg::pspnet/none.py', '--backbone', 'vil-s', status=2)
-    assert 'config not found' in said
+    said = call_tool(TRAIN, f'mmseg::{PSPNET}'[:-6] + '.py', '--backbone', 'vil-s', status=2)
+    assert 'config not found' in said and f'Did you mean mmseg::{PSPNET}?' in said
