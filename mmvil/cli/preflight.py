@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
@@ -64,6 +64,7 @@ def build_loops(runner: Runner, *names: str) -> None:
 def train(runner: Runner) -> None:
     """Train, and report invalid settings like :func:`build_runner`."""
     build_loops(runner, 'train', 'val')
+    check_saving(runner)
     try:
         runner.train()
     except Exception:
@@ -71,6 +72,34 @@ def train(runner: Runner) -> None:
         parts = [runner.optim_wrapper, *as_list(runner.param_schedulers)]
         with _building() if any(isinstance(part, dict) for part in parts) else nullcontext():
             raise
+
+
+def check_saving(runner: Runner) -> None:
+    """Check names that mmengine reads late: options of CheckpointHook at the first checkpoint, and
+    metrics of segmentation after the first validation.
+    """
+    evaluator = getattr(runner.val_loop, 'evaluator', None)
+    metrics = evaluator.metrics if evaluator else []
+    known, all_known = {'auto'}, bool(metrics)
+    for metric in metrics:
+        if compute := getattr(metric, 'total_area_to_metrics', None):  # of mmseg
+            with _building():
+                names = compute(*4 * [torch.ones(1)], metric.metrics)
+            prefix = f'{metric.prefix}/' if metric.prefix else ''
+            known |= {prefix + (name if name == 'aAcc' else f'm{name}') for name in names}
+        else:
+            all_known = False
+    for hook in runner.hooks:
+        if not isinstance(hook, CheckpointHook):
+            continue
+        options = inspect.signature(runner.save_checkpoint).parameters
+        for key in set(hook.args) - set(options):
+            close = difflib.get_close_matches(key, inspect.signature(CheckpointHook).parameters, 1)
+            hint = f' Did you mean {close[0]}?' if close else ''
+            raise UserError(f'CheckpointHook has no option {key!r}.{hint}')
+        for name in set(hook.save_best or ()) - known if all_known else ():
+            computed = ', '.join(sorted(known - {'auto'}))
+            raise UserError(f'save_best is {name!r}, but the metrics are {computed}')
 
 
 def _building():

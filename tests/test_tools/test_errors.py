@@ -103,6 +103,29 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
     assert 'cannot build what the config describes' in error and words in error
 
 
+@pytest.mark.parametrize(
+    'option, line',
+    [
+        (
+            'default_hooks.checkpoint.intervals=10',
+            "error: CheckpointHook has no option 'intervals'. Did you mean interval?",
+        ),
+        (
+            'default_hooks.checkpoint.save_best=mDice',
+            "error: save_best is 'mDice', but the metrics are aAcc, mAcc, mIoU",
+        ),
+        (
+            'val_evaluator.iou_metrics=[mIou]',
+            'error: cannot build what the config describes (--traceback shows where): KeyError: '
+            '"metrics [\'mIou\'] is not supported"',
+        ),
+    ],
+)
+def test_training_checks_names_that_are_read_late(tiny, option, line):
+    options = ('--work-dir', tiny.parent / 'work', '--cfg-options', option)
+    assert error_of(call_tool(TRAIN, tiny, *options, status=2)) == line
+
+
 def slow(*values):
     """Another case of the same, which takes 5 seconds and is left to `make test-full`."""
     return pytest.param(*values, marks=pytest.mark.slow)
