@@ -5,6 +5,7 @@ import copy
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,16 +14,20 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import MODELS, RUNNERS
+from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils import scandir
 
+from ..apis.swap.probe import BackboneProbe, training_size
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
 from .errors import UserError, as_user_error
+
+MISFIT = 'Invalid channel dimensions|expected input|same reduction dim|mat1 and mat2 shapes'
+"""Messages of torch, on the meta device, on inputs whose channels do not fit a layer."""
 
 
 def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
@@ -110,6 +115,7 @@ def _building():
 def check_training(cfg: Config) -> None:
     """Check everything that training needs before it starts."""
     check_backbone(cfg)
+    check_channels(cfg)
     check_work_dir(cfg)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     check_config_checkpoints(cfg)
@@ -132,6 +138,25 @@ def check_backbone(cfg: Config) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
             raise UserError(f'VisionLSTM has no option {key!r}. {hint}')
+
+
+def check_channels(cfg: Config) -> None:
+    """Check that the neck or the heads read as many channels as a ViL backbone outputs, by running
+    them on the meta device. Those that cannot run there are not checked.
+    """
+    if type_name(cfg.model.get('backbone')) != 'VisionLSTM':
+        return
+    try:
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            probe = BackboneProbe(cfg.model, training_size(cfg, 224), None, None)
+    except ValueError:
+        return
+    if re.search(MISFIT, probe.failure or ''):
+        part = probe.failure.partition(':')[0]
+        raise UserError(
+            f'the backbone outputs {probe.widths} channels, but in_channels (or in_index) of the '
+            f'{part} is for others'
+        )
 
 
 def check_work_dir(cfg: Config) -> None:

@@ -107,6 +107,11 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
     'option, line',
     [
         (
+            'model.auxiliary_head.in_channels=4',
+            'error: the backbone outputs [8, 8, 8, 8] channels, but in_channels (or in_index) of '
+            'the auxiliary_head is for others',
+        ),
+        (
             'default_hooks.checkpoint.intervals=10',
             "error: CheckpointHook has no option 'intervals'. Did you mean interval?",
         ),
@@ -121,7 +126,7 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
         ),
     ],
 )
-def test_training_checks_names_that_are_read_late(tiny, option, line):
+def test_training_checks_settings_that_are_read_late(tiny, option, line):
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', option)
     assert error_of(call_tool(TRAIN, tiny, *options, status=2)) == line
 
