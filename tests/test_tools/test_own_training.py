@@ -91,7 +91,7 @@ def test_segmentor_of_own_data_is_trained_tested_and_drawn(street, tmp_path):
     out = tmp_path / 'predictions.png'
     for option, words in (
         ('train_dataloader.images=1', "unexpected keyword argument 'images'"),
-        ('model.backbone.arch.embed_dims=16', 'does not fit the config'),  # before EMA loads it
+        ('model.decode_head.channels=12', 'does not fit the config'),  # before EMA loads it
     ):
         arguments = ('--work-dir', tmp_path / 'b', '--resume', checkpoint, '--cfg-options', option)
         said = call_tool(TOOLS / 'train.py', dumped, *arguments, status=2)
