@@ -149,7 +149,7 @@ def check_channels(cfg: Config) -> None:
     try:
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             probe = BackboneProbe(cfg.model, training_size(cfg), None, None)
-    except Exception:  # as unusual as models are, training itself will tell
+    except (RuntimeError, TypeError, ValueError):  # unusual models
         return
     if re.search(MISFIT, probe.failure or ''):
         part = probe.failure.partition(':')[0]
