@@ -72,6 +72,9 @@ def train(runner: Runner) -> None:
     check_saving(runner)
     try:
         runner.train()
+    except RuntimeError:
+        check_channels(runner.cfg)
+        raise
     except Exception:
         # Until mmengine has built optimizer and schedulers, they are configs.
         parts = [runner.optim_wrapper, *as_list(runner.param_schedulers)]
@@ -98,10 +101,8 @@ def check_saving(runner: Runner) -> None:
         if not isinstance(hook, CheckpointHook):
             continue
         options = inspect.signature(runner.save_checkpoint).parameters
-        for key in set(hook.args) - set(options):
-            close = difflib.get_close_matches(key, inspect.signature(CheckpointHook).parameters, 1)
-            hint = f' Did you mean {close[0]}?' if close else ''
-            raise UserError(f'CheckpointHook has no option {key!r}.{hint}')
+        known_options = [*inspect.signature(CheckpointHook).parameters][:-1]  # without kwargs
+        _reject_unknown('CheckpointHook', set(hook.args) - set(options), known_options)
         for name in set(hook.save_best or ()) - known if all_known else ():
             computed = ', '.join(sorted(known - {'auto'}))
             raise UserError(f'save_best is {name!r}, but the metrics are {computed}')
@@ -115,7 +116,6 @@ def _building():
 def check_training(cfg: Config) -> None:
     """Check everything that training needs before it starts."""
     check_backbone(cfg)
-    check_channels(cfg)
     check_work_dir(cfg)
     check_data(cfg, 'train_dataloader', 'val_dataloader')
     check_config_checkpoints(cfg)
@@ -134,15 +134,21 @@ def check_backbone(cfg: Config) -> None:
     for node in dicts(cfg.get('model') or {}):
         if type_name(node) not in ('VisionLSTM', 'MaskedVisionLSTM'):
             continue
-        for key in set(node) - set(known) - {'type', '_scope_'}:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
-            raise UserError(f'VisionLSTM has no option {key!r}. {hint}')
+        _reject_unknown('VisionLSTM', set(node) - set(known) - {'type', '_scope_'}, known)
+
+
+def _reject_unknown(owner: str, unknown: set[str], known: Sequence[str]) -> None:
+    """Raise a UserError for the first unknown option of a class."""
+    for key in unknown:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
+        raise UserError(f'{owner} has no option {key!r}. {hint}')
 
 
 def check_channels(cfg: Config) -> None:
-    """Check that the neck or the heads read as many channels as a ViL backbone outputs, by running
-    them on the meta device. Those that cannot run there are not checked.
+    """Check, after training has failed, that the neck or the heads read as many channels as a ViL
+    backbone outputs, by running them on the meta device. Those that cannot run there are not
+    checked.
     """
     if type_name((cfg.get('model') or {}).get('backbone')) != 'VisionLSTM':
         return

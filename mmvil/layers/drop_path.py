@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.compat import is_compiling, is_tracing, is_transforming
+from ..ops.vil_layer_common import add_branch
 
 
 class DropPath(nn.Module):
@@ -45,8 +46,14 @@ class DropPath(nn.Module):
         Returns:
             Tensor: Shape (B, N, C).
         """
+        if residual_branch is None:
+
+            def residual_branch(x, scale=1.0, samples=None):
+                part = x if samples is None else x.index_select(0, samples)
+                return add_branch(x, branch(part), scale, samples)
+
         if self.drop_prob == 0 or not self.training:
-            return x + branch(x) if residual_branch is None else residual_branch(x)
+            return residual_branch(x)
         keep_prob = 1 - self.drop_prob
         if is_compiling() or is_tracing() or is_transforming():  # these need fixed shapes
             return x + branch(x) * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep_prob) / keep_prob)
@@ -56,12 +63,7 @@ class DropPath(nn.Module):
             # Distributed data parallel expects gradients of the branch's parameters.
             return x + branch(x) * 0
         kept = None if len(kept) == x.shape[0] else kept.to(x.device, non_blocking=True)
-        if residual_branch is not None:
-            return residual_branch(x, 1 / keep_prob, kept)
-        if kept is None:
-            return x.add(branch(x), alpha=1 / keep_prob)
-        part = branch(x.index_select(0, kept))
-        return x.index_add(0, kept, part.to(x.dtype), alpha=1 / keep_prob)
+        return residual_branch(x, 1 / keep_prob, kept)
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'

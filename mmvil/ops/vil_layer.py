@@ -16,7 +16,7 @@ from torch import Tensor
 from . import vil_layer_eager
 from .compat import is_batched, is_compiling, is_exporting, without_autocast
 from .mlstm import reject_double_backward
-from .vil_layer_common import LayerSettings, LayerWeights, cast, cast_together
+from .vil_layer_common import LayerSettings, LayerWeights, add_branch, cast, cast_together
 
 
 def vil_layer(
@@ -66,11 +66,10 @@ class _ViLLayer(torch.autograd.Function):
         part_grad = y_grad if samples is None else y_grad.index_select(0, samples)
         with without_autocast(x):
             x_grad, grads = implementation.gradients(part_grad, saved, weights, ctx.settings)
-        *_, x_needed = ctx.needs_input_grad[:3]
+        _, _, x_needed, *needed = ctx.needs_input_grad
         x_grad = cast(x_grad, x.dtype) if x_needed else None
         if x_needed and samples is not None:
             x_grad = y_grad.index_copy(0, samples, x_grad)
-        needed = ctx.needs_input_grad[3:]
         grads = [grad if need else None for grad, need in zip(grads, needed)]
         grads = cast_together(grads, [None if w is None else w.dtype for w in weights])
         return None, None, x_grad, *grads
@@ -83,10 +82,8 @@ def _forward(
     part, scale = x if samples is None else x.index_select(0, samples), settings.residual_scale
     with without_autocast(x):  # dtypes are explicit here
         y, saved = _implementation(settings).forward(part, w, settings)
-    if samples is not None:
-        y = x.index_add(0, samples, y.to(x.dtype), alpha=scale)
-    elif scale is not None:
-        y = x + y if scale == 1 else x.add(y, alpha=scale)
+    if scale is not None:
+        y = add_branch(x, y, scale, samples)
     return y, (part, *saved)
 
 

@@ -76,6 +76,17 @@ def cast_together(
     return result
 
 
+def add_branch(
+    x: Tensor, branch: Tensor, scale: float = 1.0, samples: Tensor | None = None
+) -> Tensor:
+    """Compute x (B, N, C) plus ``scale`` times a residual branch, (B, N, C) or of the ``samples``
+    with these indices alone.
+    """
+    if samples is not None:
+        return x.index_add(0, samples, branch.to(x.dtype), alpha=scale)
+    return x + branch if scale == 1 else x.add(branch, alpha=scale)
+
+
 def sum_tokens(x: Tensor) -> Tensor:
     """Sum (B, N, C) to (C, ), at least in float32: sums over many tokens exceed float16's range."""
     return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
