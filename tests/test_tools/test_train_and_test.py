@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tool_process import call_tool
 
@@ -143,6 +144,16 @@ def test_train_resumes_to_the_same_losses(segmentor, tmp_path):
     assert list(straight) == [1, 2, 3, 4] and list(resumed) == [3, 4]
     for iteration in (3, 4):
         assert resumed[iteration] == pytest.approx(straight[iteration], rel=1e-5)
+
+
+@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+def test_backbone_is_compiled_once(segmentor, tmp_path):
+    config, _, _ = segmentor
+    command = (sys.executable, TOOLS / 'train.py', config, '--work-dir', tmp_path)
+    compiled = ('--cfg-options', 'model.backbone.compile.backend=eager')
+    log = shell(*command, *compiled, TORCH_LOGS='dynamo')
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    assert re.findall(r'start tracing (\w+)', log) == ['forward']
 
 
 def test_segmentor_is_tested_with_pictures_and_label_maps(segmentor, tmp_path):
