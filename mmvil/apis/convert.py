@@ -17,7 +17,6 @@ from ..checkpoints import (
     describe_misfit,
     fetch_checkpoint,
     infer_architecture,
-    is_official,
     official_names,
     read_checkpoint,
     vil_to_mmvil,
@@ -53,16 +52,12 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     path = Path(path)
     checkpoint = read_checkpoint(path)
     source = checkpoint['state_dict']
-    if not is_official(source):
-        ours = any(re.match(r'(backbone\.)?layers\.\d+\.igate\.', name) for name in source)
-        raise ValueError(
-            f"{path} already has mmvil's layout; use it as it is."
-            if ours
-            else f'{path} is not a Vision-LSTM in an official layout: it has no mLSTM cells, '
-            f"neither 'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*', but "
-            f'{", ".join(list(source)[:3])} …'
-        )
-    names = official_names(source)
+    if any(re.match(r'(backbone\.)?layers\.\d+\.igate\.', name) for name in source):
+        raise ValueError(f"{path} already has mmvil's layout; use it as it is.")
+    try:
+        names = official_names(source)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     unknown = {key: source[key] for key, name in names.items() if name is None}
     known = {key: source[key] for key, name in names.items() if name is not None}
     state_dict = {

@@ -90,7 +90,8 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
     if not is_official(state_dict):
         raise ValueError(
             'This is not an official Vision-LSTM state dict: it has no mLSTM cells, neither '
-            "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*'."
+            "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*', but "
+            f'{", ".join(list(state_dict)[:3])} …'
         )
     if any(key.startswith('xlstm.') for key in state_dict):
         norm, pool_norm, head = 'xlstm.post_blocks_norm', 'head.0', 'head.1'
