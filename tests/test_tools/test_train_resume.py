@@ -1,7 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """A training that was killed continues as if nothing had happened."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tool_process import call_tool
+from tool_process import call_tool, losses
 
 from tests.street_images import write_image, write_segmentation_data, write_segmentor
 
@@ -77,15 +76,6 @@ def straight(segmentor, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('straight')
     call_tool(TRAIN, segmentor, '--work-dir', work_dir)
     return work_dir
-
-
-def losses(work_dir):
-    """{iteration: training loss}; what was trained again replaces what was lost."""
-    found = {}
-    for log in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        found.update({line['step']: line['loss'] for line in lines if 'loss' in line})
-    return found
 
 
 def copy_checkpoints(source, target, *names):
