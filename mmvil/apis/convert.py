@@ -64,14 +64,7 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
         name: value.to(torch.promote_types(original.dtype, torch.float32))
         for (name, value), original in zip(vil_to_mmvil(known).items(), known.values())
     }
-    try:
-        architecture = infer_architecture(state_dict)
-    except ValueError as error:
-        raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
-    found = stride, 'as given'
-    if stride is None:
-        found = find_stride(checkpoint, path, architecture['patch_size'])
-    architecture['stride'], architecture['stride_from'] = found
+    architecture = describe_architecture(state_dict, checkpoint, path, stride)
     model = _classifier_config(architecture)
     _check_complete(path, {**state_dict, **unknown}, model)
     return dict(
@@ -84,6 +77,20 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
             mmvil_version=__version__,
         ),
     )
+
+
+def describe_architecture(
+    state_dict: Mapping, checkpoint: Mapping, path: str | Path, stride: int | None = None
+) -> dict[str, Any]:
+    """Infer the sizes of a classifier, and find its stride with its origin, ``stride_from``."""
+    try:
+        sizes = infer_architecture(state_dict)
+    except ValueError as error:
+        raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
+    found = stride, 'as given'
+    if stride is None:
+        found = find_stride(checkpoint, path, sizes['patch_size'])
+    return dict(sizes, stride=found[0], stride_from=found[1])
 
 
 def find_stride(checkpoint: Mapping, path: str | Path, patch_size: int) -> tuple[int, str]:

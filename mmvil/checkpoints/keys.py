@@ -149,24 +149,20 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
-        if name not in state_dict:
+        tensor = state_dict.get(name)
+        if tensor is None or tensor.dim() != dims:
+            found = 'missing' if tensor is None else f'of shape {tuple(tensor.shape)}'
             raise ValueError(
-                f'There is no {name} (converted name), which a Vision-LSTM classifier needs.'
+                f'A Vision-LSTM classifier needs {name} (converted name) with {dims} dimensions, '
+                f'but it is {found}.'
             )
-        found = tuple(state_dict[name].shape)
-        if len(found) != dims:
-            raise ValueError(
-                f'{name} (converted name) has {len(found)} dimensions, {found}, instead of {dims}.'
-            )
-        return found
+        return tuple(tensor.shape)
 
-    embed_dims, in_channels, *patch = shape('backbone.patch_embed.projection.weight', 4)
+    embed_dims, in_channels, _, patch_size = shape('backbone.patch_embed.projection.weight', 4)
     _, rows, columns, _ = shape('backbone.pos_embed', 4)
     num_heads, _ = shape('backbone.layers.0.igate.weight', 2)
     num_classes, _ = shape('head.fc.weight', 2)
     (pooled,) = shape('backbone.pool_norm.weight', 1)
-    if patch[0] != patch[1]:
-        raise ValueError(f'Patches must be square, but are {patch[0]} x {patch[1]}.')
     conv = state_dict.get('backbone.layers.0.conv.weight')
     return dict(
         # Version 1 convolves along the tokens, version 2 over the image.
@@ -174,9 +170,9 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
         embed_dims=embed_dims,
         depth=1 + max(int(match[1]) for match in map(_BLOCK.match, state_dict) if match),
         num_heads=num_heads,
-        patch_size=patch[0],
+        patch_size=patch_size,
         in_channels=in_channels,
-        img_size=(rows * patch[0], columns * patch[0]),
+        img_size=(rows * patch_size, columns * patch_size),
         out_type='bilateral_concat' if pooled == 2 * embed_dims else 'bilateral_avg',
         num_classes=num_classes,
     )
