@@ -15,13 +15,12 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import is_official, vil_to_mmvil
 from ..checkpoints.channels import PATCH_EMBED_WEIGHT, adapt_input_channels, input_channels
 from ..checkpoints.compare import fits
 from ..checkpoints.pretrained import check_pretrained, load_pretrained
-from ..layers import FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
+from ..layers import BlockStack, FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
 from ..layers.vil_block import without_bias
 
@@ -75,6 +74,9 @@ class VisionLSTM(BaseModule):
             Default: False.
         backend (str): Backend of the mLSTM, see :func:`mmvil.ops.mlstm`. Default: 'auto'.
         lean (bool | str): Memory saving, see :class:`mmvil.layers.ViLBlock`. Default: True.
+        compile (bool | dict): Compile the blocks for training, with these arguments of
+            :func:`torch.compile`; ``dict(mode='reduce-overhead')`` also makes CUDA graphs. For
+            images of one size. Default: False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=..., prefix=...)`` loads
             mmvil's checkpoints (of a backbone or a whole model) and official ones (files, URLs, or
             short names such as ``mmvil://vil2_base16``), resizes position embeddings and adapts RGB
@@ -114,6 +116,7 @@ class VisionLSTM(BaseModule):
         with_cp: bool = False,
         backend: str = 'auto',
         lean: bool | str = True,
+        compile: bool | dict = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -166,7 +169,7 @@ class VisionLSTM(BaseModule):
             if drop_path_mode == 'uniform'
             else [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         )
-        self.layers = nn.ModuleList(
+        self.layers = BlockStack(
             ViLBlock(
                 self.embed_dims,
                 num_heads=self.num_heads,
@@ -178,6 +181,8 @@ class VisionLSTM(BaseModule):
             )
             for i in range(built)
         )
+        if compile:
+            self._compile(**(compile if isinstance(compile, dict) else {}))
 
         self.norm = None
         if final_norm:
@@ -264,6 +269,14 @@ class VisionLSTM(BaseModule):
             norm_layer=lambda channels: build_norm_layer(norm_cfg, channels)[1],
         )
 
+    def _compile(self, **options) -> None:
+        if torch.__version__ < '2.4':
+            raise ValueError(f'compile needs PyTorch 2.4 or later, not {torch.__version__}.')
+        try:
+            self.layers.compile(**options)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f'compile={options} is invalid: {error}') from error
+
     # ---------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -315,14 +328,11 @@ class VisionLSTM(BaseModule):
         Returns:
             tuple[Tensor]: Features, as returned by :meth:`forward`.
         """
-        outputs = []
-        for index, layer in enumerate(self.layers):
-            if self.with_cp and torch.is_grad_enabled() and not torch.jit.is_tracing():
-                x = checkpoint(layer, x, grid, use_reentrant=False)
-            else:
-                x = layer(x, grid)
-            if index in self.out_indices:
-                outputs.append(self._format(x, grid, last=index == self.out_indices[-1]))
+        # In evaluation, images and batches of other sizes would be compiled again.
+        run = self.layers if self.training else self.layers.forward
+        *others, last = run(x, grid, self.out_indices, self.with_cp)
+        outputs = [self._format(y, grid, last=False) for y in others]
+        outputs.append(self._format(last, grid, last=True))
         if self.pyramid is not None:
             outputs = [
                 y[:, :, : (image_size[0] - 1) // stride + 1, : (image_size[1] - 1) // stride + 1]

@@ -46,6 +46,11 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     strategy = type_name(cfg.get('strategy'))
     if cfg.get('compile') and strategy.startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
+    if cfg.get('compile') and not strategy:
+        notes.append(
+            'compile=True compiles the whole training step, again for new file names and for '
+            'minutes each time; model.backbone.compile=True compiles the blocks of ViL once'
+        )
     with _building():
         runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if cfg.get('compile') and strategy:

@@ -1,6 +1,8 @@
 """The backbone as users meet it: construction, outputs, exactness, freezing, loading."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -488,6 +490,61 @@ def test_compile_has_no_graph_break_and_the_same_gradients(lean):
     weighted_sum(compiled(image)[0]).backward()
     for name, p in backbone.named_parameters():
         assert relative_error(p.grad, expected[name]) < 1e-4, name
+
+
+@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+@pytest.mark.parametrize('option', [{}, dict(with_cp=True), dict(drop_path_rate=0.5)])
+def test_option_compile_makes_one_graph_of_the_blocks_for_training_only(option):
+    from torch._dynamo.utils import counters
+
+    options = dict(arch=dict(embed_dims=16, depth=2), out_indices=(0, 1), **option)
+    plain = build(**options).train()
+    model = build(compile=dict(backend='eager', fullgraph=True), **options).train()
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        results, image = [], torch.randn(2, 3, 64, 48)
+        for net in (plain, model):
+            net.zero_grad()
+            weighted_sum(torch.cat(net(image))).backward()
+            results.append({name: p.grad for name, p in net.named_parameters()})
+        if 'drop_path_rate' not in option:
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    copy.deepcopy(model)(image)
+    pickle.loads(pickle.dumps(model)).eval()(image)
+    model.eval()
+    model(image[:1])
+    assert counters['stats']['unique_graphs'] == 1
+    torch.testing.assert_close(model(image), plain.eval()(image))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='wants a GPU')
+@pytest.mark.parametrize('options', [dict(mode='reduce-overhead'), dict(backend='cudagraphs')])
+def test_cuda_graphs_of_the_blocks_train_like_the_blocks(options):
+    results = []
+    for compiled in (False, options):
+        net = build(arch=dict(embed_dims=64, depth=4), out_indices=(1, 3), compile=compiled)
+        net = net.cuda().train()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(6):
+            image = torch.randn(4, 3, 64, 64, device='cuda')
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = weighted_sum(torch.cat(net(image))).float() / 1000
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        results.append(torch.stack(losses))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize('options', [dict(mode='fast'), dict(modes='default')])
+def test_invalid_options_of_compile_are_named(options):
+    with pytest.raises(ValueError, match='compile=.* is invalid|compile needs PyTorch 2.4'):
+        build(compile=options)
 
 
 @pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack dynamic shapes')

@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 import mmvil
 from mmvil.cli import preflight
@@ -174,3 +175,13 @@ def test_build_runner_leaves_the_config_of_the_caller(tmp_path):
     cfg.experiment_name = 'build_runner_again'
     with pytest.raises(UserError, match='cannot build what the config describes'):
         preflight.build_runner(cfg)
+
+
+def test_compiling_the_whole_training_step_is_advised_against(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *_: warnings.append(str(text)))
+    model = dict(type='mmvil.VisionLSTM', arch=dict(embed_dims=8, depth=1), img_size=32)
+    common = dict(model=model, work_dir=str(tmp_path), default_scope='mmengine', launcher='none')
+    for name, compiled in (('plain', False), ('compiled', dict(mode='reduce-overhead'))):
+        preflight.build_runner(Config(dict(common, experiment_name=name, compile=compiled)))
+        assert bool(compiled) == any('model.backbone.compile=True' in text for text in warnings)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tool_process import call_tool
+from tool_process import call_tool, losses
 
 from tests.street_images import write_image, write_segmentation_data, write_segmentor
 
@@ -88,6 +89,16 @@ def classifier(tmp_path_factory):
     config.write_text(CLASSIFIER.format(configs=ROOT / 'configs', data=folder / 'data'))
     call_tool(TOOLS / 'train.py', config, '--work-dir', folder / 'work')
     return config, folder / 'work'
+
+
+@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+def test_backbone_is_compiled_once(segmentor, tmp_path):
+    config, _, _ = segmentor
+    command = (sys.executable, TOOLS / 'train.py', config, '--work-dir', tmp_path)
+    compiled = ('--cfg-options', 'model.backbone.compile.backend=eager')
+    log = shell(*command, *compiled, TORCH_LOGS='dynamo')
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    assert re.findall(r'start tracing (\w+)', log) == ['forward']
 
 
 def test_segmentor_is_tested_with_pictures_and_label_maps(segmentor, tmp_path):
