@@ -139,17 +139,12 @@ def test_tools_import_cli_and_apis_and_no_other_tool():
         f'{name_of(path)} imports {module}' + (f' ({name})' if name else '')
         for path in TOOLS
         for module, name, _ in imports_of(path)
-        if (top(module) in stems and not is_dev_script(path, top(module)))
+        if top(module) in stems
         or (module != 'mmvil' and within(module, 'mmvil'))
         and not within(module, 'mmvil.apis', 'mmvil.cli')
         and not (path.parent == DEV_SCRIPTS and within(module, 'mmvil.ops.triton'))
     ]
     assert not wrong
-
-
-def is_dev_script(path, name):
-    """Whether both are: development scripts may share functions."""
-    return path.parent == DEV_SCRIPTS and (DEV_SCRIPTS / f'{name}.py').exists()
 
 
 def test_package_imports_no_tool():

@@ -17,7 +17,6 @@ from ..checkpoints import (
     describe_misfit,
     fetch_checkpoint,
     infer_architecture,
-    is_official,
     official_names,
     read_checkpoint,
     vil_to_mmvil,
@@ -53,30 +52,19 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     path = Path(path)
     checkpoint = read_checkpoint(path)
     source = checkpoint['state_dict']
-    if not is_official(source):
-        ours = any(re.match(r'(backbone\.)?layers\.\d+\.igate\.', name) for name in source)
-        raise ValueError(
-            f"{path} already has mmvil's layout; use it as it is."
-            if ours
-            else f'{path} is not a Vision-LSTM in an official layout: it has no mLSTM cells, '
-            f"neither 'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*', but "
-            f'{", ".join(list(source)[:3])} …'
-        )
-    names = official_names(source)
+    if any(re.match(r'(backbone\.)?layers\.\d+\.igate\.', name) for name in source):
+        raise ValueError(f"{path} already has mmvil's layout; use it as it is.")
+    try:
+        names = official_names(source)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     unknown = {key: source[key] for key, name in names.items() if name is None}
     known = {key: source[key] for key, name in names.items() if name is not None}
     state_dict = {
         name: value.to(torch.promote_types(original.dtype, torch.float32))
         for (name, value), original in zip(vil_to_mmvil(known).items(), known.values())
     }
-    try:
-        architecture = infer_architecture(state_dict)
-    except ValueError as error:
-        raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
-    found = stride, 'as given'
-    if stride is None:
-        found = find_stride(checkpoint, path, architecture['patch_size'])
-    architecture['stride'], architecture['stride_from'] = found
+    architecture = describe_architecture(state_dict, checkpoint, path, stride)
     model = _classifier_config(architecture)
     _check_complete(path, {**state_dict, **unknown}, model)
     return dict(
@@ -89,6 +77,20 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
             mmvil_version=__version__,
         ),
     )
+
+
+def describe_architecture(
+    state_dict: Mapping, checkpoint: Mapping, path: str | Path, stride: int | None = None
+) -> dict[str, Any]:
+    """Infer the sizes of a classifier, and find its stride with its origin, ``stride_from``."""
+    try:
+        sizes = infer_architecture(state_dict)
+    except ValueError as error:
+        raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
+    found = stride, 'as given'
+    if stride is None:
+        found = find_stride(checkpoint, path, sizes['patch_size'])
+    return dict(sizes, stride=found[0], stride_from=found[1])
 
 
 def find_stride(checkpoint: Mapping, path: str | Path, patch_size: int) -> tuple[int, str]:

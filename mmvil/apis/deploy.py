@@ -141,7 +141,7 @@ def segmentor_decision(model, output):
 
 
 def head_decision(head, output):
-    """Find the rule for what a head of mmpretrain, or a classifier without a head, returns."""
+    """Find the rule for what a head of mmpretrain returns."""
     from mmpretrain import models
 
     def labels(logits):
@@ -157,8 +157,6 @@ def head_decision(head, output):
     one_label = _rule(output, lambda x: x.softmax(1), lambda x: x.softmax(1).argmax(1))
     for kind, rule in (
         (models.ClsHead, one_label),
-        (models.TimmClassifier, one_label),
-        (models.HuggingFaceClassifier, one_label),
         (models.MultiLabelClsHead, any_labels),
         (models.ConformerHead, lambda branches: one_label(torch.add(*branches))),
     ):

@@ -1,7 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Build classifiers by name."""
 
-import difflib
 import fnmatch
 import functools
 import importlib.util
@@ -76,9 +75,7 @@ def get_model(
     """
     names = list_models()
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=1)
-        hint = f' Did you mean {close[0]!r}?' if close else ''
-        raise ValueError(f'Unknown model {name!r}.{hint} Choose from {", ".join(names)}.')
+        raise ValueError(f'Unknown model {name!r}; choose from {", ".join(names)}.')
     options = inspect.signature(VisionLSTM).parameters.keys() - {'init_cfg'}  # models have one, too
     if misplaced := [f'{option}={kwargs[option]!r}' for option in kwargs if option in options]:
         raise TypeError(

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map_only
 
 from ..engine.config_nodes import dicts, type_name
 from ..layers import DropPath
-from .measure import synchronize
 from .swap.probe import MASKED_ALGORITHM, training_size
 
 GIB = 2**30
@@ -101,27 +100,26 @@ class TrainingMemory:
         return max(batch, 0)
 
 
-def measure_training(cfg, batch, size=None, device='cuda', warmup=1, rounds=5):
-    """Train on batches of random images, with arguments as in :class:`TrainingMemory`, and measure
-    ``rounds`` steps after ``warmup`` steps, the first of which creates the optimizer state.
+def measure_training(cfg, batch, size=None, warmup=1, rounds=5):
+    """Train on batches of random images on the GPU, with arguments as in :class:`TrainingMemory`,
+    and measure ``rounds`` steps after ``warmup`` steps, the first of which creates the optimizer
+    state.
 
     Returns:
-        tuple[float, float]: Peak bytes allocated by torch (0 on a CPU), and images per second.
+        tuple[float, float]: Peak bytes allocated by torch, and images per second.
     """
-    model = build_training_model(cfg).to(device)
+    model = build_training_model(cfg).cuda()
     optimizer = OPTIMIZERS.build({**cfg.optim_wrapper.optimizer, 'params': model.parameters()})
     for number in range(warmup + rounds):
         if number == warmup:
-            synchronize(device)
-            if device == 'cuda':
-                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-        train_step(model, cfg, batch, device, size)
+        train_step(model, cfg, batch, 'cuda', size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    synchronize(device)
-    speed = rounds * batch / (time.perf_counter() - start)
-    return torch.cuda.max_memory_allocated() if device == 'cuda' else 0, speed
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), rounds * batch / (time.perf_counter() - start)
 
 
 def build_training_model(cfg):

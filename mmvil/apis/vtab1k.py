@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mmengine.runner import CheckpointLoader
 
-from ..checkpoints import infer_architecture, weights_of
+from ..checkpoints import weights_of
 from ..checkpoints.loaders import sha256
-from .convert import find_stride
+from .convert import describe_architecture
 
 GROUPS = dict(
     natural='caltech101 cifar dtd oxford_flowers102 oxford_iiit_pet svhn sun397'.split(),
@@ -143,16 +143,10 @@ class Protocol:
 
 def read_architecture(checkpoint: str) -> dict:
     """Read the sizes of the classifier in a checkpoint (file, URL or ``mmvil://NAME``), see
-    :func:`mmvil.checkpoints.infer_architecture`, and its stride with its origin, see
-    :func:`mmvil.apis.convert.find_stride`. Raises ValueError if there is no classifier.
+    :func:`mmvil.apis.convert.describe_architecture`. Raises ValueError if there is no classifier.
     """
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
-    try:
-        architecture = infer_architecture(weights_of(loaded))
-    except ValueError as error:
-        raise ValueError(f'{checkpoint} is not a Vision-LSTM classifier: {error}') from error
-    stride, origin = find_stride(loaded, checkpoint, architecture['patch_size'])
-    return dict(architecture, stride=stride, stride_from=origin)
+    return describe_architecture(weights_of(loaded), loaded, checkpoint)
 
 
 def identify(checkpoint: str) -> dict[str, str]:

@@ -11,13 +11,13 @@ from numbers import Integral
 
 import torch
 import torch.fx
-from mmengine.logging import MMLogger
+from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..checkpoints import is_official, vil_to_mmvil
-from ..checkpoints.channels import adapt_backbone_channels, input_channels
+from ..checkpoints.channels import PATCH_EMBED_WEIGHT, adapt_input_channels, input_channels
 from ..checkpoints.compare import fits
 from ..checkpoints.pretrained import check_pretrained, load_pretrained
 from ..layers import BlockStack, FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
@@ -441,7 +441,13 @@ class VisionLSTM(BaseModule):
         Raises:
             ValueError: If the weights have neither 3 nor ``in_channels`` channels.
         """
-        return adapt_backbone_channels(state_dict, self.in_channels, prefix)
+        given = input_channels(state_dict, prefix)
+        if given in (None, self.in_channels):
+            return state_dict
+        name = prefix + PATCH_EMBED_WEIGHT
+        adapted = adapt_input_channels(state_dict[name], self.in_channels)
+        print_log(f'Adapted {name} from {given} to {self.in_channels} input channels.', 'current')
+        return {**state_dict, name: adapted}
 
     def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
         """Convert an official checkpoint before it is loaded into a whole classifier; called by

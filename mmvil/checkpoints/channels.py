@@ -4,10 +4,9 @@
 from collections.abc import Mapping
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
-_PATCH_EMBED_WEIGHT = 'patch_embed.projection.weight'
+PATCH_EMBED_WEIGHT = 'patch_embed.projection.weight'
 
 
 def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -45,22 +44,7 @@ def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
     return adapted.to(weight.dtype)
 
 
-def adapt_backbone_channels(
-    state_dict: dict[str, Tensor], in_channels: int, prefix: str = ''
-) -> dict[str, Tensor]:
-    """Adapt pre-trained weights of a backbone, whose names have a prefix, with
-    :func:`adapt_input_channels`, and log it. Return a new dict if any weight was adapted.
-    """
-    given = input_channels(state_dict, prefix)
-    if given in (None, in_channels):
-        return state_dict
-    name = prefix + _PATCH_EMBED_WEIGHT
-    adapted = adapt_input_channels(state_dict[name], in_channels)
-    print_log(f'Adapted {name} from {given} to {in_channels} input channels.', 'current')
-    return {**state_dict, name: adapted}
-
-
 def input_channels(state_dict: Mapping[str, Tensor], prefix: str = '') -> int | None:
     """Input channels of a backbone's weights, or None if there is no patch embedding."""
-    weight = state_dict.get(prefix + _PATCH_EMBED_WEIGHT)
+    weight = state_dict.get(prefix + PATCH_EMBED_WEIGHT)
     return weight.shape[1] if weight is not None and weight.dim() == 4 else None

@@ -2,7 +2,6 @@
 """Convert official Vision-LSTM state dicts, and infer the architecture from a state dict."""
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -91,7 +90,8 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, str | None]:
     if not is_official(state_dict):
         raise ValueError(
             'This is not an official Vision-LSTM state dict: it has no mLSTM cells, neither '
-            "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*'."
+            "'xlstm.blocks.*.mlstm_cell.*' nor 'blocks.*.mlstm_cell.*', but "
+            f'{", ".join(list(state_dict)[:3])} …'
         )
     if any(key.startswith('xlstm.') for key in state_dict):
         norm, pool_norm, head = 'xlstm.post_blocks_norm', 'head.0', 'head.1'
@@ -131,22 +131,6 @@ def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
     return None
 
 
-def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError if a block of a classifier in our layout is missing, or its tensors differ
-    in name or shape from those of the first block.
-    """
-    blocks = defaultdict(set)
-    for key, value in state_dict.items():
-        if match := _BLOCK.match(key):
-            blocks[int(match[1])].add((match[2], tuple(value.shape)))
-    for block in range(1 + max(blocks, default=0)):
-        if differing := dict(sorted(blocks[block] ^ blocks[0])):
-            raise ValueError(
-                f'Block {block} does not have the tensors of block 0: they differ in '
-                f'{", ".join(differing)}.'
-            )
-
-
 def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """Infer the sizes of a classifier from its tensors.
 
@@ -165,24 +149,20 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
     """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
-        if name not in state_dict:
+        tensor = state_dict.get(name)
+        if tensor is None or tensor.dim() != dims:
+            found = 'missing' if tensor is None else f'of shape {tuple(tensor.shape)}'
             raise ValueError(
-                f'There is no {name} (converted name), which a Vision-LSTM classifier needs.'
+                f'A Vision-LSTM classifier needs {name} (converted name) with {dims} dimensions, '
+                f'but it is {found}.'
             )
-        found = tuple(state_dict[name].shape)
-        if len(found) != dims:
-            raise ValueError(
-                f'{name} (converted name) has {len(found)} dimensions, {found}, instead of {dims}.'
-            )
-        return found
+        return tuple(tensor.shape)
 
-    embed_dims, in_channels, *patch = shape('backbone.patch_embed.projection.weight', 4)
+    embed_dims, in_channels, _, patch_size = shape('backbone.patch_embed.projection.weight', 4)
     _, rows, columns, _ = shape('backbone.pos_embed', 4)
     num_heads, _ = shape('backbone.layers.0.igate.weight', 2)
     num_classes, _ = shape('head.fc.weight', 2)
     (pooled,) = shape('backbone.pool_norm.weight', 1)
-    if patch[0] != patch[1]:
-        raise ValueError(f'Patches must be square, but are {patch[0]} x {patch[1]}.')
     conv = state_dict.get('backbone.layers.0.conv.weight')
     return dict(
         # Version 1 convolves along the tokens, version 2 over the image.
@@ -190,9 +170,9 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:
         embed_dims=embed_dims,
         depth=1 + max(int(match[1]) for match in map(_BLOCK.match, state_dict) if match),
         num_heads=num_heads,
-        patch_size=patch[0],
+        patch_size=patch_size,
         in_channels=in_channels,
-        img_size=(rows * patch[0], columns * patch[0]),
+        img_size=(rows * patch_size, columns * patch_size),
         out_type='bilateral_concat' if pooled == 2 * embed_dims else 'bilateral_avg',
         num_classes=num_classes,
     )

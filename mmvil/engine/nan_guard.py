@@ -5,7 +5,6 @@ from collections import deque
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 
@@ -19,23 +18,19 @@ class NaNGuardHook(Hook):
     skip is logged as a warning and counted in ``amp_skips``, next to ``amp_scale``.
 
     Args:
-        interval (int): Iterations between checks, which synchronize with the GPU. On the CPU, and
-            before a checkpoint, every iteration is checked. Default: 10.
+        interval (int): Unused, for configs that set it. Every loss is checked: mmengine's log
+            synchronizes with the GPU in each iteration in any case.
 
     Raises:
-        ValueError: If ``interval`` is less than 1.
         FloatingPointError: During training, if the loss or the weights are not finite.
     """
 
     priority = 'HIGHEST'  # check the loss of this process, before AverageLogHook averages
 
-    def __init__(self, interval: int = 10) -> None:
-        if interval < 1:
-            raise ValueError(f'interval must be at least 1, but is {interval}.')
-        self.interval = interval
+    def __init__(self, interval: int = 1) -> None:
+        self._batches = deque(maxlen=2)  # files of the last two, newest first
 
     def before_train(self, runner) -> None:
-        self._recent = deque(maxlen=self.interval + 1)
         scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self._scaler is not None:
@@ -46,21 +41,17 @@ class NaNGuardHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
-        """Record the loss, and check all recorded losses every ``interval`` iterations."""
+        """Check the loss."""
         if self._scaler is not None:
             self._watch_scale(runner)
-        if not outputs or outputs.get('loss') is None:
-            return
-        loss = torch.as_tensor(outputs['loss']).detach().mean()
-        self._recent.append((runner.iter + 1, loss, file_names(data_batch)))
-        if loss.device.type == 'cpu' or self.every_n_train_iters(runner, self.interval):
-            self._check_losses(runner)
+        self._batches.appendleft(file_names(data_batch))
+        loss = (outputs or {}).get('loss')
+        if loss is not None and not torch.as_tensor(loss).isfinite().all():
+            self._stop(runner, f'the loss is {loss} in iteration {runner.iter + 1}')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Stop before non-finite weights are saved."""
-        self._check_losses(runner)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        params = dict(model.named_parameters())
+        params = dict(runner.model.named_parameters())
         finite = [torch.isfinite(param.detach()).all() for param in params.values()]
         if finite and not torch.stack(finite).all():
             broken = [name for name, is_finite in zip(params, finite) if not is_finite]
@@ -68,26 +59,12 @@ class NaNGuardHook(Hook):
                 runner,
                 f'{len(broken)} of {len(params)} weights are not finite after iteration '
                 f'{runner.iter + 1} ({broken[0]}, …)',
-                len(self._recent) - 1,
             )
 
-    def _check_losses(self, runner) -> None:
-        if not self._recent:
-            return
-        losses = torch.stack([loss for _, loss, _ in self._recent])
-        finite = torch.isfinite(losses).tolist()
-        if not all(finite):
-            first = finite.index(False)
-            iteration, loss, _ = self._recent[first]
-            self._stop(runner, f'the loss is {loss.item()} in iteration {iteration}', first)
-        while len(self._recent) > 1:  # the last batch updated the weights of the next
-            self._recent.popleft()
-
-    def _stop(self, runner, what: str, at: int) -> None:
+    def _stop(self, runner, what: str) -> None:
         message = f'{what}. Training stops; earlier checkpoints are good.'
-        for i, when in ((at, 'Files of its batch'), (at - 1, 'of the batch before')):
-            if 0 <= i < len(self._recent):
-                message += f' {when}: {", ".join(self._recent[i][2]) or "unknown"}.'
+        for when, files in zip(('Files of its batch', 'of the batch before'), self._batches):
+            message += f' {when}: {", ".join(files) or "unknown"}.'
         message += (
             ' Check these files (tools/check_dataset.py). A lower learning rate may help, or '
             'optim_wrapper.clip_grad, or bfloat16 instead of float16.'

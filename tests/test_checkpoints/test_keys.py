@@ -144,9 +144,9 @@ def test_architecture_of_other_sizes():
 @pytest.mark.parametrize('name', ['head.fc.weight', 'backbone.pos_embed'])
 def test_architecture_names_the_tensor_that_it_misses(name):
     converted = vil_to_mmvil(load('vil2_dim32'))
-    with pytest.raises(ValueError, match=f'no {name}'):
+    with pytest.raises(ValueError, match=f'needs {name} .* missing'):
         infer_architecture({key: value for key, value in converted.items() if key != name})
-    with pytest.raises(ValueError, match=f'{name} .* has 1 dimensions'):
+    with pytest.raises(ValueError, match=rf'{name} .* of shape \(3,\)'):
         infer_architecture({**converted, name: torch.zeros(3)})
 
 

@@ -5,14 +5,11 @@ The processes are those of a CPU and talk by gloo. Everything random is off: sto
 per process.
 """
 
-import json
 import multiprocessing
 import os
 import pickle
 import resource
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +26,8 @@ from mmvil.engine import (
     GlobalBatchCrossEntropyLoss,
     load_safely,
 )
-from mmvil.layers import DropPath
-from tests.street_images import labelled_image, write_image
-from tests.test_tools.tool_process import call_tool, call_tool_in_processes
+from tests.street_images import labelled_image, write_image, write_segmentor
+from tests.test_tools.tool_process import call_tool, call_tool_in_processes, losses
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'
@@ -172,16 +168,6 @@ def test_loss_without_labelled_pixels_is_zero_and_so_is_its_gradient():
     assert loss == 0 and not logits.grad.any()
 
 
-@pytest.mark.parametrize('batch', [1, 2, 16])
-def test_drop_path_drops_at_its_rate_whatever_the_batch(batch):
-    """Keeping int(batch * (1 - rate)) samples would drop every other one of two, at any rate."""
-    torch.manual_seed(0)
-    drop_path, runs = DropPath(0.1).train(), 4000 // batch
-    x = torch.zeros(batch, 1, 1)
-    dropped = sum((drop_path(x, torch.ones_like) == 0).float().mean().item() for _ in range(runs))
-    assert dropped / runs == pytest.approx(0.1, abs=0.02)
-
-
 # -- Whole trainings -------------------------------------------------------------------------------
 
 COMMON = """
@@ -207,34 +193,6 @@ default_hooks = dict(
 )
 randomness = dict(seed=0)
 """
-
-SEGMENTOR = (
-    """
-_base_ = '{configs}/upernet_vil_t_camvid.py'
-model = dict(
-    data_preprocessor=dict(size=(48, 64)),
-    backbone=dict(
-        arch=dict(_delete_=True, embed_dims=16, depth=4),
-        img_size=(48, 64),
-        out_indices=(0, 1, 2, 3),
-    ),
-    decode_head=dict(in_channels=[16] * 4, channels=16),
-    auxiliary_head=dict(in_channels=16, channels=16),
-)
-train_dataloader = dict(
-    batch_size=2,
-    dataset=dict(
-        data_root='{data}',
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', reduce_zero_label=True),
-            dict(type='PackSegInputs'),
-        ],
-    ),
-)
-"""
-    + COMMON
-)
 
 CLASSIFIER = (
     """
@@ -324,7 +282,7 @@ def folder(tmp_path_factory):
         square = rng.integers(0, 100, (48, 48, 3)) + 100 * (i % 2)
         write_image(folder / f'data/classes/{("dark", "bright")[i % 2]}/{i}.png', square)
     places = dict(configs=ROOT / 'configs', data=folder / 'data')
-    (folder / 'segmentor.py').write_text(SEGMENTOR.format(**places))
+    write_segmentor(folder / 'segmentor.py', folder / 'data', COMMON)
     (folder / 'classifier.py').write_text(CLASSIFIER.format(**places))
     for name in ('segmentor', 'classifier'):
         text = FSDP.format(config=folder / f'{name}.py', **places)
@@ -347,13 +305,6 @@ def alone(folder):
         return work_dirs[name]
 
     return train
-
-
-def losses(work_dir):
-    """{iteration: training loss}, from the newest log."""
-    log = max(Path(work_dir).glob('*/vis_data/scalars.json'))
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
 def weights(path):
@@ -494,18 +445,6 @@ def test_deepspeed_trains_as_one_process_and_its_shards_become_a_plain_file(
     assert set(whole) == set(plain)
     for name, tensor in plain.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
-
-
-@pytest.mark.slow  # 40 seconds
-@pytest.mark.parametrize('name', ['segmentor', 'classifier'])
-def test_dist_train_script_trains_as_one_process(folder, alone, tmp_path, name):
-    subprocess.run(
-        [ROOT / 'tools/dist_train.sh', folder / f'{name}.py', '2', '--work-dir', tmp_path],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
-        check=True,
-        timeout=600,
-    )
-    assert_same_training(tmp_path, alone(name))
 
 
 def test_accumulated_gradients_equal_the_large_batch(folder, alone, tmp_path):

@@ -11,20 +11,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from mmvil import VisionLSTM
-from mmvil.layers import HeadwiseLinear, TokenConv, ViLBlock
+from mmvil.layers import HeadwiseLinear, TokenConv
 from mmvil.layers.vil_block import FUSED_SUBMODULES
 from mmvil.ops.log import warn_once
 from tests.conftest import relative_error
+from tests.test_layers.test_vil_block import make_block
 
 GRID = (3, 4)
-
-
-def make_block(version=2, dtype=torch.float64, **kwargs):
-    torch.manual_seed(0)
-    block = ViLBlock(16, version=version, **kwargs).to(dtype)
-    for parameter in block.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return block
 
 
 def tokens(dtype=torch.float64):

@@ -3,11 +3,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from mmengine.config import Config
-from PIL import Image
 from tool_process import call_tool
+
+from tests.street_images import write_segmentation_data
 
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = ROOT / 'tools' / 'train.py', ROOT / 'tools' / 'test.py'
@@ -33,17 +33,7 @@ train_cfg = dict(max_iters=1, val_interval=1)
 def data(tmp_path_factory):
     pytest.importorskip('mmseg')
     root = tmp_path_factory.mktemp('ade')
-    rng = np.random.default_rng(0)
-    for split in ('training', 'validation'):
-        for i in range(2):
-            for kind, shape, suffix in (
-                ('images', (48, 64, 3), 'jpg'),
-                ('annotations', (48, 64), 'png'),
-            ):
-                path = root / kind / split / f'{i}.{suffix}'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                array = rng.integers(0, 256 if kind == 'images' else 151, shape)
-                Image.fromarray(array.astype(np.uint8)).save(path)
+    write_segmentation_data(root, training=2, validation=2)
     return root
 
 

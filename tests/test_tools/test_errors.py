@@ -16,6 +16,7 @@ from tool_process import call_tool
 from mmvil.cli.config import CONFIGS, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.preflight import check_data
+from tests.street_images import write_segmentation_data, write_segmentor
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools/train.py'
@@ -41,38 +42,14 @@ def test_traceback_flag_shows_the_trace():
 def tiny(tmp_path):
     """Config of a small segmentor that trains 4 iterations, with its 2 images beside it."""
     pytest.importorskip('mmseg')
-    rng = np.random.default_rng(0)
-    for split in ('training', 'validation'):
-        for i in range(2):
-            for kind, suffix, shape, high in (
-                ('images', 'jpg', (32, 32, 3), 255),
-                ('annotations', 'png', (32, 32), 11),
-            ):
-                path = tmp_path / f'data/{kind}/{split}/{i}.{suffix}'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, high, shape).astype(np.uint8)).save(path)
+    write_segmentation_data(tmp_path / 'data', training=2, validation=2)
     config = tmp_path / 'tiny.py'
-    config.write_text(
-        f"_base_ = '{CAMVID}'\n"
-        'model = dict(\n'
-        '    data_preprocessor=dict(size=(32, 32)),\n'
-        '    backbone=dict(\n'
-        '        arch=dict(_delete_=True, embed_dims=8, depth=4), img_size=32,\n'
-        '        out_indices=(0, 1, 2, 3)),\n'
-        '    decode_head=dict(in_channels=[8] * 4, channels=8),\n'
-        '    auxiliary_head=dict(in_channels=8, channels=8),\n'
-        ')\n'
-        'train_pipeline = [_base_.train_pipeline[0], _base_.train_pipeline[1],\n'
-        '                  _base_.train_pipeline[-1]]\n'
-        f"root = '{tmp_path}/data'\n"
-        'train_dataloader = dict(\n'
-        '    batch_size=2, dataset=dict(data_root=root, pipeline=train_pipeline))\n'
-        'val_dataloader = dict(dataset=dict(data_root=root))\n'
-        'test_dataloader = val_dataloader\n'
+    changes = (
+        'param_scheduler = _base_.param_scheduler\n'
         'train_cfg = dict(max_iters=4, val_interval=100)\n'
-        'default_hooks = dict(\n'
-        '    logger=dict(interval=1), checkpoint=dict(interval=2, save_best=None))\n'
+        "default_hooks['checkpoint'].update(save_best=None)\n"
     )
+    write_segmentor(config, tmp_path / 'data', changes)
     return config
 
 
@@ -108,8 +85,8 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
     [
         (
             'model.auxiliary_head.in_channels=4',
-            'error: the backbone outputs [8, 8, 8, 8] channels, but in_channels (or in_index) of '
-            'the auxiliary_head is for others',
+            'error: the backbone outputs [16, 16, 16, 16] channels, but in_channels (or in_index) '
+            'of the auxiliary_head is for others',
         ),
         (
             'default_hooks.checkpoint.intervals=10',
@@ -143,9 +120,9 @@ def damage(kind, data):
         image.write_bytes(b'\xff\xd8' + bytes(100))
         return image
     zeros = {
-        'annotation of the wrong size': np.zeros((16, 32)),
-        'annotation of the wrong mode': np.zeros((32, 32, 3)),
-        'labels beyond num_classes': np.full((32, 32), 12),
+        'annotation of the wrong size': np.zeros((16, 64)),
+        'annotation of the wrong mode': np.zeros((48, 64, 3)),
+        'labels beyond num_classes': np.full((48, 64), 12),
     }[kind]
     Image.fromarray(zeros.astype(np.uint8)).save(labels)
     return labels
@@ -155,7 +132,7 @@ def damage(kind, data):
     'kind, words',
     [
         ('corrupt JPEG', 'cannot load'),
-        slow('annotation of the wrong size', 'annotation has 16x32 pixels but the image has 32x32'),
+        slow('annotation of the wrong size', 'annotation has 16x64 pixels but the image has 48x64'),
         slow('annotation of the wrong mode', '0.png: '),
         slow('labels beyond num_classes', 'labels run from 11 to 11, but the dataset has classes'),
     ],
@@ -168,7 +145,7 @@ def test_training_stops_at_a_bad_file_and_names_it(tiny, kind, words):
 
 def test_validation_stops_at_an_annotation_that_does_not_fit(tiny):
     path = tiny.parent / 'data/annotations/validation/0.png'
-    Image.fromarray(np.full((32, 32), 12, np.uint8)).save(path)
+    Image.fromarray(np.full((48, 64), 12, np.uint8)).save(path)
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
     error = error_of(call_tool(TRAIN, tiny, *options, status=2))
     assert f'{path}: its labels run from 11 to 11, but the dataset has classes 0 to 10' in error

@@ -308,16 +308,15 @@ def test_models_are_judged_by_the_targets(stages):
 def test_tiles_that_do_not_fit_are_skipped(stages, context, capsys, monkeypatch):
     import triton
 
-    tune_tiles = load('tune_tiles', 'tools/.dev_scripts')
     calls = itertools.count()
 
-    def milliseconds(tiles, width, dtype, size):
+    def time_tiles(*_):
         if next(calls) == 1:
             raise triton.runtime.errors.OutOfResources(2, 1, 'shared memory')
         return 1.0, 2.0
 
-    monkeypatch.setattr(tune_tiles, 'milliseconds', milliseconds)
-    stages.tiles(context, 96)
+    monkeypatch.setattr(stages, 'time_tiles', time_tiles)
+    stages.tiles(context, 96, 512, 1)
     rows = rows_of(capsys)
     assert len(rows) == next(calls) - 1 > 3
     assert rows[0]['tiles'] == 'current choice' and rows[0]['backward_ms'] == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tool_process import call_tool, call_tool_in_processes
+from tool_process import call_tool, call_tool_in_processes, losses
 
 from tests.street_images import write_image, write_segmentation_data
 
@@ -42,13 +42,6 @@ def pretrained(images, tmp_path_factory):
     arguments = ('--data-root', images, '--work-dir', work_dir)
     call_tool(TRAIN, SIMMIM, *arguments, *SMALL, *SHORT)
     return work_dir
-
-
-def losses(work_dir):
-    """{iteration: loss} of the log."""
-    (log,) = Path(work_dir).glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
 def test_pretraining_resumes_to_the_same_losses(images, pretrained, tmp_path):

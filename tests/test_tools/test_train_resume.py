@@ -1,7 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """A training that was killed continues as if nothing had happened."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,48 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tool_process import call_tool
+from tool_process import call_tool, losses
 
-from tests.street_images import write_image, write_segmentation_data
+from tests.street_images import write_image, write_segmentation_data, write_segmentor
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / 'tools/train.py'
 
-SEGMENTOR = """
-_base_ = '{configs}/upernet_vil_t_camvid.py'
-
-model = dict(
-    data_preprocessor=dict(size=(48, 64)),
-    backbone=dict(
-        arch=dict(_delete_=True, embed_dims=16, depth=4),
-        img_size=(48, 64),
-        out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.5,
-        drop_path_mode='uniform',
-    ),
-    decode_head=dict(in_channels=[16] * 4, channels=16, dropout_ratio=0.1),
-    auxiliary_head=dict(in_channels=16, channels=16),
-)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
+RANDOM = """
+model['backbone'].update(drop_path_rate=0.5, drop_path_mode='uniform')
+model['decode_head'].update(dropout_ratio=0.1)
+train_pipeline[2:2] = [
     dict(type='RandomResize', scale=(80, 60), ratio_range=(0.8, 1.5), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(48, 64), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
 ]
-data_root = '{data}'
-train_dataloader = dict(
-    batch_size=2, num_workers=0, dataset=dict(data_root=data_root, pipeline=train_pipeline)
-)
-val_dataloader = dict(num_workers=0, dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
 train_cfg = dict(max_iters={iterations}, val_interval=1000)
-param_scheduler = []
-default_hooks = dict(
-    logger=dict(interval=1), checkpoint=dict(interval=2, max_keep_ckpts=3, save_best=None)
-)
+default_hooks['checkpoint'].update(max_keep_ckpts=3, save_best=None)
 log_processor = dict(window_size=1)
 """
 
@@ -91,9 +66,7 @@ def segmentor(tmp_path_factory):
 
 def write_config(folder, iterations):
     config = folder / f'segmentor_{iterations}.py'
-    config.write_text(
-        SEGMENTOR.format(configs=ROOT / 'configs', data=folder / 'data', iterations=iterations)
-    )
+    write_segmentor(config, folder / 'data', RANDOM.format(iterations=iterations))
     return config
 
 
@@ -103,15 +76,6 @@ def straight(segmentor, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('straight')
     call_tool(TRAIN, segmentor, '--work-dir', work_dir)
     return work_dir
-
-
-def losses(work_dir):
-    """{iteration: training loss}; what was trained again replaces what was lost."""
-    found = {}
-    for log in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        found.update({line['step']: line['loss'] for line in lines if 'loss' in line})
-    return found
 
 
 def copy_checkpoints(source, target, *names):

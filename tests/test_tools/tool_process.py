@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Call a script of tools/ as a command line does, without paying for its imports each time."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -79,6 +80,15 @@ def call_tool(script, *arguments, status=0):
             raise TimeoutError(f'{command} ran for 300 seconds and printed:\n{printed}')
     assert process.exitcode == status, printed[-6000:]
     return printed
+
+
+def losses(work_dir):
+    """{iteration: training loss} of a work dir; what was trained again replaces what was lost."""
+    found = {}
+    for log in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        found.update({line['step']: line['loss'] for line in lines if 'loss' in line})
+    return found
 
 
 def _run(command, output, environment=None):

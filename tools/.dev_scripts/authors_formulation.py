@@ -2,10 +2,9 @@
 """Time ViL with the cell in the formulation that the authors published: N x N matrices of gates,
 scores and weights, and flipped tokens for the other direction.
 
-python tools/.dev_scripts/authors_formulation.py --sizes 224 512
+python tools/.dev_scripts/authors_formulation.py
 """
 
-import argparse
 from unittest import mock
 
 import timm
@@ -14,32 +13,20 @@ import torch.nn.functional as F
 
 import mmvil
 from mmvil.apis import measure
-from mmvil.cli.main import at_least
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    sizes = dict(type=at_least(16), nargs='+', default=[224, 512])
-    parser.add_argument('--sizes', help='square images', **sizes)
-    parser.add_argument('--rounds', type=at_least(1), default=5, help='(%(default)s)')
-    parser.add_argument('--threads', type=at_least(1), default=2, help='(%(default)s)')
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for size in args.sizes:
-        image = torch.rand(max(1, round(8 * (224 / size) ** 2)), 3, size, size)
-        builders = dict(DeiT=build_deit, mmvil=build_vil, authors=AuthorsViL)
-        for record in measure.compare(
-            builders, image, ('forward',), rounds=args.rounds, progress=lambda text: None
-        ):
+    torch.set_num_threads(2)
+    builders = dict(
+        DeiT=lambda size: timm.create_model('deit_tiny_patch16_224', img_size=size, num_classes=0),
+        mmvil=lambda size: mmvil.VisionLSTM('tiny', img_size=size),
+        authors=AuthorsViL,
+    )
+    quiet = dict(rounds=5, progress=lambda text: None)
+    for size, batch in ((224, 8), (512, 2)):
+        image = torch.rand(batch, 3, size, size)
+        for record in measure.compare(builders, image, ('forward',), **quiet):
             print(f'{size} x {size}: {record["model"]:6} {record["time_ratio"]:.2f}', flush=True)
-
-
-def build_deit(size):
-    return timm.create_model('deit_tiny_patch16_224', img_size=size, num_classes=0)
-
-
-def build_vil(size):
-    return mmvil.VisionLSTM('tiny', img_size=size)
 
 
 class AuthorsViL(mmvil.VisionLSTM):

@@ -3,6 +3,7 @@
 
 python tools/.dev_scripts/gpu_stages.py --list
 python tools/.dev_scripts/gpu_stages.py kernels --part '{"width": 96, "dtype": "bfloat16"}'
+python tools/.dev_scripts/gpu_stages.py tiles --part '{"width": 96, "size": 1024, "seconds": 600}'
 
 A part prints its results as JSON, one object per line, and an object with the key ``at`` before
 each step that may crash or hang. It exits with status 3 if a number is wrong.
@@ -13,6 +14,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import mmvil
+from mmvil.apis.measure import compare, synchronize, time_ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = 3
@@ -44,7 +47,7 @@ FULL = dict(
     compiled=[('tiny', 224)],  # where launch overhead matters; compilation takes a minute or more
     large=2**31,
     rounds=3,
-    sweep=15,  # seconds for each head width
+    sweep=dict(size=512, seconds=15),  # for each head width
     upernet=dict(size=512, batch=4, steps=200, window=20),
 )
 QUICK = dict(
@@ -53,7 +56,7 @@ QUICK = dict(
     compiled=[],
     large=2**12,
     rounds=1,
-    sweep=1,
+    sweep=dict(size=32, seconds=1),
     upernet=dict(size=64, batch=2, steps=4, window=2),
 )
 
@@ -85,10 +88,20 @@ class Context:
         return torch.randn(batch or self.plan['sizes'][size], 3, size, size, device=self.device)
 
     def milliseconds(self, function, *args, **kwargs):
+        """Time a function; on a GPU its kernels from a CUDA graph, because a launch from Python
+        takes about 0.1 ms, in which many of them would have ended.
+        """
         if self.on_gpu:
-            from tune_tiles import gpu_milliseconds
+            from triton.testing import do_bench
 
-            return gpu_milliseconds(lambda: function(*args, **kwargs))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function(*args, **kwargs)  # compiles
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                function(*args, **kwargs)
+            return do_bench(graph.replay, return_mode='median')
         start = time.perf_counter()
         function(*args, **kwargs)
         return 1e3 * (time.perf_counter() - start)
@@ -321,8 +334,6 @@ def kernel_times(context, function, *args):
     """
     from torch.profiler import ProfilerActivity
 
-    from mmvil.apis.measure import synchronize
-
     kind, key = ('CUDA', 'device') if context.on_gpu else ('CPU', 'cpu')
     with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
         function(*args)
@@ -334,8 +345,6 @@ def kernel_times(context, function, *args):
 
 def busy(context, arch, size, steps=3):
     """Fraction of a training step in which the GPU is busy, and the longest kernels."""
-    from mmvil.apis.measure import synchronize
-
     model, image = context.vil(arch, img_size=size).train(), context.images(size)
 
     def train():
@@ -371,8 +380,6 @@ def models(context, arch):
 def compare_with_deit(context, arch, size):
     import timm
 
-    from mmvil.apis.measure import compare
-
     image = context.images(size)
 
     def deit(size):
@@ -406,8 +413,6 @@ def compare_with_deit(context, arch, size):
 
 def model_rows(records, arch):
     """Table rows, each ViL next to the DeiT that runs in the same way, with targets."""
-    from mmvil.apis.measure import time_ratio
-
     deits = {r['model'].partition('attention')[2]: r for r in records if 'DeiT' in r['model']}
     for record in records:
         deit = deits.get(record['model'].removeprefix(f'ViL-{arch}'), record)
@@ -468,26 +473,67 @@ def time_cells(context, arch, size):
         emit(**row, forward_ms=forward, training_ms=training)
 
 
-def tiles(context, width):
-    """Time tiles of the mLSTM until the time is up, starting with the current choice."""
+def tiles(context, width, size, seconds, dtype='bfloat16'):
+    """Time tiles of the mLSTM until the time is up, starting with the current choice. If you change
+    it, note the GPU and versions next to it.
+    """
     import triton
-    import tune_tiles
 
     from mmvil.ops.triton import shared_memory
     from mmvil.ops.triton.mlstm_launch import tiling
 
-    end = time.monotonic() + context.plan['sweep']
-    usual = tiling(width, torch.bfloat16, shared_memory(context.device))
-    for choice in tune_tiles.candidates(usual):
-        emit(at=str(choice))
+    dtype, end = getattr(torch, dtype), time.monotonic() + seconds
+    usual = tiling(width, dtype, shared_memory(context.device))
+    for choice in variants(usual):
+        changes = (f'{k} {v}' for k, v in choice._asdict().items() if v != getattr(usual, k))
+        text = ', '.join(changes) or 'current choice'
+        emit(at=text)
         try:
-            forward, backward = tune_tiles.milliseconds(choice, width, torch.bfloat16, 512)
+            forward, backward = time_tiles(context, choice, width, size, dtype)
         except triton.runtime.errors.OutOfResources:
             continue
-        text = tune_tiles.describe(choice, usual)
         emit(width=width, tiles=text, forward_ms=forward, backward_ms=backward)
         if time.monotonic() > end:
             break
+
+
+def variants(usual):
+    """Variants of a tiling in which no warp repeats another's work: itself first, then those with
+    more blocks per multiprocessor or fewer products, then all others.
+    """
+    promising = [
+        dict(columns=32, stages=3),
+        dict(state=192 - usual.state),  # 64 or 128
+        dict(together=False),
+        dict(rows=64, columns=32, warps=4, stages=2),
+    ]
+    if usual.parts > 2:  # two programs share a head instead: each computes all scores
+        promising.append(dict(width=usual.width // 2, tiles=2 * usual.tiles, parts=2))
+    grid = itertools.product((64, 128), (16, 32, 64), (1, 2, 3), {1, usual.tiles})
+    others = [
+        dict(rows=rows, columns=columns, stages=stages, parts=parts, warps=rows // 16)
+        for rows, columns, stages, parts in grid
+    ]
+    return dict.fromkeys(usual._replace(**change) for change in ({}, *promising, *others))
+
+
+def time_tiles(context, tiles, width, size, dtype):
+    """Time the forward and backward pass of the cell."""
+    from mmvil.ops.triton import mlstm_launch
+
+    batch, tokens = context.plan['sizes'][size], (size // 16) ** 2
+    features = torch.randn(4, batch, tokens, HEADS, width, device=context.device, dtype=dtype)
+    q, k, v, h_grad = features.transpose(2, 3)
+    igate, fgate = torch.randn(2, batch, HEADS, tokens, device=context.device) + 3
+    with mock.patch.object(mlstm_launch, 'tiling', lambda *_: tiles):
+        inputs = (q, k, v, igate, fgate)
+        h, normalizer = mlstm_launch.mlstm_forward(*inputs, False)
+        return (
+            context.milliseconds(mlstm_launch.mlstm_forward, *inputs, False),
+            context.milliseconds(
+                mlstm_launch.mlstm_backward, h_grad, *inputs, h, normalizer, False
+            ),
+        )
 
 
 # -- 7. UperNet ------------------------------------------------------------------------------------
@@ -515,7 +561,6 @@ def train(context, size, batch, steps, window, backend):
     """Mean losses of each window of steps, and samples per second in the second half."""
     from mmengine.optim import build_optim_wrapper
 
-    from mmvil.apis.measure import synchronize
     from mmvil.apis.training_memory import build_training_model, random_batch
     from mmvil.cli.config import load_config
 
@@ -586,13 +631,14 @@ def stages(context):
     if torch.cuda.device_count() > 1:
         checks.append(part(kernels, 240, **widths[0], device='cuda:1'))
     timed = [part(profile, 180, interpreted, **x) for x in each]
+    swept = [part(tiles, 120, **x, **plan['sweep']) for x in widths]
     rows = [
         ('kernels', '1. Every kernel once', once, WORKERS),
         ('tests', '2. Tests', checks, 2),
         ('profile', '3. Time of kernels', timed, 1),
         ('models', '4. ViL and DeiT, bfloat16', [part(models, 300, **x) for x in each], 1),
         ('cell', '5. The cell alone, bfloat16', [part(cell, 120, **x) for x in each], 1),
-        ('tiles', '6. Tiles of the cell, bfloat16', [part(tiles, 120, **x) for x in widths], 1),
+        ('tiles', '6. Tiles of the cell, bfloat16', swept, 1),
         ('upernet', '7. UperNet ViL-B, float16', [part(upernet, 300)], 1),
     ]
     return [dict(zip(('name', 'title', 'parts', 'workers'), row)) for row in rows]

@@ -71,14 +71,6 @@ def complete(args):
 
 
 @torch.no_grad()
-def timed(function, images):
-    """Return the result of a call and the milliseconds of a second call."""
-    result = function(images)
-    start = time.perf_counter()
-    function(images)
-    return result, 1e3 * (time.perf_counter() - start)
-
-
 def check(model, exported, shapes):
     """Compare an exported file with PyTorch on random images, print the differences, and return the
     largest one, see :func:`mmvil.apis.deploy.compare_output`.
@@ -89,17 +81,12 @@ def check(model, exported, shapes):
         images = torch.rand(shape, generator=generator) * 255
         if not model.normalize:
             images = images / 64 - 2
-        (expected, expected_time), (actual, actual_time) = (
-            timed(function, images) for function in (model, exported)
-        )
+        results = exported(images), model(images)
         for name in model.names:
-            one, other = (x[name] if isinstance(x, dict) else x for x in (actual, expected))
+            one, other = (x[name] if isinstance(x, dict) else x for x in results)
             difference, summary = deploy.compare_output(one, other, model.output == 'labels')
             task = f'{name}: ' if len(model.names) > 1 else ''
-            print(
-                f'  {"x".join(map(str, shape)):>16}: {task}{summary}; '
-                f'{actual_time:.0f} ms, PyTorch {expected_time:.0f} ms'
-            )
+            print(f'  {"x".join(map(str, shape)):>16}: {task}{summary}')
             differences.append(difference)
     return torch.tensor(differences).max().item()  # NaN, if there is one
 

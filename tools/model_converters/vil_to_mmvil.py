@@ -59,8 +59,6 @@ def main():
     target = args.dst
     if target.exists() and not args.force:
         raise UserError(f'{target} exists; --force replaces it')
-    if not target.absolute().parent.is_dir():
-        raise UserError(f'there is no folder {target.absolute().parent}')
     source = fetch_checkpoint(args.src) if '://' in args.src else args.src
     checkpoint = convert_checkpoint(source, args.stride)
     print(describe(checkpoint['meta']))
