@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine.cpu import set_malloc_thresholds
 from ..ops.flops import flop_formulas
 
 MODES = ('forward', 'training')
@@ -35,6 +36,8 @@ def compare(builders, image, modes=MODES, amp=None, rounds=7, progress=print, co
     Returns:
         list[dict]: One record per mode and model, except models that run out of memory.
     """
+    if image.device.type == 'cpu':
+        set_malloc_thresholds()  # as training and testing do
     size, batch = image.shape[-1], len(image)
     models, counts, records = {}, {}, []
     for name, build in builders.items():
