@@ -15,20 +15,10 @@ from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
 
 from ..apis import swap_backbone
-from ..apis.read_config import read_config
+from ..apis.read_config import config_dir, read_config
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error, one_line
 from .own_data import configure_own_data
-
-
-def config_dir(library: str) -> Path:
-    """Folder with the configs of an installed library.
-
-    ``mmengine.hub.get_config`` requires the distribution mmsegmentation even if the maintained
-    onedl-mmsegmentation is installed, and would install it on top.
-    """
-    return Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'configs'
-
 
 CONFIGS = config_dir('mmvil')
 # Settings that runners read from any config.

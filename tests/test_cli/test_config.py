@@ -99,6 +99,14 @@ def test_own_config_inherits_from_mmseg_on_both_lines(tmp_path):
     assert MODULE2PACKAGE == before
 
 
+def test_swap_backbone_accepts_names_of_installed_configs():
+    pytest.importorskip('mmseg')
+    swapped = swap_backbone('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py', 'tiny')
+    assert swapped.model.decode_head.in_channels == 192
+    with pytest.raises(ModuleNotFoundError, match="No module named 'mmsegg'"):
+        swap_backbone('mmsegg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+
+
 def test_default_scope_is_the_library_of_the_model(tmp_path):
     pytest.importorskip('mmseg')
     config = tmp_path / 'new_style.py'
