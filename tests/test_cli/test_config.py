@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import argparse
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -149,8 +150,10 @@ def test_read_runner_config_applies_arguments(tmp_path):
     assert cfg.seed == 1 and cfg.work_dir == 'work_dirs/config'
     assert cfg.train_dataloader.pin_memory is False
     assert cfg.train_dataloader.dataset.dataset.data_root == 'b'
-    arguments.update(work_dir='c')
-    assert read_runner_config(argparse.Namespace(**arguments)).work_dir == 'c'
+    arguments.update(work_dir='~/c', data_root='~/d')  # as shells pass --work-dir=~/c
+    cfg = read_runner_config(argparse.Namespace(**arguments))
+    assert cfg.work_dir == str(Path.home() / 'c')
+    assert cfg.train_dataloader.dataset.dataset.data_root == str(Path.home() / 'd')
 
 
 def test_set_data_root_reaches_metrics_that_read_annotations():
