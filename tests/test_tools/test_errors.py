@@ -112,6 +112,10 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
             'the auxiliary_head is for others',
         ),
         (
+            'model.decode_head.num_classes=2',
+            'error: num_classes=2 in UPerHead, but the dataset has 11 classes',
+        ),
+        (
             'default_hooks.checkpoint.intervals=10',
             "error: CheckpointHook has no option 'intervals'. Did you mean interval?",
         ),
@@ -129,6 +133,13 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
 def test_training_checks_settings_that_are_read_late(tiny, option, line):
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', option)
     assert error_of(call_tool(TRAIN, tiny, *options, status=2)) == line
+
+
+def test_training_warns_of_outputs_without_a_class(tiny):
+    options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
+    option = 'model.auxiliary_head.num_classes=150'
+    said = call_tool(TRAIN, tiny, *options, option, '--no-validate')
+    assert 'WARNING - num_classes=150 in FCNHead, but the dataset has 11 classes' in said
 
 
 def slow(*values):
