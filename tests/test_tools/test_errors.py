@@ -183,6 +183,8 @@ def test_validation_stops_at_an_annotation_that_does_not_fit(tiny):
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
     error = error_of(call_tool(TRAIN, tiny, *options, status=2))
     assert f'{path}: its labels run from 11 to 11, but the dataset has classes 0 to 10' in error
+    path.write_bytes(b'damaged')
+    assert f'with annotation {path}: ' in error_of(call_tool(TRAIN, tiny, *options, status=2))
 
 
 @pytest.mark.slow  # 15 seconds: two trainings
