@@ -82,7 +82,7 @@ def train(runner: Runner) -> None:
         runner.train()
     except (IndexError, RuntimeError) as error:
         if mismatches and re.search(UNKNOWN_CLASS, str(error)):
-            raise UserError(mismatches[0]) from error
+            raise UserError('; '.join(mismatches)) from error
         check_image_channels(dataset, runner.cfg, error)
         check_channels(runner.cfg)
         raise
