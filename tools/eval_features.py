@@ -20,9 +20,8 @@ from mmvil.apis.feature_probes import accuracy, knn, linear_probe
 from mmvil.apis.vtab1k import identify
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.inference import data_preprocessor
 from mmvil.cli.main import add_run_arguments, at_least, make_parser, parse_args, run
-from mmvil.cli.preflight import check_checkpoint
+from mmvil.cli.preflight import check_checkpoint, data_preprocessor
 
 
 def main():

@@ -4,6 +4,7 @@
 python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade20k/iter_160000.pth
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 
-from mmvil.cli.config import innermost_datasets, read_runner_config, require
+from mmvil.cli.config import dicts, innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
-from mmvil.cli.inference import ImageReader
+from mmvil.cli.inference import ImageReader, loads
 from mmvil.cli.main import add_runner_arguments, at_least, make_parser, parse_args, run
 from mmvil.cli.preflight import CheckFitHook, build_loops, build_runner, check_testing
 
@@ -135,9 +136,23 @@ def use_tta(cfg, is_classifier):
         *pipeline, pack = dataset.pipeline
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
         flipped = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
-        dataset.pipeline = cfg.tta_pipeline if is_described else flipped
+        dataset.pipeline = load_alike(cfg.tta_pipeline, dataset) if is_described else flipped
     tta_model = cfg.tta_model if is_described else dict(type='mmpretrain.AverageClsScoreTTA')
     cfg.model = dict(**tta_model, module=cfg.model)
+
+
+def load_alike(tta_pipeline, dataset):
+    """Copy a pipeline, with the loaders of a dataset: a config that changes how its images and
+    masks are read seldom repeats it here.
+    """
+    tta_pipeline = copy.deepcopy(tta_pipeline)
+    for what in ('image', 'annotation'):
+        steps = [step for step in dataset.pipeline if loads(step, what)]
+        for step in dicts(tta_pipeline) if len(steps) == 1 else ():
+            if loads(step, what):
+                step.clear()
+                step.update(steps[0])
+    return tta_pipeline
 
 
 if __name__ == '__main__':

@@ -1,18 +1,33 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Read configs of both styles of mmengine."""
 
+import importlib.util
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
 
+def config_dir(library: str) -> Path:
+    """Folder with the configs of an installed library.
+
+    ``mmengine.hub.get_config`` requires the distribution mmsegmentation even if the maintained
+    onedl-mmsegmentation is installed, and would install it on top.
+    """
+    spec = importlib.util.find_spec(library)
+    if spec is None:
+        raise ModuleNotFoundError(f'No module named {library!r}, whose configs are asked for')
+    return Path(spec.origin).parent / '.mim' / 'configs'
+
+
 def read_config(path: str | Path) -> Config:
-    """Read a config file.
+    """Read a config file, or ``LIBRARY::PATH``, one of an installed library.
 
     Classes, which configs in mmengine's new style import, become names, as in dumped configs.
     Without a default scope, as in these configs, it is the library of the model.
     """
+    library, is_named, inner = str(path).partition('::')
+    path = config_dir(library) / inner if is_named else path
     # To inherit from ``mmseg::...``, mmengine requires the distribution of this name, although
     # onedl-mmsegmentation provides the module.
     distribution, MODULE2PACKAGE['mmseg'] = MODULE2PACKAGE['mmseg'], 'mmseg'

@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 
 class DamagedCheckpointError(ValueError):
@@ -89,6 +90,7 @@ _ALLOWED = {
     'numpy': {'dtype', 'ndarray'},
     **dict.fromkeys(_NUMPY_CORE, {'_reconstruct', 'scalar'}),
     'mmengine.logging.history_buffer': {'HistoryBuffer'},
+    'mmengine.optim.scheduler.param_scheduler': {'OneCycleParamScheduler'},
     # The index of a sharded checkpoint: names, shapes, files.
     'torch.distributed.checkpoint.metadata': {
         *('Metadata', 'MetadataIndex', 'ChunkStorageMetadata', 'TensorStorageMetadata'),
@@ -100,13 +102,20 @@ _ALLOWED = {
 }
 
 
+# The only attributes that checkpoints use: methods stored by mmengine's logs and schedulers.
+_METHODS = {
+    HistoryBuffer: ('min', 'max', 'mean', 'current'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         module = 'builtins' if module == '__builtin__' else module
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == 'builtins' and name == 'getattr':
-            return _statistics_method
+            return _method
         known = {'torch': torch, 'numpy': np, 'numpy.dtypes': getattr(np, 'dtypes', None)}
         value = getattr(known.get(module), name, None) if '.' not in name else None
         if isinstance(value, (torch.dtype, torch.layout)) or (
@@ -119,9 +128,8 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def _statistics_method(owner, name: str):
-    """Return a method that mmengine's logs store, the only attributes that checkpoints use."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+def _method(owner, name: str):
+    if isinstance(owner, type) and name in _METHODS.get(owner, ()):
         return getattr(owner, name)
     raise UntrustedCheckpointError(f'asks for the attribute {name!r} of {owner!r}')
 

@@ -15,20 +15,10 @@ from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
 
 from ..apis import swap_backbone
-from ..apis.read_config import read_config
+from ..apis.read_config import config_dir, read_config
 from ..engine.config_nodes import dicts, innermost_datasets, loaders
 from .errors import UserError, as_user_error, one_line
 from .own_data import configure_own_data
-
-
-def config_dir(library: str) -> Path:
-    """Folder with the configs of an installed library.
-
-    ``mmengine.hub.get_config`` requires the distribution mmsegmentation even if the maintained
-    onedl-mmsegmentation is installed, and would install it on top.
-    """
-    return Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'configs'
-
 
 CONFIGS = config_dir('mmvil')
 # Settings that runners read from any config.
@@ -114,7 +104,7 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
     cfg = load_config(args.config, args.cfg_options, args.backbone, **swap)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
+        cfg.work_dir = os.path.expanduser(args.work_dir)  # shells leave the ~ in --work-dir=~/a
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     if args.no_pin_memory:
@@ -137,6 +127,7 @@ def set_data_root(cfg: Config, data_root: str | None) -> None:
     :func:`mmvil.cli.own_data.configure_own_data`.
     """
     if data_root is not None:
+        data_root = os.path.expanduser(data_root)
         metrics = list(dicts([cfg.get('val_evaluator'), cfg.get('test_evaluator')]))
         for loader in loaders(cfg):
             for dataset in innermost_datasets(loader.dataset):

@@ -15,12 +15,12 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import track_progress_rich
 from PIL import Image, ImageOps
 
-from ..engine.config_nodes import dicts, type_name
+from ..engine.config_nodes import type_name
 from ..engine.sampling import UnknownLabelsError
 from .config import list_files
 from .errors import one_line
-from .inference import build_pipeline, data_preprocessor, loads
-from .preflight import image_and_annotation_stems
+from .inference import build_pipeline, loads
+from .preflight import class_mismatches, expected_channels, image_and_annotation_stems
 
 
 class Problem(NamedTuple):
@@ -75,7 +75,8 @@ def check_dataset(
         problems.append(Problem('annotation without an image', file))
     valid = [(channels, sample) for sample, (bad, _, channels) in zip(samples, results) if not bad]
     problems += _channel_mismatches(valid, pipeline, cfg)
-    problems += _class_mismatches(classes, cfg)
+    model = f'the model of {cfg.filename}'
+    problems += [Problem(what, model) for what in class_mismatches(classes, cfg.model)]
     counts = [counts for _, counts, _ in results if counts is not None]
     if not counts or not classes:
         return count, classes, problems, None
@@ -258,30 +259,7 @@ def _channel_mismatches(samples, pipeline, cfg) -> Iterator[Problem]:
             continue
         views = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         channels = views[0].shape[-3]
-        for name, expected in _expected_channels(cfg):
+        for name, expected in expected_channels(cfg):
             if channels != expected:
                 what = f'image has {channels} channels after the pipeline, but {name}'
                 yield Problem(what, file)
-
-
-def _expected_channels(cfg) -> Iterator[tuple[str, int]]:
-    """Settings of the model that imply a number of channels, with that number."""
-    backbone = cfg.model.get('backbone') or {}
-    if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
-        channels = backbone.get('in_channels', 3)
-        yield f'the backbone has in_channels={channels}', channels
-    for name in ('mean', 'std'):
-        values = data_preprocessor(cfg).get(name)
-        if values is not None and len(values) != 1:  # a single value applies to all channels
-            yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
-
-
-def _class_mismatches(classes, cfg) -> Iterator[Problem]:
-    """Heads whose number of classes differs from that of the dataset."""
-    for head in dicts(cfg.model):
-        kind, number = type_name(head), head.get('num_classes')
-        # RPN heads have a single class for all objects.
-        is_judged = kind.endswith('Head') and not kind.endswith('RPNHead')
-        if classes and is_judged and number not in (None, len(classes)):
-            what = f'num_classes={number} in {head.type}, but the dataset has {len(classes)}'
-            yield Problem(what, f'the model of {cfg.filename}')

@@ -179,8 +179,3 @@ def picture(image, bgr=True):
     if bgr and channels in (3, 4):
         shown = shown[..., ::-1]
     return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)))
-
-
-def data_preprocessor(cfg):
-    """Config of the data preprocessor, which normalizes images, or an empty dict."""
-    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}

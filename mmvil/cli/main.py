@@ -2,9 +2,11 @@
 """Entry point and shared arguments of the tools."""
 
 import argparse
+import ast
 import gc
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,10 +79,21 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``, which overrides settings of a config."""
     help = (
         'override settings of the config: model.backbone.arch=base key="[a,b]" key=a,b '
-        'key="[(a,b),(c,d)]"; quotes are needed, white space is not allowed'
+        'key="[(a,b),(c,d)]" key="{\'a\':1}"; quotes are needed'
     )
-    pairs = dict(nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    pairs = dict(nargs='+', action=_OptionsAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--cfg-options', help=help, **pairs)
+
+
+class _OptionsAction(DictAction):
+    """mmengine's action, which also accepts dicts in Python's notation and keeps spaces in text."""
+
+    @staticmethod
+    def _parse_iterable(val: str):
+        if re.match(r'[\[(]*{', val):
+            return ast.literal_eval(val)
+        value = DictAction._parse_iterable(val)
+        return val.strip('\'"') if isinstance(value, str) else value
 
 
 def add_trust_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -155,8 +168,11 @@ def parse_args(
     """Parse a command line, and export the local rank as mmengine expects it."""
     try:
         args = parser.parse_args(argv)
-    except ValueError:  # from DictAction
-        parser.error('--cfg-options expects KEY=VALUE pairs without white space')
+    except (AssertionError, RecursionError, SyntaxError, ValueError):  # from _OptionsAction
+        parser.error(
+            '--cfg-options expects KEY=VALUE pairs without white space around =, with balanced '
+            'brackets, and dicts as "{\'key\':value}"'
+        )
     if getattr(args, 'launcher', 'none') == 'pytorch' and 'RANK' not in os.environ:
         parser.error('--launcher pytorch requires torchrun; use tools/dist_train.sh')
     if hasattr(args, 'local_rank'):

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils import scandir
 
-from ..apis.swap.probe import BackboneProbe, training_size
+from ..apis.swap.probe import HEADS, BackboneProbe, training_size
 from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
@@ -28,6 +28,8 @@ from .errors import UserError, as_user_error
 
 MISFIT = 'Invalid channel dimensions|expected input|same reduction dim|mat1 and mat2 shapes'
 """Messages of torch, on the meta device, on inputs whose channels do not fit a layer."""
+UNKNOWN_CLASS = 'out of bounds|smaller than num_classes|device-side assert'
+"""Messages of torch, in losses, on labels beyond the outputs of a head."""
 
 
 def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
@@ -75,9 +77,18 @@ def train(runner: Runner) -> None:
     """Train, and report invalid settings like :func:`build_runner`."""
     build_loops(runner, 'train', 'val')
     check_saving(runner)
+    heads = [runner.cfg.model.get(key) for key in HEADS]  # mmdet checks its own
+    dataset = runner.train_loop.dataloader.dataset
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+    mismatches = class_mismatches(classes, heads)
+    for each in mismatches:
+        runner.logger.warning(each)
     try:
         runner.train()
-    except RuntimeError:
+    except (IndexError, RuntimeError) as error:
+        if mismatches and re.search(UNKNOWN_CLASS, str(error)):
+            raise UserError('; '.join(mismatches)) from error
+        check_image_channels(dataset, runner.cfg, error)
         check_channels(runner.cfg)
         raise
     except Exception:
@@ -168,6 +179,49 @@ def check_channels(cfg: Config) -> None:
             f'the backbone outputs {probe.widths} channels, but in_channels (or in_index) of the '
             f'{part} is for others'
         )
+
+
+def check_image_channels(dataset, cfg: Config, error: Exception) -> None:
+    """Check, after training has failed with an error that subtracting ``mean`` may have raised,
+    that images have the number of channels that the config expects.
+    """
+    if not re.search('must match the size of tensor b .* dimension [01]', str(error)):
+        return
+    views = as_list(dataset[0]['inputs'])
+    for name, expected in expected_channels(cfg):
+        if views[0].shape[0] != expected:
+            raise UserError(f'images have {views[0].shape[0]} channels, but {name}') from error
+
+
+def expected_channels(cfg: Config) -> Iterator[tuple[str, int]]:
+    """Settings of the model that imply a number of channels, with that number."""
+    backbone = cfg.model.get('backbone') or {}
+    if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
+        channels = backbone.get('in_channels', 3)
+        yield f'the backbone has in_channels={channels}', channels
+    for name in ('mean', 'std'):
+        values = data_preprocessor(cfg).get(name)
+        if values is not None and len(values) != 1:  # a single value applies to all channels
+            yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
+
+
+def data_preprocessor(cfg: Config) -> dict:
+    """Config of the data preprocessor, which normalizes images, or an empty dict."""
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+
+
+def class_mismatches(classes: Sequence[str], model) -> list[str]:
+    """Describe heads in a config whose number of classes differs from that of the dataset."""
+    found = []
+    for head in dicts(model) if classes else ():
+        kind, number = type_name(head), head.get('num_classes')
+        # RPN heads have a single class for all objects, STDC heads two for boundaries.
+        is_judged = kind.endswith('Head') and not kind.endswith(('RPNHead', 'STDCHead'))
+        if is_judged and number not in (None, len(classes)):
+            found.append(
+                f'num_classes={number} in {head.type}, but the dataset has {len(classes)} classes'
+            )
+    return found
 
 
 def check_work_dir(cfg: Config) -> None:

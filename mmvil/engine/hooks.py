@@ -11,7 +11,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from .layer_decay import plain_name
-from .sampling import check_annotations, seed_generators, seed_samples
+from .sampling import check_annotations, name_failures, seed_generators, seed_samples
 
 
 @HOOKS.register_module()
@@ -76,6 +76,14 @@ class IterationSeedHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Seed the random numbers of the model."""
         torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # also on GPUs
+
+    def before_val(self, runner) -> None:
+        """Name the files of samples that cannot be loaded."""
+        name_failures(runner.val_dataloader.dataset)
+
+    def before_test(self, runner) -> None:
+        """Name the files of samples that cannot be loaded."""
+        name_failures(runner.test_dataloader.dataset)
 
     def _before_iter(self, runner, batch_idx: int, data_batch=None, mode: str = 'val') -> None:
         """Check the annotations of a validation or test."""

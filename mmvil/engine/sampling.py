@@ -107,16 +107,32 @@ def _load_samples(dataset, seed: int, indices: list[tuple[int, tuple]]) -> list:
     samples = []
     for index, position in indices:
         seed_generators(seed, *position)
-        try:
-            samples.append(dataset[index])
-        except Exception as error:
-            message = f'cannot load {_sample_name(dataset, index)}: {type(error).__name__}: {error}'
-            raise SampleError(' '.join(message.split())) from error
+        samples.append(_load_sample(dataset, index))
         sample = samples[-1] if isinstance(samples[-1], dict) else {}
         size = getattr(sample.get('inputs'), 'shape', ())[-2:]
         if problem := _label_problem(dataset, sample.get('data_samples'), size):
             raise SampleError(f'{_sample_name(dataset, index)}: {problem}')
     return samples
+
+
+def _load_sample(dataset, index: int):
+    try:
+        return dataset[index]
+    except Exception as error:
+        message = f'cannot load {_sample_name(dataset, index)}: {type(error).__name__}: {error}'
+        raise SampleError(' '.join(message.split())) from error
+
+
+def name_failures(dataset) -> None:
+    """Make a dataset of an evaluation raise a SampleError for a sample that cannot be loaded. A
+    dataset with its own ``__getitems__`` is left alone.
+    """
+    if not isinstance(dataset, IterableDataset) and not hasattr(type(dataset), '__getitems__'):
+        dataset.__getitems__ = functools.partial(_load_batch, dataset)
+
+
+def _load_batch(dataset, indices: list[int]) -> list:
+    return [_load_sample(dataset, index) for index in indices]
 
 
 def check_annotations(dataset, batch: dict) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
-from mmengine.optim import LinearLR, MultiStepLR, PolyLR
+from mmengine.optim import LinearLR, MultiStepLR, OneCycleLR, PolyLR
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from torch import nn
 
 from mmvil.checkpoints import DamagedCheckpointError, UntrustedCheckpointError, load_safely
@@ -21,6 +22,8 @@ def checkpoint():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).half()
     optimizer = torch.optim.AdamW(model.parameters())
     schedulers = [LinearLR(optimizer), MultiStepLR(optimizer, [8, 11]), PolyLR(optimizer)]
+    # Holds a function.
+    schedulers.append(OneCycleLR(torch.optim.SGD(model.parameters(), 0.1), 0.1, total_steps=9))
     hub = MessageHub('of_test_safe_checkpoint')
     hub.update_scalar('train/loss', np.float32(1.5))
     hub.update_info('best', np.float64(2.5))
@@ -64,6 +67,7 @@ class Attack:
         (os.makedirs, ('{}',)),
         (eval, ("open('{}', 'w')",)),
         (getattr, (dict, 'update')),
+        (getattr, (OneCycleParamScheduler, 'build_iter_from_epoch')),
         (np.save, ('{}', 0)),
         (torch.load, ('{}',)),
         (torch.hub.load, ('{}', 'model')),

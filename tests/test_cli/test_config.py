@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import argparse
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -99,6 +100,14 @@ def test_own_config_inherits_from_mmseg_on_both_lines(tmp_path):
     assert MODULE2PACKAGE == before
 
 
+def test_swap_backbone_accepts_names_of_installed_configs():
+    pytest.importorskip('mmseg')
+    swapped = swap_backbone('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py', 'tiny')
+    assert swapped.model.decode_head.in_channels == 192
+    with pytest.raises(ModuleNotFoundError, match="No module named 'mmsegg'"):
+        swap_backbone('mmsegg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+
+
 def test_default_scope_is_the_library_of_the_model(tmp_path):
     pytest.importorskip('mmseg')
     config = tmp_path / 'new_style.py'
@@ -141,8 +150,10 @@ def test_read_runner_config_applies_arguments(tmp_path):
     assert cfg.seed == 1 and cfg.work_dir == 'work_dirs/config'
     assert cfg.train_dataloader.pin_memory is False
     assert cfg.train_dataloader.dataset.dataset.data_root == 'b'
-    arguments.update(work_dir='c')
-    assert read_runner_config(argparse.Namespace(**arguments)).work_dir == 'c'
+    arguments.update(work_dir='~/c', data_root='~/d')  # as shells pass --work-dir=~/c
+    cfg = read_runner_config(argparse.Namespace(**arguments))
+    assert cfg.work_dir == str(Path.home() / 'c')
+    assert cfg.train_dataloader.dataset.dataset.data_root == str(Path.home() / 'd')
 
 
 def test_set_data_root_reaches_metrics_that_read_annotations():

@@ -114,12 +114,30 @@ def test_parse_args_reads_argv_and_exports_the_local_rank(monkeypatch):
     assert os.environ.pop('LOCAL_RANK') == '3'
 
 
-def test_parse_args_reports_malformed_cfg_options(capsys):
+@pytest.mark.parametrize('option', ['depth', 'a=[1,2', 'a=[dict(b=1,c=2)]', "a={'b':c}"])
+def test_parse_args_reports_malformed_cfg_options(option, capsys):
     parser = make_parser('Check.')
     add_config_arguments(parser)
     with pytest.raises(SystemExit):
-        parse_args(parser, ['a.py', '--cfg-options', 'depth'])
+        parse_args(parser, ['a.py', '--cfg-options', option])
     assert 'KEY=VALUE pairs without white space' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('my data (1)/été', 'my data (1)/été'),
+        ("{'type':'SGD', 'lr': 0.1}", dict(type='SGD', lr=0.1)),
+        ("[{'type':'PolyLR','end':10}]", [dict(type='PolyLR', end=10)]),
+        ('[(a, 1),(b,2)]', [('a', 1), ('b', 2)]),
+        ('"5"', 5),
+    ],
+)
+def test_cfg_options_keep_text_and_accept_dicts(text, value):
+    parser = make_parser('Check.')
+    add_config_arguments(parser)
+    parsed = parse_args(parser, ['a.py', '--cfg-options', f'key={text}']).cfg_options['key']
+    assert parsed == value
 
 
 def test_parse_args_rejects_a_launcher_that_has_not_started_it(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mmvil.engine import SampleError
 from mmvil.engine import sampling as module
-from mmvil.engine.sampling import check_annotations, seed_samples
+from mmvil.engine.sampling import check_annotations, name_failures, seed_samples
 
 
 class Noise(Dataset):
@@ -134,6 +134,16 @@ def test_bad_sample_is_named(index, workers, message):
     else:
         with pytest.raises(SampleError, match=message):
             next(iter(loader))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_bad_sample_of_an_evaluation_is_named(workers):
+    loader = DataLoader(Broken(), sampler=[2, 1], num_workers=workers, collate_fn=list)
+    name_failures(loader.dataset)
+    batches = iter(loader)
+    next(batches)  # its labels are the matter of check_annotations
+    with pytest.raises(SampleError, match='cannot load 1.jpg with annotation 1.png: OSError'):
+        next(batches)
 
 
 def test_annotations_of_an_evaluation_have_the_size_of_the_file():

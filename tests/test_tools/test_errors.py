@@ -89,6 +89,10 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
             'of the auxiliary_head is for others',
         ),
         (
+            'model.decode_head.num_classes=2',
+            'error: num_classes=2 in UPerHead, but the dataset has 11 classes',
+        ),
+        (
             'default_hooks.checkpoint.intervals=10',
             "error: CheckpointHook has no option 'intervals'. Did you mean interval?",
         ),
@@ -106,6 +110,13 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
 def test_training_checks_settings_that_are_read_late(tiny, option, line):
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', option)
     assert error_of(call_tool(TRAIN, tiny, *options, status=2)) == line
+
+
+def test_training_warns_of_outputs_without_a_class(tiny):
+    options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
+    option = 'model.auxiliary_head.num_classes=150'
+    said = call_tool(TRAIN, tiny, *options, option, '--no-validate')
+    assert 'WARNING - num_classes=150 in FCNHead, but the dataset has 11 classes' in said
 
 
 def slow(*values):
@@ -149,6 +160,8 @@ def test_validation_stops_at_an_annotation_that_does_not_fit(tiny):
     options = ('--work-dir', tiny.parent / 'work', '--cfg-options', 'train_cfg.max_iters=1')
     error = error_of(call_tool(TRAIN, tiny, *options, status=2))
     assert f'{path}: its labels run from 11 to 11, but the dataset has classes 0 to 10' in error
+    path.write_bytes(b'damaged')
+    assert f'with annotation {path}: ' in error_of(call_tool(TRAIN, tiny, *options, status=2))
 
 
 @pytest.mark.slow  # 15 seconds: two trainings

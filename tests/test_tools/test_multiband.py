@@ -129,6 +129,14 @@ def test_a_trained_model_is_not_adapted_to_mistyped_channels(fields, trained, tm
     assert 'error: The checkpoint has 4 input channels' in said
 
 
+def test_training_reports_statistics_of_other_images(fields, tmp_path):
+    statistics = [f'model.data_preprocessor.{name}=[1,2,3]' for name in ('mean', 'std')]
+    options = ('--work-dir', tmp_path, '--cfg-options', *statistics)
+    said = call_tool(TOOLS / 'train.py', fields[0], *options, status=2)
+    line = 'error: images have 4 channels, but mean of the data_preprocessor has 3 values'
+    assert line in said and 'Traceback' not in said
+
+
 def test_trained_model_is_tested_shown_and_exported(fields, trained, tmp_path):
     config, checkpoint, images = fields[0], trained[0], fields[2] / 'data/images/validation'
     said = call_tool(TOOLS / 'test.py', config, checkpoint, '--work-dir', tmp_path)

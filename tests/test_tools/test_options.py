@@ -61,6 +61,22 @@ def test_tta_flips_in_each_of_several_datasets():
     assert cfg.model.type == 'mmpretrain.AverageClsScoreTTA'
 
 
+def test_tta_loads_images_and_masks_like_the_test_pipeline():
+    test_pipeline = 'test_dataloader.dataset.pipeline'
+    options = [
+        f'{test_pipeline}.0.imdecode_backend=tifffile',
+        f"{test_pipeline}.2={{'type':'LoadMappedAnnotations','values':[0,255]}}",
+    ]
+    arguments = ('a.pth', '--tta', '--cfg-options', *options)
+    segmentor = dict(config='upernet_vil_t_ade20k')
+    cfg = read(test_tool, test_tool.make_test_parser, *arguments, **segmentor)
+    load, augment = cfg.test_dataloader.dataset.pipeline
+    assert load.imdecode_backend == 'tifffile'
+    (masks,) = augment.transforms[2]
+    assert masks == dict(type='LoadMappedAnnotations', values=[0, 255])
+    assert cfg.tta_pipeline[1].transforms[2][0].type == 'LoadAnnotations'
+
+
 def test_metrics_of_any_model_go_to_a_file_of_a_known_kind():
     options = ('checkpoint.pth', '--out-item', 'metrics', '--out')
     segmentor = dict(config='upernet_vil_t_camvid')

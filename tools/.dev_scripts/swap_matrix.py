@@ -22,9 +22,9 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmvil import swap_backbone
-from mmvil.apis.read_config import read_config
+from mmvil.apis.read_config import config_dir, read_config
 from mmvil.apis.training_memory import build_training_model, random_batch
-from mmvil.cli.config import config_dir, dicts
+from mmvil.cli.config import dicts
 from mmvil.cli.errors import one_line
 from mmvil.cli.main import run
 

@@ -15,9 +15,9 @@ from mmengine.utils import track_progress_rich
 
 from mmvil.cli.config import innermost_datasets, list_files, load_config, require, set_data_root
 from mmvil.cli.errors import UserError
-from mmvil.cli.inference import ImageReader, data_preprocessor
+from mmvil.cli.inference import ImageReader
 from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
-from mmvil.cli.preflight import check_folders
+from mmvil.cli.preflight import check_folders, data_preprocessor
 
 MULTIBAND = 'mmvil.apis.data_preprocessor.MultibandSegDataPreProcessor'
 

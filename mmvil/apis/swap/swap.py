@@ -39,8 +39,8 @@ def swap_backbone(
     replaced by :class:`mmvil.LayerDecayOptimWrapperConstructor`. Every change is logged.
 
     Args:
-        cfg (str | Path | Config): A config of mmsegmentation, mmpretrain or mmdetection, or its
-            file. Not modified.
+        cfg (str | Path | Config): A config of mmsegmentation, mmpretrain or mmdetection, its
+            file, or the name of an installed one, such as ``mmseg::PATH``. Not modified.
         arch (str | dict): As for :class:`mmvil.VisionLSTM`, or a name such as 'vil-s'. Default:
             'small'.
         checkpoint (str, optional): Weights for ViL, from mmvil or the authors. Default: None.
