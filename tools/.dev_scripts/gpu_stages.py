@@ -398,16 +398,14 @@ def compare_with_deit(context, arch, size):
 
     deit_name, vil_name = f'DeiT-{arch} flash attention', f'ViL-{arch}'
     plain = {deit_name: deit, vil_name: vil}
+    graphs = dict(mode='reduce-overhead')
     for mode in ('forward', 'training'):
         builders = dict(plain)
         if context.on_gpu:
             builders.update({f'{n} CUDA graphs': graphed(f, mode) for n, f in plain.items()})
         if mode == 'training' and (arch, size) in context.plan['compiled']:
-            with_graphs = dict(mode='reduce-overhead')
-            builders[f'{deit_name} compiled'] = lambda size: torch.compile(
-                deit(size), **with_graphs
-            )
-            builders[f'{vil_name} compiled'] = lambda size: vil(size, compile=with_graphs)
+            builders[f'{deit_name} compiled'] = lambda size: torch.compile(deit(size), **graphs)
+            builders[f'{vil_name} compiled'] = lambda size: vil(size, compile=graphs)
         options = dict(rounds=context.plan['rounds'], progress=lambda x: emit(at=x), count=False)
         with flash_attention():
             records = compare(builders, image, [mode], torch.bfloat16, **options)
