@@ -137,7 +137,10 @@ def use_tta(cfg, is_classifier):
         flipped = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
         dataset.pipeline = cfg.tta_pipeline if is_described else flipped
     tta_model = cfg.tta_model if is_described else dict(type='mmpretrain.AverageClsScoreTTA')
-    cfg.model = dict(**tta_model, module=cfg.model)
+    tta_model = dict(**tta_model, module=cfg.model)
+    if 'data_preprocessor' in cfg.model:  # else that of the config, if any, would replace it
+        tta_model['data_preprocessor'] = cfg.model.data_preprocessor
+    cfg.model = tta_model
 
 
 if __name__ == '__main__':

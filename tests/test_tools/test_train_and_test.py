@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tool_process import call_tool
 
@@ -190,6 +191,19 @@ def test_classifier_is_tested_with_and_without_tta(classifier, tmp_path):
     assert 'accuracy/top1' in said
     assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
     assert len(pickle.loads((tmp_path / 'all.pkl').read_bytes())) == 4
+
+
+def test_tta_keeps_the_preprocessor_of_the_model(classifier, tmp_path):
+    config, work_dir = classifier
+    scores = []
+    for number, options in enumerate(((), ('--cfg-options', 'data_preprocessor.num_classes=2'))):
+        file = tmp_path / f'{number}.pkl'
+        call_tool(
+            *(TOOLS / 'test.py', config, work_dir / 'epoch_1.pth', '--tta', '--dump', file),
+            *('--work-dir', tmp_path, *options),
+        )
+        scores.append([result['pred_score'] for result in pickle.loads(file.read_bytes())])
+    assert all(map(torch.equal, *scores))
 
 
 def test_demo_draws_segmentation(segmentor, tmp_path):
