@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
+from mmengine.hooks import Hook
 
 from mmvil.cli.config import innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
@@ -29,6 +30,8 @@ def main():
 
     runner = build_runner(cfg)
     runner.register_hook(CheckFitHook())
+    if args.show_dir is not None and cfg.model.type.endswith('Classifier'):
+        runner.register_hook(NamePicturesHook())
     build_loops(runner, 'test')
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
@@ -124,6 +127,24 @@ def draw(cfg, args, is_classifier):
         hook.draw = True
         if args.show_dir is not None:
             cfg.visualizer.save_dir = os.path.abspath(args.show_dir)
+
+
+class NamePicturesHook(Hook):
+    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
+    several classes may have the same names.
+    """
+
+    priority = 'HIGH'  # before the hook that draws
+
+    def before_test(self, runner):
+        dataset = runner.test_dataloader.dataset
+        paths = (dataset.get_data_info(index)['img_path'] for index in range(len(dataset)))
+        self.root = os.path.commonpath({os.path.dirname(path) for path in paths})
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        for sample in outputs:  # their evaluation, which comes before, keeps the path
+            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
+            sample.set_metainfo(dict(img_path=name))
 
 
 def use_tta(cfg, is_classifier):
