@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 from mmengine.hooks import Hook
@@ -70,6 +71,8 @@ def read_config(args):
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
     if precision != 'float32':
+        if cfg.default_scope == 'mmdet' and (precision == 'bfloat16' or get_device() == 'cpu'):
+            raise UserError('mmdet cannot evaluate detections in bfloat16; use float32')
         cfg.test_cfg.fp16 = True  # mmengine's name for autocast in PyTorch's default dtype
         torch.set_autocast_gpu_dtype(getattr(torch, precision))
     if args.show or args.show_dir is not None:
