@@ -31,8 +31,8 @@ def drop_old_weights(cfg: Config) -> list[str]:
     frozen = model.backbone.get('frozen_stages', -1)
     if isinstance(frozen, int) and frozen >= 0:
         notes.append(
-            f'frozen_stages={frozen} of the old backbone: ViL is frozen if all of it was, '
-            'otherwise not at all; set frozen_stages=... to choose'
+            f'frozen_stages={frozen} is dropped: all of ViL is trained, unless all of the old '
+            'backbone was frozen; set frozen_stages=... to freeze blocks'
         )
     return notes
 

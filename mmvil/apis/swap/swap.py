@@ -101,7 +101,8 @@ def swap_backbone(
         optimizer = cfg.optim_wrapper.get('optimizer', {})
         notes.append(
             f'optimizer and schedule are still those for {old.name} '
-            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True selects ours'
+            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True (--backbone-optim) '
+            'selects ours'
         )
     for note in notes:
         print_log(f'swap_backbone: {note}', logger='current')
