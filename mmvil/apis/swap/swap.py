@@ -76,7 +76,7 @@ def swap_backbone(
     size = training_size(cfg, default=224)
     with DefaultScope.overwrite_default_scope(scope):
         old = BackboneProbe(model, size, outputs, scope)
-        notes = drop_old_weights(cfg)
+        notes = drop_old_weights(cfg, old.frozen)
         backbone = dict(type='mmvil.VisionLSTM', arch=arch)
         backbone['img_size'] = size[0] if size[0] == size[1] else size
         if old.in_channels != 3:
