@@ -40,6 +40,9 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     """
     cfg = copy.deepcopy(cfg)
     notes = [*notes, *fit_to_cpu(cfg)]
+    own, given = cfg.model.get('data_preprocessor'), cfg.get('data_preprocessor')
+    if own is not None and given not in (None, own):
+        notes.append('data_preprocessor is not used: set model.data_preprocessor instead')
     for loader in loaders(cfg):
         if loader.get('num_workers', 0) == 0:  # torch then rejects persistent workers
             loader.persistent_workers = False
@@ -63,7 +66,14 @@ def build_loops(runner: Runner, *names: str) -> None:
     """
     with _building():
         for name in names:
-            getattr(runner, f'{name}_loop')
+            try:
+                getattr(runner, f'{name}_loop')
+            except ValueError as error:
+                if 'need at least one array' not in str(error):  # numpy, in BaseDataset
+                    raise
+                raise UserError(
+                    f'no samples to {name}: does the config name the classes of the annotations?'
+                ) from error
 
 
 def train(runner: Runner) -> None:
