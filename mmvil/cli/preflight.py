@@ -66,14 +66,7 @@ def build_loops(runner: Runner, *names: str) -> None:
     """
     with _building():
         for name in names:
-            try:
-                getattr(runner, f'{name}_loop')
-            except ValueError as error:
-                if 'need at least one array' not in str(error):  # numpy, in BaseDataset
-                    raise
-                raise UserError(
-                    f'no samples to {name}: does the config name the classes of the annotations?'
-                ) from error
+            getattr(runner, f'{name}_loop')
 
 
 def train(runner: Runner) -> None:

@@ -54,7 +54,7 @@ def test_folder_without_readable_images_is_rejected(tmp_path):
 
 def test_dataset_without_samples_is_named():
     loops = type('Loops', (), dict(train_loop=property(lambda _: np.concatenate([]))))
-    with pytest.raises(UserError, match='no samples to train: .*classes'):
+    with pytest.raises(UserError, match='dataset has no samples.*classes'):
         preflight.build_loops(loops(), 'train')
 
 
