@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
+from mmengine.hooks import Hook
 
 from mmvil.cli.config import dicts, innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
@@ -30,6 +32,8 @@ def main():
 
     runner = build_runner(cfg)
     runner.register_hook(CheckFitHook())
+    if args.show_dir is not None and cfg.model.type.endswith('Classifier'):
+        runner.register_hook(NamePicturesHook())
     build_loops(runner, 'test')
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
@@ -68,6 +72,8 @@ def read_config(args):
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
     if precision != 'float32':
+        if cfg.default_scope == 'mmdet' and (precision == 'bfloat16' or get_device() == 'cpu'):
+            raise UserError('mmdet cannot evaluate detections in bfloat16; use float32')
         cfg.test_cfg.fp16 = True  # mmengine's name for autocast in PyTorch's default dtype
         torch.set_autocast_gpu_dtype(getattr(torch, precision))
     if args.show or args.show_dir is not None:
@@ -127,6 +133,24 @@ def draw(cfg, args, is_classifier):
             cfg.visualizer.save_dir = os.path.abspath(args.show_dir)
 
 
+class NamePicturesHook(Hook):
+    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
+    several classes may have the same names.
+    """
+
+    priority = 'HIGH'  # before the hook that draws
+
+    def before_test(self, runner):
+        dataset = runner.test_dataloader.dataset
+        paths = (dataset.get_data_info(index)['img_path'] for index in range(len(dataset)))
+        self.root = os.path.commonpath({os.path.dirname(path) for path in paths})
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        for sample in outputs:  # their evaluation, which comes before, keeps the path
+            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
+            sample.set_metainfo(dict(img_path=name))
+
+
 def use_tta(cfg, is_classifier):
     """Test each image several times: according to tta_pipeline, or flipped and not flipped."""
     is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
@@ -138,7 +162,10 @@ def use_tta(cfg, is_classifier):
         flipped = [*pipeline, dict(type='TestTimeAug', transforms=[flips, [pack]])]
         dataset.pipeline = load_alike(cfg.tta_pipeline, dataset) if is_described else flipped
     tta_model = cfg.tta_model if is_described else dict(type='mmpretrain.AverageClsScoreTTA')
-    cfg.model = dict(**tta_model, module=cfg.model)
+    tta_model = dict(**tta_model, module=cfg.model)
+    if 'data_preprocessor' in cfg.model:  # else that of the config, if any, would replace it
+        tta_model['data_preprocessor'] = cfg.model.data_preprocessor
+    cfg.model = tta_model
 
 
 def load_alike(tta_pipeline, dataset):

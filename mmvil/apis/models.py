@@ -56,7 +56,7 @@ def get_model(
             Default: False, random weights.
         device (str | torch.device, optional): Device of the model.
         num_classes (int, optional): Number of classes. The linear layer of a checkpoint with other
-            classes is not loaded.
+            classes is not loaded, nor are the names of its classes.
         out_indices (int | Sequence[int], optional): Omit the classifier and return the feature maps
             (B, D, h, w) after these blocks as a tuple.
         **kwargs: Other settings of the model config, such as ``backbone=dict(img_size=384)``.
@@ -95,6 +95,9 @@ def get_model(
         kwargs['head'] = None
         add('backbone', out_indices=out_indices, out_type='featmap')
     model = mmpretrain.get_model(name, pretrained=False, **kwargs)
+    named = len(model._dataset_meta['classes'])
+    if getattr(model.head, 'num_classes', named) != named:
+        model._dataset_meta = {}  # the names are those of ImageNet's classes
     if pretrained:
         address = f'mmvil://{find_official(name).name}' if pretrained is True else str(pretrained)
         _load(model, address, keep_head=num_classes is not None)
@@ -106,9 +109,11 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
     checkpoint = CheckpointLoader.load_checkpoint(address, map_location='cpu')
     state = model.backbone.adapt_pretrained(weights_of(checkpoint), 'backbone.')
     own = model.state_dict()
+    meta = checkpoint.get('meta', {}).get('dataset_meta')
     head = {name: value for name, value in own.items() if name.startswith('head.')}
     if keep_head and describe_misfit(state, head, optional=head):
         MMLogger.get_current_instance().info(f'{address} has other classes: head not loaded.')
+        meta = None
         for name in head:
             del own[name]
             state.pop(name, None)
@@ -118,7 +123,7 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
             + (', or give num_classes.' if not keep_head else '.')
         )
     model.load_state_dict(state, strict=False)
-    model._dataset_meta = checkpoint.get('meta', {}).get('dataset_meta') or model._dataset_meta
+    model._dataset_meta = meta or model._dataset_meta
 
 
 @functools.cache

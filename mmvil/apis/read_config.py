@@ -7,6 +7,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
+from ..engine.config_nodes import loaders
+
 
 def config_dir(library: str) -> Path:
     """Folder with the configs of an installed library.
@@ -36,6 +38,10 @@ def read_config(path: str | Path) -> Config:
     finally:
         MODULE2PACKAGE['mmseg'] = distribution
     cfg = Config(cfg.to_dict(), cfg.text, cfg.filename, cfg.env_variables)
+    for loader in loaders(cfg):
+        if isinstance(loader.get('collate_fn'), dict):
+            # mmengine would pass it to the function, if the dict is inherited from a library.
+            loader.collate_fn.pop('_scope_', None)
     if cfg.get('default_scope') is None:
         library = (cfg.get('model') or {}).get('type', '').partition('.')[0]
         is_library = library in ('mmseg', 'mmpretrain', 'mmdet')

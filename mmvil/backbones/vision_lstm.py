@@ -87,6 +87,7 @@ class VisionLSTM(BaseModule):
     """
 
     num_heads = 4
+    num_extra_tokens = 0  # in addition to the patches; read by mmpretrain's tools
 
     arch_settings: dict[str, dict] = {
         **dict.fromkeys(['t', 'tiny'], dict(embed_dims=192, depth=24)),

@@ -53,6 +53,8 @@ def user_message(error: Exception) -> str | None:
 
 def one_line(error: Exception) -> str:
     """Type and message of an exception in one line."""
+    if 'need at least one array to concatenate' in str(error):  # numpy, in mmengine's BaseDataset
+        return 'a dataset has no samples; does the config name the classes of its annotations?'
     return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 

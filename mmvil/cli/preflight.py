@@ -42,6 +42,9 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     """
     cfg = copy.deepcopy(cfg)
     notes = [*notes, *fit_to_cpu(cfg)]
+    own, given = cfg.model.get('data_preprocessor'), cfg.get('data_preprocessor')
+    if own is not None and given not in (None, own):
+        notes.append('data_preprocessor is not used: set model.data_preprocessor instead')
     for loader in loaders(cfg):
         if loader.get('num_workers', 0) == 0:  # torch then rejects persistent workers
             loader.persistent_workers = False

@@ -81,6 +81,25 @@ def test_get_model_loads_all_but_the_head_for_other_classes(official, file):
     assert torch.equal(model.extract_feat(image)[0], pretrained.extract_feat(image)[0])
 
 
+def test_get_model_names_classes_only_if_the_head_has_them(tmp_path):
+    mmpretrain = pytest.importorskip('mmpretrain')
+    import numpy as np
+
+    def predict(*args, **kwargs):
+        model = mmvil.get_model('vil2-tiny', *args, head=HEAD, **kwargs, **tiny())
+        torch.save(
+            dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['a', 'b']))),
+            tmp_path / 'own.pth',
+        )
+        image = np.zeros((64, 64, 3), np.uint8)
+        return mmpretrain.inference_model(model, image).get('pred_class')
+
+    assert len(predict()) > 1  # a name of ImageNet's classes
+    assert predict(num_classes=2) is None
+    assert predict(tmp_path / 'own.pth', num_classes=2) in ('a', 'b')
+    assert predict(tmp_path / 'own.pth', num_classes=3) is None
+
+
 def test_get_model_gives_feature_maps_of_chosen_blocks(official, file):
     pytest.importorskip('mmpretrain')
     model = mmvil.get_model('vil2-tiny', file, out_indices=(1, 2), **tiny())

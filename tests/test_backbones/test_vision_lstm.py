@@ -227,7 +227,7 @@ def test_forward_pads_with_zeros_right_and_below():
 def test_out_types_agree_with_each_other():
     image = torch.randn(2, 3, 48, 64)
     (raw,) = build(out_type='raw')(image)
-    assert raw.shape == (2, 12, 16)
+    assert raw.shape == (2, 12 + VisionLSTM.num_extra_tokens, 16)
     (maps,) = build(out_type='featmap')(image)
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), raw)
     concat, avg = build(out_type='bilateral_concat'), build(out_type='bilateral_avg')

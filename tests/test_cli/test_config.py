@@ -108,6 +108,14 @@ def test_swap_backbone_accepts_names_of_installed_configs():
         swap_backbone('mmsegg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
 
 
+def test_inherited_collate_function_gets_no_scope(tmp_path):
+    pytest.importorskip('mmpretrain')
+    config = tmp_path / 'mine.py'
+    config.write_text("_base_ = 'mmpretrain::_base_/datasets/imagenet_bs32_mocov2.py'\n")
+    cfg = load_config(str(config), {})
+    assert cfg.train_dataloader.collate_fn == dict(type='default_collate')
+
+
 def test_default_scope_is_the_library_of_the_model(tmp_path):
     pytest.importorskip('mmseg')
     config = tmp_path / 'new_style.py'

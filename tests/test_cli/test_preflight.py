@@ -1,6 +1,7 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import os
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -50,6 +51,12 @@ def test_folder_without_readable_images_is_rejected(tmp_path):
         preflight.check_data(cfg, 'train_dataloader')
     (tmp_path / 'deep/A.PNG').touch()
     preflight.check_data(cfg, 'train_dataloader')
+
+
+def test_dataset_without_samples_is_named():
+    loops = type('Loops', (), dict(train_loop=property(lambda _: np.concatenate([]))))
+    with pytest.raises(UserError, match='dataset has no samples.*classes'):
+        preflight.build_loops(loops(), 'train')
 
 
 def test_missing_annotation_file_is_named(tmp_path):
@@ -155,6 +162,22 @@ def test_cpu_replaces_mixed_precision_and_says_so():
     cfg.launcher = 'slurm'
     with pytest.raises(ValueError, match='needs GPUs'):
         fit_to_cpu(cfg)
+
+
+def test_build_runner_says_which_preprocessor_the_model_uses(tmp_path):
+    pytest.importorskip('mmpretrain')
+    cfg = load_config(str(ROOT / 'configs/vil_t_imagenet.py'), {})
+    cfg.update(work_dir=str(tmp_path), launcher='none', experiment_name='preprocessor')
+    cfg.model.backbone.arch = dict(embed_dims=8, depth=2)
+    for name in ('train', 'val', 'test'):
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            cfg[f'{name}_{part}'] = None
+    cfg.optim_wrapper = cfg.param_scheduler = None
+    cfg.data_preprocessor = dict(num_classes=3)
+    runner = preflight.build_runner(cfg)
+    assert runner.model.data_preprocessor.num_classes == 1000
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'data_preprocessor is not used: set model.data_preprocessor' in log
 
 
 def test_build_runner_leaves_the_config_of_the_caller(tmp_path):

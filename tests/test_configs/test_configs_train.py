@@ -90,6 +90,8 @@ def test_config_trains_every_parameter(path):
     cfg = Config.fromfile(path)
     if 'size' in cfg.model.data_preprocessor:
         cfg.model.data_preprocessor.size = SIZE  # the crop size, to which images are padded
+    if 'pad_size_divisor' in cfg.model.data_preprocessor:
+        cfg.model.data_preprocessor.pad_size_divisor = 32
     model = build_model(cfg)
     if path.stem in PARAMETERS:
         count = sum(

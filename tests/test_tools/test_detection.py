@@ -50,6 +50,16 @@ def test_detector_is_trained_and_tested(config, data, checkpoint, tmp_path):
     assert len(list(pictures.rglob('vis_image/*.png'))) == 2
 
 
+def test_tools_say_in_one_line_what_they_cannot_do_with_detectors(config, tmp_path):
+    checkpoint = tmp_path / 'unread.pth'
+    for tool, arguments, problem in (
+        ('test.py', (checkpoint, '--precision', 'bfloat16'), 'mmdet cannot evaluate detections in'),
+        ('analysis_tools/get_flops.py', (), 'cannot run the model on the shapes of images alone'),
+        ('deployment/export.py', (checkpoint, '--out', tmp_path / 'x.pt2'), 'not detectors'),
+    ):
+        assert problem in call_tool(TOOLS / tool, config, *arguments, status=2).splitlines()[-1]
+
+
 def test_demo_draws_detections(config, data, checkpoint, tmp_path):
     images = data / 'images/validation'
     said = call_tool(TOOLS / 'demo.py', images, config, checkpoint, '--out-dir', tmp_path)

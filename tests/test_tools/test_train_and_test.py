@@ -84,7 +84,7 @@ def classifier(tmp_path_factory):
     for split in ('train', 'val'):
         for i, name in enumerate(('bright', 'dark', 'bright', 'dark')):
             image = rng.integers(0, 100, (40, 50, 3)) + 100 * (name == 'bright')
-            write_image(folder / f'data/{split}/{name}/{i}.png', image)
+            write_image(folder / f'data/{split}/{name}/{i // 2}.png', image)  # names occur twice
     config = folder / 'tiny_classifier.py'
     config.write_text(CLASSIFIER.format(configs=ROOT / 'configs', data=folder / 'data'))
     call_tool(TOOLS / 'train.py', config, '--work-dir', folder / 'work')
@@ -144,8 +144,24 @@ def test_classifier_is_tested_with_and_without_tta(classifier, tmp_path):
         *('--show-dir', tmp_path / 'shown', '--out', tmp_path / 'all.pkl'),
     )
     assert 'accuracy/top1' in said
-    assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
-    assert len(pickle.loads((tmp_path / 'all.pkl').read_bytes())) == 4
+    assert {path.name for path in (tmp_path / 'shown').glob('*.png')} == {
+        *('bright_0.png_0.png', 'bright_1.png_0.png', 'dark_0.png_0.png', 'dark_1.png_0.png')
+    }
+    results = pickle.loads((tmp_path / 'all.pkl').read_bytes())
+    assert len(results) == 4 and all(Path(result['img_path']).is_file() for result in results)
+
+
+def test_tta_keeps_the_preprocessor_of_the_model(classifier, tmp_path):
+    config, work_dir = classifier
+    scores = []
+    for number, options in enumerate(((), ('--cfg-options', 'data_preprocessor.num_classes=2'))):
+        file = tmp_path / f'{number}.pkl'
+        call_tool(
+            *(TOOLS / 'test.py', config, work_dir / 'epoch_1.pth', '--tta', '--dump', file),
+            *('--work-dir', tmp_path, *options),
+        )
+        scores.append([result['pred_score'] for result in pickle.loads(file.read_bytes())])
+    assert all(map(torch.equal, *scores))
 
 
 def test_demo_draws_segmentation(segmentor, tmp_path):

@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 
 from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
-from mmvil.cli.errors import UserError
+from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.inference import build_untrained
 from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
@@ -85,9 +85,10 @@ def main():
     channels = cfg.model.backbone.get('in_channels', 3)
     counts = []
     for size in sizes:
-        needed, executed = (
-            count_multiply_adds(model, (1, channels, *size), needed) for needed in (True, False)
-        )
+        with as_user_error('cannot run the model on the shapes of images alone'):
+            needed, executed = (
+                count_multiply_adds(model, (1, channels, *size), needed) for needed in (True, False)
+            )
         counts.append(dict(shape=size, needed=needed, executed=executed))
 
     print(f'{args.config}, {parameters["total"]:,} parameters')

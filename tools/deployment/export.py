@@ -93,8 +93,10 @@ def check(model, exported, shapes):
 
 def main():
     args = parse_args(make_export_parser())
-    complete(args)
     cfg = load_config(args.config, args.cfg_options)
+    if cfg.default_scope == 'mmdet':
+        raise UserError('only segmentors and classifiers can be exported, not detectors')
+    complete(args)
     model = build_model(cfg, args.checkpoint)
     model = deploy.Deployed(model, args.output, normalize=not args.normalized_input).eval()
     size = tuple(args.size or trained_size(find_backbone(model)))

@@ -1,22 +1,19 @@
-# COCO 2017, boxes and masks. Images are resized to fit into 1024x1024 and padded with the mean
-# color. 12 epochs are too few for large-scale jittering, which helps in long schedules.
+# COCO 2017, boxes and masks. Images are resized to fit into 1024x1024; the model pads them with the
+# mean color. 12 epochs are too few for large-scale jittering, which helps in long schedules.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco'
 
-resize = [
-    dict(type='Resize', scale=(1024, 1024), keep_ratio=True),
-    dict(type='Pad', size=(1024, 1024), pad_val=dict(img=(104, 116, 124))),
-]
+resize = dict(type='Resize', scale=(1024, 1024), keep_ratio=True)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=0.5),
-    *resize,
+    resize,
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    *resize,
+    resize,
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',

@@ -16,7 +16,7 @@ model = dict(
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_mask=True,
-        pad_size_divisor=32,
+        pad_size_divisor=1024,  # to 1024x1024; boxes are clipped to the image, without padding
     ),
     backbone=dict(
         type='mmvil.VisionLSTM',

@@ -10,7 +10,7 @@ from ..models import package_root
 from .probe import HEADS
 
 
-def drop_old_weights(cfg: Config) -> list[str]:
+def drop_old_weights(cfg: Config, is_frozen: bool = False) -> list[str]:
     """Remove the old network's weights in place, and return notes on what was removed."""
     notes, model = [], cfg.model
     for node, name in ((cfg, 'load_from'), (model, 'pretrained')):
@@ -30,10 +30,8 @@ def drop_old_weights(cfg: Config) -> list[str]:
                 node.init_cfg = copy.deepcopy(blanket)
     frozen = model.backbone.get('frozen_stages', -1)
     if isinstance(frozen, int) and frozen >= 0:
-        notes.append(
-            f'frozen_stages={frozen} of the old backbone: ViL is frozen if all of it was, '
-            'otherwise not at all; set frozen_stages=... to choose'
-        )
+        becomes = 'frozen' if is_frozen else 'trained'
+        notes.append(f'frozen_stages={frozen} is dropped: by default, all of ViL is {becomes}')
     return notes
 
 

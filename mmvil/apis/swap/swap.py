@@ -76,7 +76,7 @@ def swap_backbone(
     size = training_size(cfg, default=224)
     with DefaultScope.overwrite_default_scope(scope):
         old = BackboneProbe(model, size, outputs, scope)
-        notes = drop_old_weights(cfg)
+        notes = drop_old_weights(cfg, old.frozen)
         backbone = dict(type='mmvil.VisionLSTM', arch=arch)
         backbone['img_size'] = size[0] if size[0] == size[1] else size
         if old.in_channels != 3:
@@ -101,7 +101,8 @@ def swap_backbone(
         optimizer = cfg.optim_wrapper.get('optimizer', {})
         notes.append(
             f'optimizer and schedule are still those for {old.name} '
-            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True selects ours'
+            f'({optimizer.get("type")}, lr {optimizer.get("lr")}); optim=True (--backbone-optim) '
+            'selects ours'
         )
     for note in notes:
         print_log(f'swap_backbone: {note}', logger='current')
