@@ -1,14 +1,12 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Parameters and multiply-adds of an OpenMMLab model, by part."""
 
-from contextlib import nullcontext
-from unittest import mock
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import vil_block
+from ..layers import HeadwiseLinear
 from ..ops.flops import flop_formulas
+from ..ops.projections import dense_block_width
 
 
 def count_parameters(model):
@@ -29,11 +27,10 @@ def count_multiply_adds(model, shape, needed=False):
     parts = _parts(model)
     counts = {name: 0 for name, _ in parts}
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas(visible_only=needed))
-    # Diagonal blocks are executed joined into wider ones, except in a trace: zeros between them.
-    blocks = mock.patch.object(vil_block, 'is_tracing', lambda: True) if needed else nullcontext()
+    zeros = 0
 
     def total():
-        return counter.get_total_flops() // 2
+        return counter.get_total_flops() // 2 - zeros
 
     def counted(name, forward):
         def call(*args, **kwargs):
@@ -44,14 +41,28 @@ def count_multiply_adds(model, shape, needed=False):
 
         return call
 
+    def leave_out_zeros(projection, args, _):
+        """Count the zeros between diagonal blocks, which are executed joined into wider ones."""
+        nonlocal zeros
+        x, size = args[0], projection.weight.shape[-1]
+        executed = dense_block_width(size, x.shape[-1] // projection.num_heads)
+        zeros += x.numel() * (executed - size)
+
+    hooks = [
+        module.register_forward_hook(leave_out_zeros)
+        for module in model.modules()
+        if needed and isinstance(module, HeadwiseLinear)
+    ]
     for name, part in parts:  # not hooks: segmentors call decode_head.forward
         part.forward = counted(name, part.forward)
     try:
-        with torch.no_grad(), blocks, counter:
+        with torch.no_grad(), counter:
             model(torch.empty(shape, device='meta'), mode='tensor')
     finally:
         for _, part in parts:
             del part.forward
+        for hook in hooks:
+            hook.remove()
     return {**counts, 'total': total()}
 
 
