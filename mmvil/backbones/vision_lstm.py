@@ -271,8 +271,8 @@ class VisionLSTM(BaseModule):
         )
 
     def _compile(self, **options) -> None:
-        if torch.__version__ < '2.4':
-            raise ValueError(f'compile needs PyTorch 2.4 or later, not {torch.__version__}.')
+        if torch.__version__ < '2.5':
+            raise ValueError(f'compile needs PyTorch 2.5 or later, not {torch.__version__}.')
         try:
             self.layers.compile(**options)
         except (TypeError, RuntimeError) as error:

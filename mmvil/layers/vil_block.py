@@ -88,7 +88,7 @@ class ViLBlock(nn.Module):
         self.skip = nn.Parameter(torch.empty(inner))
         self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
         self.drop_path = DropPath(drop_path_rate)
-        self._weight_shapes = shapes(self._weights())
+        self._weight_shapes = [None if w is None else tuple(w.shape) for w in self._weights()]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -231,10 +231,11 @@ class ViLBlock(nn.Module):
         if reason is not None:
             return None, reason
         weights = self._weights()
-        unsupported = set(map(type, weights)) - PLAIN_TENSORS
-        if unsupported:
-            return None, f'a weight is a {min(kind.__name__ for kind in unsupported)}'
-        for name, shape, built in zip(weights._fields, shapes(weights), self._weight_shapes):
+        # By the fields of the class: older compilers do not know those of an instance.
+        for name, weight, built in zip(LayerWeights._fields, weights, self._weight_shapes):
+            if type(weight) not in PLAIN_TENSORS:
+                return None, f'{name} is a {type(weight).__name__}'
+            shape = None if weight is None else tuple(weight.shape)
             if shape != built:
                 return None, f'{name} has the shape {shape} instead of {built}'
         return weights, None
@@ -348,13 +349,8 @@ their exact types.
 FUSED_FORWARDS = [kind.forward for kind in FUSED_SUBMODULES.values()]
 """Forward methods that the fused layer replaces; other libraries may patch those of a class."""
 
-PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, type(None))
 """Types of weights that the fused layer supports; other subclasses may override operations."""
-
-
-def shapes(weights: LayerWeights) -> list[tuple[int, ...] | None]:
-    """Shapes of weights; None for None."""
-    return [None if weight is None else tuple(weight.shape) for weight in weights]
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -478,7 +478,7 @@ def test_autocast_and_half_models_stay_close_to_float32(dtype):
     assert half.dtype == dtype and relative_error(half, expected) < 0.05
 
 
-@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+@pytest.mark.skipif(torch.__version__ < '2.5', reason='older compilers lack transforms')
 @pytest.mark.parametrize('lean', [True, 'cell', False], ids=['lean', 'cell', 'plain'])
 def test_compile_has_no_graph_break_and_the_same_gradients(lean):
     backbone = build(arch=dict(embed_dims=16, depth=2), lean=lean).train()
@@ -492,7 +492,7 @@ def test_compile_has_no_graph_break_and_the_same_gradients(lean):
         assert relative_error(p.grad, expected[name]) < 1e-4, name
 
 
-@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+@pytest.mark.skipif(torch.__version__ < '2.5', reason='older compilers lack transforms')
 @pytest.mark.parametrize('option', [{}, dict(with_cp=True), dict(drop_path_rate=0.5)])
 def test_option_compile_makes_one_graph_of_the_blocks_for_training_only(option):
     from torch._dynamo.utils import counters
@@ -543,11 +543,11 @@ def test_cuda_graphs_of_the_blocks_train_like_the_blocks(options):
 
 @pytest.mark.parametrize('options', [dict(mode='fast'), dict(modes='default')])
 def test_invalid_options_of_compile_are_named(options):
-    with pytest.raises(ValueError, match='compile=.* is invalid|compile needs PyTorch 2.4'):
+    with pytest.raises(ValueError, match='compile=.* is invalid|compile needs PyTorch 2.5'):
         build(compile=options)
 
 
-@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack dynamic shapes')
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='older compilers lack dynamic shapes')
 @pytest.mark.parametrize('version', [1, 2])
 def test_compiled_takes_images_of_any_size(version):
     backbone = build(arch=dict(embed_dims=16, depth=2), version=version)

@@ -91,7 +91,7 @@ def classifier(tmp_path_factory):
     return config, folder / 'work'
 
 
-@pytest.mark.skipif(torch.__version__ < '2.4', reason='older compilers lack the operators')
+@pytest.mark.skipif(torch.__version__ < '2.5', reason='older compilers lack transforms')
 def test_backbone_is_compiled_once(segmentor, tmp_path):
     config, _, _ = segmentor
     command = (sys.executable, TOOLS / 'train.py', config, '--work-dir', tmp_path)
