@@ -2,6 +2,7 @@
 """Convert official Vision-LSTM state dicts, and infer the architecture from a state dict."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -129,6 +130,22 @@ def _name_in_block(number: str, corner: str | None, rest: str) -> str | None:
     if module in _BLOCK_NAMES:
         return f'backbone.layers.{block}.{_BLOCK_NAMES[module]}.{parameter}'
     return None
+
+
+def check_blocks(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if a block of a classifier in our layout is missing, or its tensors differ
+    in name or shape from those of the first block.
+    """
+    blocks = defaultdict(set)
+    for key, value in state_dict.items():
+        if match := _BLOCK.match(key):
+            blocks[int(match[1])].add((match[2], tuple(value.shape)))
+    for block in range(1 + max(blocks, default=0)):
+        if differing := dict(sorted(blocks[block] ^ blocks[0])):
+            raise ValueError(
+                f'Block {block} does not have the tensors of block 0: they differ in '
+                f'{", ".join(differing)}.'
+            )
 
 
 def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict:

@@ -18,7 +18,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from .keys import infer_architecture, vil_to_mmvil
+from .keys import check_blocks, infer_architecture, vil_to_mmvil
 from .official import OFFICIAL_URL, OfficialCheckpoint, find_official
 from .safe_load import UntrustedCheckpointError, load_file
 from .sharded import join_shards
@@ -111,6 +111,7 @@ def load_from_mmvil(filename: str, map_location=None) -> dict[str, Any]:
     path = fetch_checkpoint(filename)
     try:
         state = vil_to_mmvil(read_checkpoint(path)['state_dict'])
+        check_blocks(state)  # mmengine would only warn, and continue with random weights
         architecture = dict(infer_architecture(state), stride=find_official(filename).stride)
     except ValueError as error:
         reason = str(error).rstrip('.')

@@ -143,6 +143,18 @@ def test_damaged_file_in_the_cache_is_to_be_removed(hub):
         CheckpointLoader.load_checkpoint('mmvil://vil2_tiny16')
 
 
+@pytest.mark.parametrize('dropped', ['layers.1.', 'layers.1.xlstm.q_proj.weight'])
+def test_official_file_without_a_part_of_a_block_is_rejected(hub, dropped):
+    state = {
+        name: value
+        for name, value in load('vil2_dim32').items()
+        if not name.startswith(f'xlstm.{dropped.replace("layers", "blocks")}')
+    }
+    save(hub / find_official('vil2_tiny16').file, state)
+    with pytest.raises(ValueError, match=r'Block 1 does not have .*q_proj.weight.*Remove .*\.th'):
+        CheckpointLoader.load_checkpoint('mmvil://vil2_tiny16')
+
+
 @pytest.mark.parametrize('size, name', [('t', 'tiny'), ('s', 'small'), ('b', 'base')])
 def test_segmentation_recipe_starts_from_the_published_checkpoint(size, name):
     backbone = Config.fromfile(ROOT / f'configs/upernet_vil_{size}_ade20k.py').model.backbone
