@@ -51,6 +51,7 @@ class Claims:
         self.stale_after = stale_after
         self.max_attempts = max_attempts
         self.heartbeat = stale_after / 10
+        self._stale_since = {}
 
     def states(self, names: list[str]) -> dict[str, str]:
         """State of each run: 'done', 'running', 'failed', 'open', or 'again' (open after a
@@ -117,6 +118,11 @@ class Claims:
             except FileNotFoundError:  # just released
                 return 'open'
             if now - touched < self.stale_after:
+                return 'running'
+            # Not dead at first sight: after a pause of the machine, all look dead for one
+            # heartbeat.
+            since = self._stale_since.setdefault((name, attempt, touched), time.monotonic())
+            if time.monotonic() - since < 2 * self.heartbeat:
                 return 'running'
         return 'failed' if attempt >= self.max_attempts else 'again'
 

@@ -23,8 +23,12 @@ def test_stale_claims_are_taken_over(tmp_path):
     claims = run_queue.Claims(tmp_path, stale_after=1, max_attempts=2)
     begun = tmp_path / 'a.attempt-1'
     begun.touch()
-    assert claims.states(['a'])['a'] == 'running'
     os.utime(begun, (0, time.time() - 100))
+    assert claims.states(['a'])['a'] == 'running'  # at first sight
+    time.sleep(0.3)
+    os.utime(begun, (0, time.time() - 100))
+    assert claims.states(['a'])['a'] == 'running'  # it was touched since
+    time.sleep(0.3)
     assert claims.states(['a'])['a'] == 'again'
     claim = claims.claim('a')
     assert claim.attempt == 2
