@@ -7,6 +7,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from .layer_decay import plain_name
+
 
 @HOOKS.register_module()
 class NaNGuardHook(Hook):
@@ -58,7 +60,7 @@ class NaNGuardHook(Hook):
             self._stop(
                 runner,
                 f'{len(broken)} of {len(params)} weights are not finite after iteration '
-                f'{runner.iter + 1} ({broken[0]}, …)',
+                f'{runner.iter + 1} ({plain_name(broken[0])}, …)',
             )
 
     def _stop(self, runner, what: str) -> None:

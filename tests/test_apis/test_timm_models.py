@@ -62,6 +62,25 @@ def test_pretrained_weights_compute_the_reference_logits(version, layout, tmp_pa
     assert relative_error(model(data['image']), data['logits']) < 1e-5
 
 
+@pytest.mark.parametrize('name', ['vil2_dim32', 'vil1_dim32', 'vil1_dim32_stride8'])
+def test_reference_vectors_in_float64(reference, name):
+    data = reference(name)
+    meta = data['meta']
+    model = create(
+        version=meta['version'],
+        arch=dict(embed_dims=32, depth=meta['depth'] * meta['version']),
+        stride=meta['stride'],
+        num_classes=meta['num_classes'],
+    ).double()
+    model.load_state_dict(timm_models.checkpoint_filter_fn(data['checkpoint'], model))
+    for case in data['cases']:
+        image = case['image'].double()
+        assert relative_error(model(image), case['logits']) < 1e-8
+        tokens = model.forward_intermediates(image, output_fmt='NLC', intermediates_only=True)
+        for actual, expected in zip(tokens, case['tokens']):
+            assert relative_error(actual, expected) < 1e-8
+
+
 @pytest.mark.parametrize('num_classes', [0, 5])
 def test_pretrained_weights_fit_other_channels_and_classes(num_classes, tmp_path):
     data = torch.load(ROOT / 'tests/data/vil2_dim32.pt', weights_only=True)

@@ -10,6 +10,8 @@ import os
 import pickle
 import resource
 import socket
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from mmvil.engine import (
     GlobalBatchCrossEntropyLoss,
     load_safely,
 )
+from mmvil.layers import DropPath
 from tests.street_images import labelled_image, write_image, write_segmentor
 from tests.test_tools.tool_process import call_tool, call_tool_in_processes, losses
 
@@ -166,6 +169,16 @@ def test_loss_without_labelled_pixels_is_zero_and_so_is_its_gradient():
     loss = GlobalBatchCrossEntropyLoss()(logits, torch.full((1, 4, 4), 255), ignore_index=255)
     loss.backward()
     assert loss == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize('batch', [1, 2, 16])
+def test_drop_path_drops_at_its_rate_whatever_the_batch(batch):
+    """Keeping int(batch * (1 - rate)) samples would drop every other one of two, at any rate."""
+    torch.manual_seed(0)
+    drop_path, runs = DropPath(0.1).train(), 4000 // batch
+    x = torch.zeros(batch, 1, 1)
+    dropped = sum((drop_path(x, torch.ones_like) == 0).float().mean().item() for _ in range(runs))
+    assert dropped / runs == pytest.approx(0.1, abs=0.02)
 
 
 # -- Whole trainings -------------------------------------------------------------------------------
@@ -445,6 +458,18 @@ def test_deepspeed_trains_as_one_process_and_its_shards_become_a_plain_file(
     assert set(whole) == set(plain)
     for name, tensor in plain.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow  # 40 seconds
+@pytest.mark.parametrize('name', ['segmentor', 'classifier'])
+def test_dist_train_script_trains_as_one_process(folder, alone, tmp_path, name):
+    subprocess.run(
+        [ROOT / 'tools/dist_train.sh', folder / f'{name}.py', '2', '--work-dir', tmp_path],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
+        check=True,
+        timeout=600,
+    )
+    assert_same_training(tmp_path, alone(name))
 
 
 def test_accumulated_gradients_equal_the_large_batch(folder, alone, tmp_path):
