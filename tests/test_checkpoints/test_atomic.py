@@ -52,6 +52,7 @@ def test_atomic_backend_shows_a_file_only_when_it_is_complete(tmp_path, monkeypa
 
 
 def save_for_ever(path):
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     for step in itertools.count():
         weights = torch.full((500_000,), float(step))
         save_checkpoint(dict(state_dict=dict(a=weights)), path, backend_args=ATOMIC)
