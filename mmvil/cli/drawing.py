@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from torch import nn
 
-from .inference import ImageReader, predict
+from .inference import ImageReader, predict, random_palette
 
 MIN_SCORE = 0.5  # for drawn detections
 
@@ -30,7 +30,7 @@ def make_artist(
     """
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     if palette is None:
-        palette = np.random.RandomState(0).randint(0, 256, (len(classes), 3))
+        palette = random_palette(len(classes))
     colors = np.array(palette, np.float32)[:, ::-1]  # BGR
 
     def draw(loaded):

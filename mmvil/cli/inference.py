@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import no_grad
 
 from ..checkpoints import weights_of
-from ..engine.config_nodes import innermost_datasets, type_name
+from ..engine.config_nodes import dicts, innermost_datasets, type_name
 from .config import build_lazily
 from .errors import UserError, as_user_error
 from .preflight import check_checkpoint, check_fit
@@ -33,7 +33,8 @@ def build_model(cfg, checkpoint, device='cpu'):
 
     Returns:
         nn.Module: The model in evaluation mode. Its ``dataset_meta`` contains the names and colors
-        of the classes, from the checkpoint or else the test dataset, or None.
+        of the classes, from the checkpoint or else the test dataset, or None. Outputs beyond the
+        named classes are called 'class 3' and so on.
     """
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -52,8 +53,13 @@ def build_model(cfg, checkpoint, device='cpu'):
         except UserError:  # its files may be missing, and not all callers need the classes
             dataset = None
         meta = getattr(dataset, 'metainfo', None)
-    meta = meta or {}
-    model.dataset_meta = dict(classes=meta.get('classes'), palette=meta.get('palette'))
+    classes, palette = ((meta or {}).get(key) for key in ('classes', 'palette'))
+    outputs = max((node.get('num_classes') or 0 for node in dicts(model_cfg)), default=0)
+    if classes is not None and outputs > len(classes):
+        classes = [*classes, *(f'class {label}' for label in range(len(classes), outputs))]
+    if palette is not None:
+        palette = [*palette, *random_palette(len(classes or ()))[len(palette) :]]
+    model.dataset_meta = dict(classes=classes, palette=palette)
     return model.to(device).eval()
 
 
@@ -63,6 +69,11 @@ def build_untrained(model_cfg):
     with warnings.catch_warnings(), as_user_error('cannot build the model', kinds):
         warnings.simplefilter('ignore')  # deprecations inside the libraries
         return MODELS.build(model_cfg)
+
+
+def random_palette(number):
+    """Colors for classes without, always the same ones."""
+    return np.random.RandomState(0).randint(0, 256, (number, 3)).tolist()
 
 
 @no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_export import CLASSIFIER, SEGMENTOR, save_random_model
 from tool_process import call_tool
 
@@ -87,6 +88,17 @@ def test_demo_captions_a_video_of_a_classifier(tmp_path):
     frames, _ = read_video(tmp_path / 'out/drive.mp4')
     assert len(frames) == 2
     assert frames[0].max() > 100  # the caption on a black frame
+
+
+def test_demo_names_and_colors_outputs_beyond_the_classes(tmp_path):
+    text = SEGMENTOR_CONFIG.replace('num_classes=3', 'num_classes=5')
+    config, checkpoint = save_random_model(tmp_path, text)
+    weights = torch.load(checkpoint)
+    weights['state_dict']['decode_head.conv_seg.bias'][4] = 99.0
+    torch.save(weights, checkpoint)
+    cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((48, 64, 3), np.uint8))
+    said = call_tool(DEMO, tmp_path / 'a.png', config, checkpoint, '--out-dir', tmp_path / 'out')
+    assert said.rstrip().endswith('a.png: class 4 100%')
 
 
 def test_demo_writes_a_picture_for_each_image_and_over_none(tmp_path):

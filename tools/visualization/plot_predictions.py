@@ -29,7 +29,8 @@ def overlay(image, labels, palette, opacity=0.65):
 
 def draw(cfg, model, datasets, number, out):
     """Write a figure with one column per sample: image, ground truth, prediction."""
-    classes, palette = datasets[0].metainfo['classes'], datasets[0].metainfo['palette']
+    meta = model.dataset_meta if model.dataset_meta['palette'] else datasets[0].metainfo
+    classes, palette = meta['classes'], meta['palette']
     reader = ImageReader(cfg)
     steps = next(innermost_datasets(cfg.test_dataloader.dataset)).pipeline
     load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
