@@ -15,7 +15,13 @@ from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader
 
 from ..backbones import VisionLSTM
-from ..checkpoints import OFFICIAL_CHECKPOINTS, describe_misfit, find_official, weights_of
+from ..checkpoints import (
+    OFFICIAL_CHECKPOINTS,
+    describe_misfit,
+    find_official,
+    read_checkpoint,
+    weights_of,
+)
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -66,7 +72,9 @@ def get_model(
 
     Raises:
         ImportError: If mmpretrain is not installed.
-        ValueError: If there is no such model, or the checkpoint does not fit.
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such model, or the checkpoint does not fit, is damaged, or might
+            run code.
         TypeError: If an option of the backbone is given to the model.
 
     Example:
@@ -98,7 +106,7 @@ def get_model(
     named = len(model._dataset_meta['classes'])
     if getattr(model.head, 'num_classes', named) != named:
         model._dataset_meta = {}  # the names are those of ImageNet's classes
-    if pretrained:
+    if pretrained not in (False, None):
         address = f'mmvil://{find_official(name).name}' if pretrained is True else str(pretrained)
         _load(model, address, keep_head=num_classes is not None)
     return model.to(device) if device is not None else model
@@ -106,7 +114,10 @@ def get_model(
 
 def _load(model: BaseModel, address: str, keep_head: bool) -> None:
     """Load a classifier's checkpoint; unlike mmengine, raise a ValueError if it does not fit."""
-    checkpoint = CheckpointLoader.load_checkpoint(address, map_location='cpu')
+    if '://' in address:
+        checkpoint = CheckpointLoader.load_checkpoint(address, map_location='cpu')
+    else:
+        checkpoint = read_checkpoint(Path(address).expanduser())  # unlike mmengine, runs no code
     state = model.backbone.adapt_pretrained(weights_of(checkpoint), 'backbone.')
     own = model.state_dict()
     meta = checkpoint.get('meta', {}).get('dataset_meta')
@@ -117,7 +128,7 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
         for name in head:
             del own[name]
             state.pop(name, None)
-    if mismatch := describe_misfit(state, own, limit=None):
+    if mismatch := describe_misfit(state, own):
         raise ValueError(
             f'{address} does not fit this model: {mismatch}. Choose another model or checkpoint'
             + (', or give num_classes.' if not keep_head else '.')

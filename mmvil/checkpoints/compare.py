@@ -35,7 +35,11 @@ def describe_misfit(
     unknown = [name for name in state_dict if name not in wanted] if strict else []
     problems = []
     if missing:
-        problems.append(f'{len(missing)} {total} are missing ({summarize(missing, limit)})')
+        none_fits = len(missing) == len(wanted) and state_dict and not strict
+        instead = f'; instead, there are {summarize([*state_dict])}' if none_fits else ''
+        problems.append(
+            f'{len(missing)} {total} are missing ({summarize(missing, limit)}){instead}'
+        )
     if misshapen:
         listed = summarize(misshapen, limit, '; ')
         problems.append(f'{len(misshapen)} {total} have another shape ({listed})')

@@ -39,8 +39,17 @@ def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
 
     Returns:
         dict[str, Tensor]: A new dict, without the prefix ``module.`` that DDP adds.
+
+    Raises:
+        ValueError: If it is neither.
     """
-    state = checkpoint.get('state_dict', checkpoint)
+    is_dict = isinstance(checkpoint, Mapping)
+    state = checkpoint.get('state_dict', checkpoint) if is_dict else checkpoint
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            "A checkpoint must be a state dict, or a dict with one as 'state_dict', "
+            f'not of type {type(state).__name__}.'
+        )
     state = {name.removeprefix('module.'): value for name, value in state.items()}
     return vil_to_mmvil(state) if is_official(state) else state
 

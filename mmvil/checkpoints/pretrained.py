@@ -51,7 +51,7 @@ def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], sour
     """
     own = backbone.state_dict()
     trunk = ('patch_embed.', 'pos_embed', 'layers.')
-    mismatch = 'it has no ViL blocks'
+    mismatch = f'it has no ViL blocks, but {summarize([*state_dict])}'
     if any(name.startswith('layers.') for name in state_dict):
         optional = [name for name in own if not name.startswith(trunk)]
         mismatch = describe_misfit(state_dict, own, optional)

@@ -338,7 +338,8 @@ def check_checkpoint(path: str) -> None:
         raise UserError(f'checkpoint not found: {os.path.abspath(path)}')
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start[:1] != b'\x80' and start != b'PK':  # a pickle, a zip file
+    # A pickle, a zip file, or what PyTorch itself tells by the suffix.
+    if start[:1] != b'\x80' and start != b'PK' and not path.endswith('.safetensors'):
         raise UserError(f'{path} is not a PyTorch checkpoint')
 
 

@@ -119,6 +119,29 @@ def test_get_model_rejects_and_names_mismatches(official, file, tmp_path):
         mmvil.get_model('vil2-tiny', tmp_path / 'part.pth', num_classes=10, head=HEAD, **tiny())
 
 
+def test_get_model_reads_files_without_running_code_and_names_what_is_wrong(tmp_path):
+    pytest.importorskip('mmpretrain')
+    path = tmp_path / 'model.pth'
+
+    def load():
+        mmvil.get_model('vil2-tiny', path, head=HEAD, **tiny())
+
+    with pytest.raises(FileNotFoundError, match='Checkpoint not found: .*model.pth'):
+        load()
+    path.write_text('<!DOCTYPE html>')
+    with pytest.raises(ValueError, match='model.pth is damaged or not a checkpoint'):
+        load()
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match='model.pth contains no state dict'):
+        load()
+    torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(ValueError, match='model.pth asks for torch.nn.modules.linear.Linear'):
+        load()
+    torch.save({'_orig_mod.backbone.pos_embed': torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match='are missing .*; instead, there are _orig_mod.backbone'):
+        load()
+
+
 def test_get_model_adapts_rgb_weights_to_other_channels(official, file):
     settings = tiny()
     settings['backbone'].update(in_channels=1)

@@ -414,7 +414,7 @@ def test_init_cfg_is_recognized_in_all_spellings(tmp_path, kind, others):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda state: {'conv1.weight': torch.zeros(1)}, 'no ViL blocks'),
+        (lambda state: {'conv1.weight': torch.zeros(1)}, 'no ViL blocks, but conv1.weight'),
         (lambda state: {**state, 'layers.0.skip': torch.ones(64)}, r'layers.0.skip: \(64,\)'),
         (lambda state: {k: v for k, v in state.items() if 'layers.3' not in k}, 'are missing'),
     ],

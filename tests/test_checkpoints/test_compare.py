@@ -42,6 +42,12 @@ def test_describe_misfit_counts_what_it_does_not_name():
     assert describe_misfit({}, wanted, limit=None).endswith('layers.4, layers.5)')
 
 
+def test_describe_misfit_names_what_there_is_if_nothing_fits():
+    state = {f'model.{name}': x for name, x in WANTED.items()}
+    said = '; instead, there are model.a, model.b, model.backbone.pos_embed'
+    assert describe_misfit(state, WANTED).endswith(said)
+
+
 def test_describe_misfit_distinguishes_optional_and_unknown_tensors():
     state = {**WANTED, 'c': torch.zeros(1)}
     del state['b']

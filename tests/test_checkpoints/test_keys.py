@@ -80,6 +80,12 @@ def test_weights_of_a_checkpoint_have_our_names(prefix, nested):
         assert found is not state and found.keys() == expected.keys()
 
 
+@pytest.mark.parametrize('checkpoint', [[torch.zeros(1)], torch.zeros(1), dict(state_dict=None)])
+def test_weights_of_rejects_what_is_no_state_dict(checkpoint):
+    with pytest.raises(ValueError, match='must be a state dict, .* not of type'):
+        weights_of(checkpoint)
+
+
 def test_other_state_dicts_are_rejected():
     assert not is_official({'layers.0.skip': torch.ones(1)})
     with pytest.raises(ValueError, match='not an official Vision-LSTM state dict'):

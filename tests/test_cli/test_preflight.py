@@ -85,6 +85,7 @@ def test_missing_or_foreign_checkpoint_is_rejected(tmp_path):
     cfg = Config(dict(model=dict(init_cfg=dict(type='Pretrained', checkpoint=str(page)))))
     with pytest.raises(UserError, match='is not a PyTorch checkpoint'):
         preflight.check_config_checkpoints(cfg)
+    preflight.check_checkpoint(str(page.rename(tmp_path / 'page.safetensors')))  # PyTorch decides
 
 
 def test_checkpoint_of_another_model_is_rejected():
