@@ -51,7 +51,8 @@ def convert_checkpoint(path: str | Path, stride: int | None = None) -> dict[str,
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
-    source = checkpoint['state_dict']
+    state = checkpoint['state_dict']
+    source = {name.removeprefix('module.'): value for name, value in state.items()}
     if any(re.match(r'(backbone\.)?layers\.\d+\.igate\.', name) for name in source):
         raise ValueError(f"{path} already has mmvil's layout; use it as it is.")
     try:

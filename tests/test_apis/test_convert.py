@@ -36,6 +36,8 @@ def test_convert_checkpoint_describes_model_and_source(tmp_path, version, layout
     assert {f'backbone.{name}' for name in own} == {
         name for name in converted['state_dict'] if name.startswith('backbone.')
     }
+    wrapped = save(path, {f'module.{name}': x for name, x in source.items()})  # by DDP
+    assert convert_checkpoint(wrapped)['state_dict'].keys() == converted['state_dict'].keys()
     torch.save(converted, path)
     torch.load(path, weights_only=True)  # nothing in it but plain types
     with pytest.raises(ValueError, match="already has mmvil's layout"):
