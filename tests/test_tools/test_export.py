@@ -106,6 +106,17 @@ def test_export_writes_a_classifier_that_needs_torch_alone(tmp_path):
 
 
 @needs_exporter
+def test_export_checks_images_of_at_least_one_patch(tmp_path):
+    backbone = dict(
+        arch=dict(embed_dims=16, depth=1), img_size=32, patch_size=32, out_type='bilateral_concat'
+    )
+    text = CLASSIFIER.format(backbone=backbone, width=32, classes=3)
+    config, checkpoint = save_random_model(tmp_path, text)
+    said = call_tool(EXPORT, config, checkpoint, '--out', tmp_path / 'model.pt2')
+    assert '3x3x41x32' in said
+
+
+@needs_exporter
 @pytest.mark.slow  # half a minute each
 @pytest.mark.parametrize('name', ['vil2_dim32', 'vil1_dim32', 'vil1_dim32_stride8'])
 def test_reference_logits_pass_through_onnx(name, reference, tmp_path):
@@ -138,6 +149,11 @@ def test_export_reports_user_errors(tmp_path):
     config, checkpoint = save_random_model(tmp_path, SEGMENTOR)
     said = call_tool(EXPORT, config, checkpoint, '--out', tmp_path / 'model.txt', status=2)
     assert "error: --out ends with '.txt'" in said
+    if hasattr(torch.compiler, 'is_exporting'):
+        said = call_tool(
+            EXPORT, config, checkpoint, '--out', tmp_path / 'a.pt2', '--size', 99, 8, status=2
+        )
+        assert 'error: --size must be at least one patch (16), but is 99 8' in said
     if not hasattr(torch.compiler, 'is_exporting'):
         said = call_tool(EXPORT, config, checkpoint, status=2)
         assert 'error: export needs a newer PyTorch than' in said

@@ -99,15 +99,19 @@ def main():
     complete(args)
     model = build_model(cfg, args.checkpoint)
     model = deploy.Deployed(model, args.output, normalize=not args.normalized_input).eval()
-    size = tuple(args.size or trained_size(find_backbone(model)))
+    backbone = find_backbone(model)
+    size, patch = tuple(args.size or trained_size(backbone)), backbone.patch_size
+    if min(size) < patch:
+        raise UserError(f'--size must be at least one patch ({patch}), but is {size[0]} {size[1]}')
     description = model.describe(size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     print(f'Tracing at {size[0]}x{size[1]} ...')
-    logging.getLogger('torch').setLevel(logging.ERROR)
+    for library in ('torch', 'onnxscript'):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.simplefilter('ignore')  # warnings for exporter developers
     start = time.perf_counter()
     program = deploy.trace(model, size, args.static, args.chunk_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.format == 'onnx':
         deploy.save_onnx(program, args.out, model.names, description, args.opset)
     else:
@@ -119,7 +123,7 @@ def main():
     print('Compared with PyTorch:')
     shapes = [(1, model.channels, *size)]
     if not args.static:  # sizes that patches do not tile
-        shapes.append((3, model.channels, size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, 16)))
+        shapes.append((3, model.channels, size[0] * 5 // 4 + 1, max(size[1] * 3 // 4 - 1, patch)))
     worst = check(model, deploy.load_exported(args.out, args.format), shapes)
     if not worst <= args.tolerance:
         raise UserError(
