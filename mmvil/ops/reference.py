@@ -44,6 +44,8 @@ def mlstm_reference(
     memory = q.new_zeros(batch, heads, width, width)
     normalizer = q.new_zeros(batch, heads, width)
     m: Tensor | None = None
+    # Up to here exp(-m) is finite and has a gradient; beyond, h is 0 to all digits anyway.
+    highest = math.log(torch.finfo(igate.dtype).max) - 1
     outputs = [None] * length
     for t in reversed(range(length)) if reverse else range(length):
         m_new = igate[:, :, t] if m is None else torch.maximum(log_f[:, :, t] + m, igate[:, :, t])
@@ -56,5 +58,6 @@ def mlstm_reference(
         normalizer = f * normalizer + i * k[:, :, t]
         numerator = torch.einsum('bhde,bhd->bhe', memory, q[:, :, t])
         denominator = (normalizer * q[:, :, t]).sum(-1, keepdim=True)
-        outputs[t] = numerator / (torch.maximum(denominator.abs(), torch.exp(-m)[..., None]) + EPS)
+        min_denominator = torch.exp((-m).clamp(max=highest))[..., None]
+        outputs[t] = numerator / (torch.maximum(denominator.abs(), min_denominator) + EPS)
     return torch.stack(outputs, dim=2)

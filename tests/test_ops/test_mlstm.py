@@ -136,6 +136,15 @@ def test_reference_backend_sums_half_precision_in_float32(autocast):
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_reference_has_finite_gradients_where_input_gates_are_shut(dtype):
+    inputs = make_inputs(5, 4, dtype=dtype)
+    inputs[3].data[..., :2] = -1e3
+    reference = functools.partial(mlstm, backend='reference')
+    expected = output_and_gradients(mlstm, [x.detach().double().requires_grad_() for x in inputs])
+    assert_close(output_and_gradients(reference, inputs), expected, 1e-4)
+
+
 @pytest.mark.parametrize('backend, chunk_size', FORMS)
 def test_mlstm_sums_in_float32_under_autocast(backend, chunk_size):
     inputs = make_inputs(64, 8, dtype=torch.float32)
