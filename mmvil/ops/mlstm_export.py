@@ -49,7 +49,7 @@ def mlstm_traceable(
         tuple[Tensor, Tensor]: h, shape (B, NH, N, DH), and the signed normalizer, shape (B, NH, N).
     """
     shape, out_dtype = q.shape, q.dtype
-    tokens = static_shape(q)[2]
+    tokens, head_width = static_shape(q)[2:]
     dtype = torch.promote_types(out_dtype, torch.float32)
     chunks = (tokens + chunk_size - 1) // chunk_size
     padding = chunks * chunk_size - tokens
@@ -98,7 +98,7 @@ def mlstm_traceable(
     numerator, normalizer = to_tokens(numerator), to_tokens(normalizer)
     stabilizer = cumulative + to_tokens(running_max)
     # Numerator and normalizer lack the factor 1 / sqrt(DH) of the queries.
-    unit = q.shape[-1] ** 0.5
+    unit = head_width**0.5
     min_denom = torch.exp(-stabilizer).to(dtype).unsqueeze(-1) * unit
     h = numerator / (torch.maximum(normalizer.abs(), min_denom) + EPS * unit)
     return h.to(out_dtype), normalizer.squeeze(-1) / unit

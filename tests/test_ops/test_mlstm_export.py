@@ -33,6 +33,12 @@ def test_traceable_returns_what_the_operator_returns():
         torch.testing.assert_close(actual, wanted)
 
 
+def test_traced_keeps_the_digits_of_float64():
+    inputs = make_inputs(40)
+    traced = torch.jit.trace(lambda *x: mlstm_traceable(*x, False, 16)[0], inputs)
+    assert relative_error(traced(*inputs), mlstm_reference(*inputs)) < 1e-13
+
+
 def test_traceable_computes_half_precision_in_float32():
     inputs = make_inputs(40)
     q, k, v = (x.bfloat16() for x in inputs[:3])
