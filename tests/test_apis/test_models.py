@@ -180,6 +180,13 @@ def test_inference_model_classifies_an_image_by_name_and_by_model(file):
     assert by_name['pred_class']  # a name of ImageNet's classes
 
 
+def test_whole_classifier_loads_an_official_state_dict_strictly(official):
+    pytest.importorskip('mmpretrain')
+    model = mmvil.get_model('vil2-tiny', num_classes=10, head=HEAD, **tiny())
+    model.load_state_dict(official['state_dict'], strict=True)
+    assert relative_error(model(official['image']), official['logits']) < 1e-5
+
+
 def test_whole_classifier_starts_from_an_official_file_by_init_cfg(official, file):
     mmpretrain = pytest.importorskip('mmpretrain')
     models.register_models()

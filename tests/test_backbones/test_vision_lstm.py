@@ -182,9 +182,10 @@ def test_backbone_rejects_invalid_arguments(kwargs, message):
         ((1, 3, 15, 64), r'at least one patch .*15 x 64'),
     ],
 )
-def test_forward_rejects_invalid_images(shape, message):
+@pytest.mark.parametrize('stride', [16, 8])
+def test_forward_rejects_invalid_images(shape, message, stride):
     with pytest.raises(ValueError, match=message):
-        build()(torch.zeros(shape))
+        build(stride=stride)(torch.zeros(shape))
 
 
 def test_blocks_after_the_last_tapped_one_are_not_built():
@@ -192,6 +193,12 @@ def test_blocks_after_the_last_tapped_one_are_not_built():
     assert len(backbone.layers) == 2
     sum(y.sum() for y in backbone(torch.randn(1, 3, 32, 32))).backward()
     assert not [name for name, p in backbone.named_parameters() if p.grad is None]
+
+
+def test_patch_embedding_is_initialized_as_a_linear_map():
+    projection = build(patch_size=8).patch_embed.projection
+    bound = (6 / (3 * 8 * 8 + 16)) ** 0.5
+    assert 0.95 * bound < projection.weight.abs().max() <= bound and not projection.bias.any()
 
 
 def test_drop_path_rates_follow_the_mode():
@@ -234,6 +241,24 @@ def test_out_types_agree_with_each_other():
     expected = concat.pool_norm(torch.cat([raw[:, 0], raw[:, -1]], 1))
     torch.testing.assert_close(concat(image)[0], expected)
     torch.testing.assert_close(avg(image)[0], avg.pool_norm((raw[:, 0] + raw[:, -1]) / 2))
+
+
+def test_bilateral_outputs_before_the_last_have_no_norm():
+    image = torch.randn(2, 3, 48, 64)
+    raw, _ = build(out_type='raw', out_indices=(1, 3))(image)
+    pooled, last = build(out_type='bilateral_avg', out_indices=(1, 3))(image)
+    torch.testing.assert_close(pooled, (raw[:, 0] + raw[:, -1]) / 2)
+    assert pooled.shape == last.shape
+
+
+def test_pyramid_has_the_layers_of_the_recipe():
+    backbone = build(out_indices=(0, 1, 2, 3), pyramid=dict(strides=(4, 8, 16, 32)))
+    assert [[type(layer) for layer in level] for level in backbone.pyramid.levels] == [
+        [nn.ConvTranspose2d, nn.BatchNorm2d, nn.GELU, nn.ConvTranspose2d],
+        [nn.ConvTranspose2d],
+        [],
+        [nn.MaxPool2d],
+    ]
 
 
 @pytest.mark.parametrize('size', [(64, 64), (70, 33), (100, 130)])
@@ -337,9 +362,11 @@ def test_frozen_stages_stay_frozen_and_in_evaluation_mode(frozen_stages):
 def test_activation_checkpointing_gives_the_same_gradients(lean):
     gradients = []
     for with_cp in (False, True):
-        backbone = build(with_cp=with_cp, lean=lean, drop_path_rate=0.3).train()
+        backbone, runs = build(with_cp=with_cp, lean=lean, drop_path_rate=0.3).train(), []
+        backbone.layers[2].register_forward_pre_hook(lambda *_, runs=runs: runs.append(None))
         torch.manual_seed(1)
         weighted_sum(backbone(torch.randn(3, 3, 32, 48))[0]).backward()
+        assert len(runs) == (2 if with_cp else 1)
         gradients.append({name: p.grad for name, p in backbone.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
@@ -384,16 +411,25 @@ def test_init_cfg_loads_an_official_checkpoint(tmp_path):
     assert backbone.pos_embed.shape == (1, 6, 6, 32)
 
 
-@pytest.mark.parametrize('prefix', ['', 'backbone.'])
-def test_init_cfg_loads_our_checkpoints(tmp_path, prefix):
+@pytest.mark.parametrize(
+    'prefix, options',
+    [
+        ('', {}),
+        ('backbone.', {}),
+        ('net.encoder.', dict(prefix='net.encoder')),
+        ('module.net.encoder.', dict(prefix='module.net.encoder.')),
+    ],
+)
+def test_init_cfg_loads_our_checkpoints(tmp_path, prefix, options):
     source = build(out_type='bilateral_concat')
     state = {prefix + name: value for name, value in source.state_dict().items()}
     if prefix:
         state['head.fc.weight'] = torch.zeros(3, 32)
-    backbone = build(init_cfg=save(tmp_path, state))
+    backbone = build(init_cfg=dict(save(tmp_path, state), **options))
     nn.init.zeros_(backbone.layers[2].proj_up.weight)
     backbone.init_weights()
     assert torch.equal(backbone.layers[2].proj_up.weight, source.layers[2].proj_up.weight)
+    assert backbone.is_init  # so that a model around it does not load it again
 
 
 @pytest.mark.parametrize('kind', [PretrainedInit, 'mmengine.model.PretrainedInit', 'Pretrained'])
@@ -460,6 +496,10 @@ def test_state_dict_of_another_image_size_loads():
     assert large.pos_embed.shape == (1, 6, 8, 16)
     image = torch.randn(1, 3, 96, 128)
     torch.testing.assert_close(large(image)[0], small(image)[0])
+    portrait, landscape = build(img_size=(96, 64)), build(img_size=(64, 96))  # 24 patches each
+    landscape.load_state_dict(portrait.state_dict(), strict=True)
+    image = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(landscape(image)[0], portrait(image)[0])
 
 
 # --------------------------------------------------------------------- compilers, half precision

@@ -63,6 +63,15 @@ def test_hooks_of_every_submodule_are_called(name, version):
     assert len(seen) == 3 and is_fused(block)
 
 
+@pytest.mark.parametrize('kind', ['forward_pre', 'forward', 'full_backward_pre', 'full_backward'])
+def test_one_hook_of_any_kind_is_called(kind):
+    block, seen = make_block(), []
+    register = getattr(block.out_norm, f'register_{kind}_hook')
+    register(lambda *_: seen.append(kind))
+    run(block, tokens())
+    assert seen == [kind]
+
+
 @pytest.mark.parametrize('name', FUSED_SUBMODULES)
 def test_hooks_change_the_output(name):
     block, x = make_block(), tokens()

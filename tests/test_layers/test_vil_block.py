@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmvil.layers import DropPath, ViLBlock
+from mmvil.ops.vil_layer_common import sum_tokens
 from tests.conftest import relative_error
 
 GRID = (5, 7)
@@ -75,6 +76,51 @@ def test_fused_layer_under_autocast_is_close_to_float32(dtype, tolerance):
             assert (
                 actual[name].isfinite().all() and relative_error(actual[name], value) < tolerance
             ), name
+
+
+@pytest.mark.parametrize('lean', [True, 'cell', False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['autocast', 'half'])
+def test_gates_and_normalizer_are_never_in_half_precision(lean, dtype):
+    block, kept = make_block(dtype=dtype, lean=lean), []
+    x = torch.randn(1, 35, 16, dtype=dtype)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+        torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.float32),
+    ):
+        block(x, GRID)
+    scalars = [x.dtype for x in kept if x.shape == (1, block.num_heads, 35)]
+    assert len(scalars) >= 3 and set(scalars) == {torch.float32}
+
+
+@pytest.mark.parametrize('lean', [True, False])
+def test_float64_keeps_its_digits_under_autocast(lean):
+    block, x = make_block(lean=lean), torch.randn(1, 35, 16, dtype=torch.float64)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = block(x, GRID)
+    torch.testing.assert_close(actual, block(x, GRID))
+
+
+def test_backward_pass_may_run_under_autocast_or_not():
+    block, x = make_block(dtype=torch.float32), torch.randn(1, 35, 16)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16):
+            y = block(x, GRID).square().sum()
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(y, list(block.parameters())))
+    assert all(map(torch.equal, *grads))
+
+
+def test_sums_over_tokens_exceed_the_range_of_float16():
+    assert sum_tokens(torch.full((2, 50, 3), 1000.0).half()).tolist() == [1e5] * 3
+
+
+def test_fused_layer_uses_the_eps_of_both_norms():
+    block, x = make_block(), torch.randn(3, 35, 16, dtype=torch.float64)
+    block.norm.eps, block.out_norm.eps = 1.0, 0.1
+    expected, actual = run(block, x, lean=False), run(block, x, lean=True)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-9, name
 
 
 @pytest.mark.parametrize('lean, widths', [(True, 7), ('cell', 15)])
@@ -158,6 +204,10 @@ def test_initialization_follows_the_released_models():
     assert block.proj_down.weight.std().item() == pytest.approx(2 / 192**0.5, rel=0.02)
     assert block.fgate.bias.tolist() == [3, 4, 5, 6]
     assert not block.igate.weight.any() and not block.fgate.weight.any()
+    biases = torch.cat([ViLBlock(8).igate.bias for _ in range(100)])
+    assert biases.std().item() == pytest.approx(0.1, rel=0.1)
+    for module in (block.proj_up, block.q_proj, block.k_proj, block.v_proj, block.proj_down):
+        assert not module.bias.any()
     assert (block.skip == 1).all() and (block.norm.weight == 1).all()
 
 
@@ -189,11 +239,11 @@ class TestDropPath:
 
     def test_draws_anew_in_traces_and_for_every_sample_under_vmap(self):
         torch.manual_seed(0)
-        drop_path, x = DropPath(0.5).train(), torch.ones(64, 1, 1)
+        drop_path, x = DropPath(0.5).train(), torch.ones(64, 2, 1)
         traced = torch.jit.trace(lambda x: drop_path(x, torch.ones_like), x, check_trace=False)
         mapped = torch.func.vmap(lambda x: drop_path(x, torch.ones_like), randomness='different')
         for y in (traced(x), mapped(x.unsqueeze(1))):
-            assert set(y.flatten().tolist()) == {1, 3}
+            assert set(y.flatten().tolist()) == {1, 3} and torch.equal(y[..., 0, :], y[..., 1, :])
         assert not torch.equal(traced(x), traced(x))
 
     def test_is_identity_in_evaluation(self):

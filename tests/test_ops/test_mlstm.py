@@ -1,12 +1,15 @@
 """The mLSTM operator against the paper's time loop, output and all gradients."""
 
 import functools
+import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.ops import mlstm, mlstm_reference
-from mmvil.ops.chunkwise import MAX_RISE, chunk_gates
+from mmvil.ops.chunkwise import MAX_RISE, chunk_gates, chunkwise_backward, chunkwise_forward
+from mmvil.ops.flops import mlstm_flops
 from mmvil.ops.gates import gate_statistics
 
 FORMS = [('parallel', None), ('chunkwise', 16), ('chunkwise', 100), ('auto', None)]
@@ -229,6 +232,18 @@ def test_mlstm_reverse_reads_the_sequence_backwards():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
+def test_mlstm_is_mapped_over_any_dimension():
+    inputs = [x.detach() for x in make_inputs(5, 4)]
+
+    def form(q, k, v, igate, fgate):
+        return mlstm(q, k, v, igate=igate, fgate=fgate)
+
+    stacked = [torch.stack([x, x.flip(0)], 2) for x in inputs]
+    actual = torch.func.vmap(form, in_dims=2)(*stacked)
+    expected = torch.stack([form(*inputs), form(*(x.flip(0) for x in inputs))])
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.skipif(not hasattr(torch.library, 'opcheck'), reason='torch.library.opcheck is newer')
 @pytest.mark.parametrize('reverse', [False, True])
 def test_mlstm_operator_is_registered_completely(reverse):
@@ -241,7 +256,9 @@ def test_mlstm_operator_is_registered_completely(reverse):
     [
         (dict(k=torch.zeros(1, 2, 4, 8)), 'same shape'),
         (dict(igate=torch.zeros(1, 2, 5, 1)), r'igate and fgate must have the shape \(B, NH, N\)'),
+        (dict(fgate=torch.zeros(1, 2, 4)), r'igate and fgate must have the shape \(B, NH, N\)'),
         (dict(v=torch.zeros(1, 2, 5, 8).half()), 'one floating dtype'),
+        (dict(fgate=torch.zeros(1, 2, 5).long()), 'must be floating point'),
         (dict(backend='fast'), "Unknown mLSTM backend 'fast'.*parallel"),
         (dict(chunk_size=0), 'at least 1'),
     ],
@@ -251,6 +268,18 @@ def test_mlstm_rejects_invalid_arguments(change, message):
     arguments = {**dict(q=x, k=x, v=x, igate=gate, fgate=gate), **change}
     with pytest.raises(ValueError, match=message):
         mlstm(**arguments)
+
+
+@pytest.mark.parametrize('chunk_size', [32, 40, 96])
+def test_flop_formulas_count_the_products_that_are_executed(chunk_size):
+    inputs, shape = [x.detach() for x in make_inputs(96, 8)], (2, 2, 96, 8)
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * math.prod(a) * b[2]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as forward:
+        results = chunkwise_forward(*inputs, False, chunk_size)
+    with FlopCounterMode(display=False, custom_mapping=in_place) as backward:
+        chunkwise_backward(results[0], *inputs, *results, False, chunk_size)
+    assert forward.get_total_flops() == mlstm_flops(shape, chunk_size)
+    assert backward.get_total_flops() == mlstm_flops(shape, chunk_size, backward=True)
 
 
 @pytest.mark.gpu

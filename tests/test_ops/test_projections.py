@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from mmvil.ops.layout import split_heads
 from mmvil.ops.projections import (
+    ROW_TILE,
     GateWeights,
     dense_blocks,
     diagonal_blocks,
@@ -20,17 +21,18 @@ from mmvil.ops.projections import (
 )
 
 
+@pytest.mark.parametrize('tokens', [7, ROW_TILE])
 @pytest.mark.parametrize('head_width', [8, 12, 96])
-def test_headwise_linear_equals_dense_product(head_width):
+def test_headwise_linear_equals_dense_product(head_width, tokens):
     heads, blocks = 2, 2 * head_width // 4
-    x = torch.randn(3, 7, heads * head_width, dtype=torch.float64)
+    x = torch.randn(3, tokens, heads * head_width, dtype=torch.float64)
     weight, bias = torch.randn(blocks, 4, 4).double(), torch.randn(heads * head_width).double()
     expected = F.linear(x, torch.block_diag(*weight), bias)
     dense = dense_blocks(weight, head_width)
     torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
     with torch.no_grad():  # written in place
         torch.testing.assert_close(headwise_linear(x, dense, bias), expected)
-    assert split_heads(expected, heads).shape == (3, heads, 7, head_width)
+    assert split_heads(expected, heads).shape == (3, heads, tokens, head_width)
 
 
 def test_diagonal_blocks_undoes_dense_blocks():
@@ -38,8 +40,9 @@ def test_diagonal_blocks_undoes_dense_blocks():
     assert torch.equal(diagonal_blocks(dense_blocks(weight, 48), 4), weight)
 
 
-def test_headwise_linear_backward_equals_autograd():
-    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize('tokens', [5, ROW_TILE])
+def test_headwise_linear_backward_equals_autograd(tokens):
+    x = torch.randn(2, tokens, 32, dtype=torch.float64, requires_grad=True)
     dense = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(32, dtype=torch.float64, requires_grad=True)
     y = headwise_linear(x, dense, bias)
