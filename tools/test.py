@@ -19,7 +19,13 @@ from mmvil.cli.config import dicts, innermost_datasets, read_runner_config, requ
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, loads
 from mmvil.cli.main import add_runner_arguments, at_least, make_parser, parse_args, run
-from mmvil.cli.preflight import CheckFitHook, build_loops, build_runner, check_testing
+from mmvil.cli.preflight import (
+    CheckFitHook,
+    build_loops,
+    build_runner,
+    check_testing,
+    check_writable,
+)
 
 
 def main():
@@ -84,8 +90,10 @@ def read_config(args):
     evaluators = cfg.test_evaluator
     evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     dumps = [args.dump]
+    if args.out_item == 'metrics' and not args.out:
+        raise UserError('--out-item metrics needs a file: --out metrics.json')
     if args.out and args.out_item == 'metrics':
-        check_suffix('metrics are', args.out, '.json', '.yaml', '.yml', '.pkl', '.pickle')
+        check_file('metrics are', args.out, '.json', '.yaml', '.yml', '.pkl', '.pickle')
     elif args.out and is_classifier:
         dumps.append(args.out)
     elif args.out:
@@ -93,11 +101,13 @@ def read_config(args):
             raise UserError(f'label maps are written to a folder, but {args.out} is a file')
         for evaluator in evaluators:
             if evaluator.type.endswith('CocoMetric'):
+                check_writable(Path(args.out).parent)
                 evaluator.outfile_prefix = args.out
             else:
+                check_writable(args.out)
                 evaluator.update(output_dir=args.out, keep_results=True)
     for path in filter(None, dumps):
-        check_suffix('predictions are', path, '.pkl', '.pickle')
+        check_file('predictions are', path, '.pkl', '.pickle')
         evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
     cfg.test_evaluator = evaluators
     # mmengine writes the config into the work dir, over that of the training if it has its name.
@@ -106,10 +116,11 @@ def read_config(args):
     return Config(cfg.to_dict(), cfg.text, path, cfg.env_variables)
 
 
-def check_suffix(what, path, *suffixes):
+def check_file(what, path, *suffixes):
     """Reject files before testing that could not be written afterwards."""
     if Path(path).suffix not in suffixes:
         raise UserError(f'{what} written to a {suffixes[0]} file, but {path} was asked for')
+    check_writable(Path(path).parent)
 
 
 def draw(cfg, args, is_classifier):
@@ -121,6 +132,8 @@ def draw(cfg, args, is_classifier):
             '--show and --show-dir draw photographs only; tools/demo.py and '
             'tools/visualization/plot_predictions.py also draw these images'
         )
+    if args.show_dir is not None:
+        check_writable(args.show_dir)
     hook = cfg.default_hooks.visualization
     hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
     if is_classifier:

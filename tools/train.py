@@ -90,7 +90,7 @@ def read_config(args):
         if args.precision:
             cfg.optim_wrapper.dtype = args.precision
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise UserError(
                 '--auto-scale-lr needs the batch size of the learning rate: add, for example, '
                 '--cfg-options auto_scale_lr.base_batch_size=16'

@@ -143,6 +143,7 @@ def check_training(cfg: Config) -> None:
 def check_testing(cfg: Config) -> None:
     """Check everything that testing ``load_from`` needs before it starts."""
     check_backbone(cfg)
+    check_work_dir(cfg)
     check_data(cfg, 'test_dataloader')
     check_checkpoint(cfg.load_from)
 
@@ -229,13 +230,16 @@ def class_mismatches(classes: Sequence[str], model) -> list[str]:
 
 def check_work_dir(cfg: Config) -> None:
     """Check that the work dir, or the folder in which it will be created, is writable."""
-    folder = Path(cfg.work_dir).absolute()
+    check_writable(cfg.work_dir, 'the work dir', '. Choose another with --work-dir.')
+
+
+def check_writable(folder: str | Path, name: str = 'the folder', hint: str = '') -> None:
+    """Check that a folder, or the one in which it will be created, is writable."""
+    folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = 'no permission to write' if existing.is_dir() else 'it is a file'
-        raise UserError(
-            f'cannot use the work dir {folder}: {existing}: {why}. Choose another with --work-dir.'
-        )
+        raise UserError(f'cannot use {name} {folder}: {existing}: {why}{hint}')
 
 
 def check_data(cfg: Config, *names: str) -> None:

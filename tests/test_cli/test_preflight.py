@@ -140,6 +140,8 @@ def test_work_dir_below_a_file_is_rejected(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot use the work dir .*/file: it is a file'):
         preflight.check_work_dir(Config(dict(work_dir=str(tmp_path / 'file/work'))))
+    with pytest.raises(UserError, match='cannot use the work dir .*/file: it is a file'):
+        preflight.check_testing(Config(dict(work_dir=str(tmp_path / 'file'))))
 
 
 def test_work_dir_without_permission_is_rejected(tmp_path, monkeypatch):

@@ -107,3 +107,24 @@ def test_config_without_what_a_run_needs_is_rejected():
         read(train_tool, train_tool.make_train_parser, '--amp', **imagenet_a)
     with pytest.raises(UserError, match='has no test_dataloader, test_evaluator, test_cfg, which'):
         read(test_tool, test_tool.make_test_parser, 'checkpoint.pth', **vtab)
+
+
+@pytest.mark.parametrize('option', ['--out', '--show-dir', '--dump', '--out-item=metrics --out'])
+def test_outputs_that_could_not_be_written_are_rejected_before_the_test(tmp_path, option):
+    (tmp_path / 'file').touch()
+    segmentor = dict(config='upernet_vil_t_camvid')
+    name = 'pictures' if option in ('--out', '--show-dir') else 'metrics.pkl'
+    options = ('a.pth', *option.split(), str(tmp_path / 'file/more' / name))
+    with pytest.raises(UserError, match='cannot use the folder .*/file: it is a file'):
+        read(test_tool, test_tool.make_test_parser, *options, **segmentor)
+
+
+def test_metrics_need_a_file():
+    with pytest.raises(UserError, match='--out-item metrics needs a file'):
+        read(test_tool, test_tool.make_test_parser, 'a.pth', '--out-item', 'metrics')
+
+
+def test_batch_size_of_the_learning_rate_is_asked_for():
+    options = ('--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None')
+    with pytest.raises(UserError, match='--auto-scale-lr needs the batch size'):
+        read(train_tool, train_tool.make_train_parser, *options)
