@@ -6,8 +6,9 @@ import difflib
 import inspect
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from .config import build_lazily
-from .errors import UserError, as_user_error
+from .errors import UserError, as_user_error, one_line
 
 MISFIT = 'Invalid channel dimensions|expected input|same reduction dim|mat1 and mat2 shapes'
 """Messages of torch, on the meta device, on inputs whose channels do not fit a layer."""
@@ -87,7 +88,8 @@ def train(runner: Runner) -> None:
     for each in mismatches:
         runner.logger.warning(each)
     try:
-        runner.train()
+        with _resuming(runner):
+            runner.train()
     except (IndexError, RuntimeError) as error:
         if mismatches and re.search(UNKNOWN_CLASS, str(error)):
             raise UserError('; '.join(mismatches)) from error
@@ -99,6 +101,22 @@ def train(runner: Runner) -> None:
         parts = [runner.optim_wrapper, *as_list(runner.param_schedulers)]
         with _building() if any(isinstance(part, dict) for part in parts) else nullcontext():
             raise
+
+
+@contextmanager
+def _resuming(runner):
+    """Report a checkpoint whose optimizer or loss scaling is not that of the config."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
+        if runner._resume and 'load_or_resume' in calls:
+            raise UserError(
+                f'cannot resume from {runner._load_from} with another optimizer or precision '
+                f'({one_line(error)}). To start from its weights: --cfg-options '
+                f'load_from={runner._load_from}, without --resume.'
+            ) from error
+        raise
 
 
 def check_saving(runner: Runner) -> None:
@@ -374,10 +392,39 @@ def check_fit(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
         )
 
 
+def restored_settings(runner: Runner, checkpoint: dict) -> list[str]:
+    """Settings of the optimizer and its schedulers that differ between a checkpoint and the config.
+    When it resumes, mmengine restores those of the checkpoint.
+    """
+    groups, schedulers = runner.optim_wrapper.param_groups, as_list(runner.param_schedulers)
+    pairs = [('optimizer', *both) for both in zip(groups, checkpoint['optimizer']['param_groups'])]
+    for i, (own, saved) in enumerate(zip(schedulers, checkpoint.get('param_schedulers') or ())):
+        pairs.append((f'param_scheduler.{i}', own.state_dict(), saved))
+    progress = {'params', 'last_step', 'base_values'}
+    return sorted(
+        {
+            f'{part}.{key.removeprefix("initial_")}'
+            for part, own, saved in pairs
+            for key in (own.keys() & saved.keys()) - progress
+            # Scheduled values change, their initial values do not.
+            if key[0] != '_' and f'initial_{key}' not in own
+            if as_list(own[key]) != as_list(saved[key])
+        }
+    )
+
+
 class CheckFitHook(Hook):
-    """Reject a checkpoint that does not fit when the runner loads it."""
+    """Reject a checkpoint that does not fit when the runner loads it, and warn of settings that
+    have no effect because resuming restores those of the checkpoint.
+    """
 
     priority = 'VERY_HIGH'  # before EMAHook loads its part
 
     def after_load_checkpoint(self, runner, checkpoint):
         check_fit(runner.model, checkpoint, runner._load_from or 'the checkpoint')
+        if runner._resume and 'param_groups' in checkpoint.get('optimizer', {}):
+            if restored := restored_settings(runner, checkpoint):
+                runner.logger.warning(
+                    f'resuming restores {", ".join(restored)} of the checkpoint; those of the '
+                    'config are different and have no effect'
+                )

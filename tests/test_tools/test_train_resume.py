@@ -2,6 +2,7 @@
 """A training that was killed continues as if nothing had happened."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ train_pipeline[2:2] = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
 ]
+param_scheduler = [dict(type='PolyLR', by_epoch=False, end=100)]
 train_cfg = dict(max_iters={iterations}, val_interval=1000)
 default_hooks['checkpoint'].update(max_keep_ckpts=3, save_best=None)
 log_processor = dict(window_size=1)
@@ -124,6 +126,23 @@ def test_truncated_newest_checkpoint_is_passed_over_and_named(segmentor, straigh
     assert f'{newest} is damaged' in said
     assert f'resuming from {tmp_path / "iter_4.pth"}' in said
     assert losses(tmp_path) == {step: losses(straight)[step] for step in (5, 6)}
+
+
+def test_resume_says_which_settings_are_those_of_the_checkpoint(segmentor, straight, tmp_path):
+    copy_checkpoints(straight, tmp_path, 'iter_6.pth')
+    options = ('--work-dir', tmp_path, '--resume', '--cfg-options')
+    assert 'resuming restores' not in call_tool(TRAIN, segmentor, *options, 'log_level=INFO')
+    changed = ('optim_wrapper.optimizer.weight_decay=0.1', 'param_scheduler.0.end=3')
+    said = call_tool(TRAIN, segmentor, *options, *changed)
+    (warning,) = re.findall('WARNING - resuming restores (.*) of the checkpoint; those of', said)
+    assert {'optimizer.weight_decay', 'param_scheduler.0.end'} <= set(warning.split(', '))
+    assert 'optimizer.lr' not in warning
+
+    said = call_tool(
+        TRAIN, segmentor, *options, 'optim_wrapper.paramwise_cfg.flat_decay_mult=1', status=2
+    )
+    assert f'error: cannot resume from {tmp_path}/iter_6.pth with another optimizer' in said
+    assert 'parameter group' in said and 'Traceback' not in said
 
 
 @pytest.mark.slow  # 20 seconds
