@@ -21,7 +21,7 @@ from mmvil.apis.vtab1k import identify
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_run_arguments, at_least, make_parser, parse_args, run
-from mmvil.cli.preflight import check_checkpoint, data_preprocessor
+from mmvil.cli.preflight import check_checkpoint, check_writable, data_preprocessor
 
 
 def main():
@@ -98,6 +98,8 @@ def get_features(args):
     backbone.init_weights()
     kind = dict(type='mmpretrain.ClsDataPreprocessor')
     preprocessor = MODELS.build({**kind, **data_preprocessor(cfg)})
+    if args.features:
+        check_writable(Path(args.features).parent)
     if args.check:
         return None
     if args.features:

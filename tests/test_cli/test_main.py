@@ -56,6 +56,15 @@ def test_unusable_path_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f'error: Not a directory: {tmp_path}/file/folder\n'
 
 
+def test_read_only_file_system_is_no_full_disk(capsys):
+    def main():
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), 'work')
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == f'error: {os.strerror(errno.EROFS)}: work\n'
+
+
 def test_other_errors_of_the_system_keep_their_trace():
     with pytest.raises(FileNotFoundError):
         run(lambda: open('/does/not/exist'))

@@ -69,6 +69,8 @@ def test_eval_features_on_a_folder_of_images(folder):
     weights = torch.load(folder / 'weights.pth')
     torch.save(dict(state_dict=weights['state_dict'], meta={}), folder / 'weights.pth')
     assert 'was made from' in call_tool(*command, status=2)  # other weights in the same file
+    said = call_tool(*command[:6], folder / 'weights.pth/features.pt', *command[7:], status=2)
+    assert 'cannot use the folder' in said and 'it is a file' in said
     (folder / 'features.pt').write_text('?')
     assert 'was not written by --features' in call_tool(*command, status=2)
     said = call_tool(*command[:3], '--data-root', folder, status=2)

@@ -46,6 +46,15 @@ def test_plot_log_rejects_formats_that_cannot_be_written(tmp_path):
     assert 'argument --out: must end with one of' in result.stderr and '.png' in result.stderr
 
 
+def test_plot_log_reports_a_file_that_cannot_be_written(tmp_path):
+    write_log(tmp_path, '1', [dict(loss=2.0, step=10)])
+    (tmp_path / 'file').touch()
+    result = plot_log(tmp_path, '--out', tmp_path / 'file/curve.png')
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith('File exists: ')
+    assert 'Traceback' not in result.stderr
+
+
 def test_plot_log_names_the_metrics_that_there_are(tmp_path):
     write_log(tmp_path, '1', [dict(loss=2.0, step=10), {'coco/bbox_mAP': 0.4, 'step': 10}])
     out = ('--out', tmp_path / 'curve.png')

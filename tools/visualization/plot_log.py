@@ -76,8 +76,11 @@ def main():
     for path, curves in runs.items():
         if args.metric not in curves:
             print(f'{path} has no {args.metric}. --metric accepts: {", ".join(sorted(curves))}')
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(runs, args.metric, args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        plot(runs, args.metric, args.out)
+    except OSError as error:
+        sys.exit(f'{error.strerror}: {error.filename}')
     print(f'Curve: {args.out}')
 
 
