@@ -43,6 +43,8 @@ def main():
     args = parse_args(make_vtab_parser())
     stem = Path(args.checkpoint.replace('://', '/')).stem
     args.work_dir = args.work_dir or os.path.join('work_dirs', 'vtab1k', stem)
+    if args.status and not os.path.isdir(args.work_dir):
+        raise UserError(f'no runs in {args.work_dir}; name their folder with --work-dir')
     claims = Claims(Path(args.work_dir, 'runs'), args.stale_after, args.max_attempts)
     datasets, lrs = ([*dict.fromkeys(each)] for each in (args.datasets, args.lrs))
     protocol = vtab1k.Protocol(claims, datasets, lrs, args.seeds)

@@ -125,6 +125,8 @@ def test_vtab1k_runs_the_protocol(standin, tmp_path):
     assert [float(row['average']) for row in published] == [68.3, 70, 70.9]
 
     # Again: nothing is left to do; and other settings are rejected.
+    said = call_tool(*command(standin, tmp_path / 'none', '--status'), status=2)
+    assert 'error: no runs in' in said and not (tmp_path / 'none').exists()
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob('runs/*')}
     assert '6 of 6 runs' in call_tool(*command(standin, tmp_path, '--status'))
     call_tool(*command(standin, tmp_path))
