@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
@@ -52,6 +52,9 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     strategy = type_name(cfg.get('strategy'))
     if cfg.get('compile') and strategy.startswith('DeepSpeed'):
         raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
+    hooks = as_list(cfg.get('custom_hooks'))
+    if strategy == 'FSDPStrategy' and 'EMAHook' in map(type_name, hooks):
+        raise UserError('EMAHook cannot copy a sharded model; leave it out of custom_hooks')
     if cfg.get('compile') and not strategy:
         notes.append(
             'compile=True compiles the whole training step, again for new file names and for '
@@ -120,9 +123,12 @@ def _resuming(runner):
 
 
 def check_saving(runner: Runner) -> None:
-    """Check names that mmengine reads late: options of CheckpointHook at the first checkpoint, and
-    metrics of segmentation after the first validation.
+    """Check settings that mmengine reads late: the interval of validations after an iteration,
+    options of CheckpointHook at the first checkpoint, and metrics of segmentation after the first
+    validation.
     """
+    if runner.val_loop is not None and getattr(runner.train_loop, 'val_interval', 1) < 1:
+        raise UserError('train_cfg.val_interval must be at least 1.' + _no_validate_hint('val'))
     evaluator = getattr(runner.val_loop, 'evaluator', None)
     metrics = evaluator.metrics if evaluator else []
     known, all_known = {'auto'}, bool(metrics)
@@ -134,20 +140,29 @@ def check_saving(runner: Runner) -> None:
             known |= {prefix + (name if name == 'aAcc' else f'm{name}') for name in names}
         else:
             all_known = False
+    known = known if all_known else set()
     for hook in runner.hooks:
+        if isinstance(hook, EarlyStoppingHook):
+            _check_metric('monitor of EarlyStoppingHook', hook.monitor, known)
         if not isinstance(hook, CheckpointHook):
             continue
         options = inspect.signature(runner.save_checkpoint).parameters
         known_options = [*inspect.signature(CheckpointHook).parameters][:-1]  # without kwargs
         _reject_unknown('CheckpointHook', set(hook.args) - set(options), known_options)
-        for name in set(hook.save_best or ()) - known if all_known else ():
-            computed = ', '.join(sorted(known - {'auto'}))
-            raise UserError(f'save_best is {name!r}, but the metrics are {computed}')
+        for name in hook.save_best or ():
+            _check_metric('save_best', name, known)
+
+
+def _check_metric(option, name, known):
+    """Raise a UserError if an option names none of the metrics, unless these are not known."""
+    if known and name not in known:
+        computed = ', '.join(sorted(known - {'auto'}))
+        raise UserError(f'{option} is {name!r}, but the metrics are {computed}')
 
 
 def _building():
     failed = 'cannot build what the config describes (--traceback shows where)'
-    return as_user_error(failed, (AssertionError, KeyError, TypeError, ValueError))
+    return as_user_error(failed, (AssertionError, ImportError, KeyError, TypeError, ValueError))
 
 
 def check_training(cfg: Config) -> None:

@@ -1,5 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -201,6 +202,24 @@ def test_build_runner_leaves_the_config_of_the_caller(tmp_path):
     cfg.experiment_name = 'build_runner_again'
     with pytest.raises(UserError, match='cannot build what the config describes'):
         preflight.build_runner(cfg)
+
+
+def test_missing_package_of_the_visualizer_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'clearml', None)  # importing it fails
+    model = dict(type='mmvil.VisionLSTM', arch=dict(embed_dims=8, depth=1), img_size=32)
+    visualizer = dict(type='Visualizer', vis_backends=[dict(type='ClearMLVisBackend')])
+    common = dict(work_dir=str(tmp_path), default_scope='mmengine', launcher='none')
+    with pytest.raises(UserError, match='ImportError: .*clearml'):
+        preflight.build_runner(
+            Config(dict(model=model, visualizer=visualizer, experiment_name='vis', **common))
+        )
+
+
+def test_average_of_a_sharded_model_is_rejected(tmp_path):
+    strategy = dict(type='mmvil.engine.fsdp.FSDPStrategy', model_wrapper=dict())
+    cfg = dict(strategy=strategy, custom_hooks=[dict(type='mmengine.EMAHook')], launcher='none')
+    with pytest.raises(UserError, match='EMAHook cannot copy a sharded model'):
+        preflight.build_runner(Config(dict(cfg, model=dict())))
 
 
 def test_compiling_the_whole_training_step_is_advised_against(tmp_path, monkeypatch):

@@ -101,6 +101,15 @@ def test_training_reports_settings_of_optimizer_and_schedulers(tiny, option, wor
             "error: save_best is 'mDice', but the metrics are aAcc, mAcc, mIoU",
         ),
         (
+            "default_hooks.stop={'type':'EarlyStoppingHook','monitor':'mDice','rule':'greater'}",
+            "error: monitor of EarlyStoppingHook is 'mDice', but the metrics are aAcc, mAcc, mIoU",
+        ),
+        (
+            'train_cfg.val_interval=0',
+            'error: train_cfg.val_interval must be at least 1. To train without validation: '
+            '--no-validate.',
+        ),
+        (
             'val_evaluator.iou_metrics=[mIou]',
             'error: cannot build what the config describes (--traceback shows where): KeyError: '
             '"metrics [\'mIou\'] is not supported"',
