@@ -22,6 +22,9 @@ shift 2
 
 if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
     RENDEZVOUS=(--standalone)  # finds a free port
+elif ((10#${NODE_RANK:-0} >= 10#${NNODES:-1})); then  # torchrun would wait for minutes
+    echo "error: NODE_RANK must be less than NNODES=${NNODES:-1}, but is ${NODE_RANK:-0}" >&2
+    exit 2
 else
     RENDEZVOUS=(
         --nnodes="${NNODES:-1}"

@@ -6,6 +6,7 @@ python tools/test.py configs/upernet_vil_t_ade20k.py work_dirs/upernet_vil_t_ade
 
 import copy
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
-from mmengine.hooks import Hook
 
 from mmvil.cli.config import dicts, innermost_datasets, read_runner_config, require
 from mmvil.cli.errors import UserError
@@ -38,9 +38,9 @@ def main():
 
     runner = build_runner(cfg)
     runner.register_hook(CheckFitHook())
-    if args.show_dir is not None and cfg.model.type.endswith('Classifier'):
-        runner.register_hook(NamePicturesHook())
     build_loops(runner, 'test')
+    if any(getattr(metric, 'output_dir', None) for metric in runner.test_loop.evaluator.metrics):
+        check_names(runner.test_dataloader.dataset)
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         dump(metrics, args.out)
@@ -123,9 +123,20 @@ def check_file(what, path, *suffixes):
     check_writable(Path(path).parent)
 
 
+def check_names(dataset):
+    """Reject images whose label maps mmseg would write to the same file, named after the image."""
+    paths = (dataset.get_data_info(index)['img_path'] for index in range(len(dataset)))
+    ((name, number),) = Counter(Path(path).stem for path in paths).most_common(1)
+    if number > 1:
+        raise UserError(
+            f'--out would write {number} label maps to {name}.png, because the images of several '
+            'folders have the same names; --dump writes all predictions to one file'
+        )
+
+
 def draw(cfg, args, is_classifier):
     """Draw predictions with the library's hook."""
-    if 'visualization' not in cfg.default_hooks:
+    if 'visualization' not in (cfg.get('default_hooks') or {}):
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     if not ImageReader(cfg).bgr:  # the hooks read files with OpenCV
         raise UserError(
@@ -146,29 +157,13 @@ def draw(cfg, args, is_classifier):
             cfg.visualizer.save_dir = os.path.abspath(args.show_dir)
 
 
-class NamePicturesHook(Hook):
-    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
-    several classes may have the same names.
-    """
-
-    priority = 'HIGH'  # before the hook that draws
-
-    def before_test(self, runner):
-        dataset = runner.test_dataloader.dataset
-        paths = (dataset.get_data_info(index)['img_path'] for index in range(len(dataset)))
-        self.root = os.path.commonpath({os.path.dirname(path) for path in paths})
-
-    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        for sample in outputs:  # their evaluation, which comes before, keeps the path
-            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
-            sample.set_metainfo(dict(img_path=name))
-
-
 def use_tta(cfg, is_classifier):
     """Test each image several times: according to tta_pipeline, or flipped and not flipped."""
     is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
     if not is_described and not is_classifier:
         raise UserError('--tta needs tta_pipeline and tta_model in the config')
+    if is_classifier and 'visualization' in (cfg.get('default_hooks') or {}):
+        cfg.default_hooks.visualization.enable = False  # it cannot draw several views
     for dataset in innermost_datasets(cfg.test_dataloader.dataset):
         *pipeline, pack = dataset.pipeline
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]

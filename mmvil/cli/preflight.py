@@ -66,9 +66,35 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
         # FlexibleRunner does not read it from the config, and would compile the optimizer step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
+    if (cfg.get('default_hooks') or {}).get('visualization', {}).get('enable'):  # of mmpretrain
+        runner.register_hook(NamePicturesHook())
     for note in notes:
         runner.logger.warning(note)
     return runner
+
+
+class NamePicturesHook(Hook):
+    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
+    several classes may have the same names.
+    """
+
+    priority = 'HIGH'  # before the hook that draws
+
+    def _before_epoch(self, runner, mode: str = 'train') -> None:
+        if mode == 'train':
+            return
+        dataset = getattr(runner, f'{mode}_dataloader').dataset
+        infos = (dataset.get_data_info(index) for index in range(len(dataset)))
+        folders = {os.path.dirname(info['img_path']) for info in infos if 'img_path' in info}
+        self.root = os.path.commonpath(folders) if folders else None
+
+    def _after_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train'
+    ) -> None:
+        for sample in () if mode == 'train' or self.root is None else outputs:
+            # Their evaluation, which comes before, keeps the path.
+            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
+            sample.set_metainfo(dict(img_path=name))
 
 
 def build_loops(runner: Runner, *names: str) -> None:
@@ -96,7 +122,7 @@ def train(runner: Runner) -> None:
     except (IndexError, RuntimeError) as error:
         if mismatches and re.search(UNKNOWN_CLASS, str(error)):
             raise UserError('; '.join(mismatches)) from error
-        check_image_channels(dataset, runner.cfg, error)
+        check_images(dataset, runner.cfg, error)
         check_channels(runner.cfg)
         raise
     except Exception:
@@ -218,16 +244,27 @@ def check_channels(cfg: Config) -> None:
         )
 
 
-def check_image_channels(dataset, cfg: Config, error: Exception) -> None:
-    """Check, after training has failed with an error that subtracting ``mean`` may have raised,
-    that images have the number of channels that the config expects.
+def check_images(dataset, cfg: Config, error: Exception) -> None:
+    """Check, after training has failed with an error that collating a batch or subtracting ``mean``
+    may have raised, that images have the same size, where it matters, and the number of channels
+    that the config expects.
     """
+    shape = r'(\[.*\]) at entry'
+    if found := re.search(f'stack expects .* but got {shape} 0 and {shape}', str(error)):
+        raise UserError(
+            f'images of a batch have different shapes, {found[1]} and {found[2]}; the pipeline '
+            'must resize or crop them to the same size'
+        ) from error
     if not re.search('must match the size of tensor b .* dimension [01]', str(error)):
         return
     views = as_list(dataset[0]['inputs'])
     for name, expected in expected_channels(cfg):
         if views[0].shape[0] != expected:
             raise UserError(f'images have {views[0].shape[0]} channels, but {name}') from error
+    if traceback.extract_tb(error.__traceback__)[-1].filename.endswith('data_preprocessor.py'):
+        raise UserError(
+            'some images have another number of channels; tools/check_dataset.py names them'
+        ) from error
 
 
 def expected_channels(cfg: Config) -> Iterator[tuple[str, int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from torch.utils.data import default_collate
 
 import mmvil
 from mmvil.cli import preflight
@@ -135,6 +136,22 @@ def test_masked_backbone_is_checked_too():
     path = str(ROOT / 'configs/simmim_vil_t_pretrain192.py')
     with pytest.raises(UserError, match="no option 'extra'"):
         preflight.check_backbone(load_config(path, {'model.backbone.extra': 1}))
+
+
+def test_images_that_do_not_go_together_are_named_after_training_has_failed():
+    preprocessors = pytest.importorskip('mmseg.models.data_preprocessor')
+    pair = [torch.zeros(3, 40, 50), torch.zeros(3, 64, 50)]
+    cfg = Config(dict(model=dict(backbone=dict(in_channels=3))))
+    with pytest.raises(RuntimeError) as failed:
+        default_collate(pair)
+    with pytest.raises(UserError, match=r'shapes, \[3, 40, 50\] and \[3, 64, 50\]; .* resize'):
+        preflight.check_images(None, cfg, failed.value)
+    preprocess = preprocessors.SegDataPreProcessor(mean=[0.0] * 3, std=[1.0] * 3)
+    with pytest.raises(RuntimeError) as failed:
+        preprocess(dict(inputs=[torch.zeros(4, 40, 50)], data_samples=None), training=True)
+    with pytest.raises(UserError, match='some images have another number of channels'):
+        preflight.check_images([dict(inputs=pair[0])], cfg, failed.value)
+    preflight.check_images([dict(inputs=pair[0])], cfg, RuntimeError('another error'))
 
 
 def test_work_dir_below_a_file_is_rejected(tmp_path):

@@ -101,6 +101,16 @@ def test_label_maps_are_not_written_to_a_file(tmp_path):
         read(test_tool, test_tool.make_test_parser, *options, config='upernet_vil_t_camvid')
 
 
+def test_label_maps_of_the_same_name_are_rejected_before_the_test():
+    class Images(list):
+        def get_data_info(self, index):
+            return dict(img_path=self[index])
+
+    test_tool.check_names(Images(['a/0.jpg', 'a/1.jpg']))
+    with pytest.raises(UserError, match=r'write 2 label maps to 0\.png'):
+        test_tool.check_names(Images(['a/0.jpg', 'a/1.jpg', 'b/0.jpg']))
+
+
 def test_config_without_what_a_run_needs_is_rejected():
     imagenet_a, vtab = dict(config='robustness/vil_t_imagenet_a'), dict(config='vtab1k/cifar')
     with pytest.raises(UserError, match='has no train_dataloader, train_cfg, optim_wrapper, which'):
@@ -117,6 +127,13 @@ def test_outputs_that_could_not_be_written_are_rejected_before_the_test(tmp_path
     options = ('a.pth', *option.split(), str(tmp_path / 'file/more' / name))
     with pytest.raises(UserError, match='cannot use the folder .*/file: it is a file'):
         read(test_tool, test_tool.make_test_parser, *options, **segmentor)
+
+
+def test_config_without_hooks_draws_no_pictures():
+    hooks = ('--cfg-options', 'default_hooks=None')
+    with pytest.raises(UserError, match='need default_hooks.visualization'):
+        read(test_tool, test_tool.make_test_parser, 'a.pth', '--show', *hooks)
+    read(test_tool, test_tool.make_test_parser, 'a.pth', '--tta', *hooks)
 
 
 def test_metrics_need_a_file():

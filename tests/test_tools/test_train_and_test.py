@@ -46,6 +46,7 @@ val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=1)
 param_scheduler = []
+default_hooks = dict(visualization=dict(enable=True, interval=1))
 """
 
 
@@ -151,6 +152,13 @@ def test_classifier_is_tested_with_and_without_tta(classifier, tmp_path):
     assert len(results) == 4 and all(Path(result['img_path']).is_file() for result in results)
 
 
+def test_pictures_in_training_have_the_names_of_their_folders(classifier):
+    _, work_dir = classifier
+    assert {path.name for path in work_dir.glob('*/vis_data/vis_image/*.png')} == {
+        *('bright_0.png_1.png', 'bright_1.png_1.png', 'dark_0.png_1.png', 'dark_1.png_1.png')
+    }
+
+
 def test_tta_keeps_the_preprocessor_of_the_model(classifier, tmp_path):
     config, work_dir = classifier
     scores = []
@@ -236,6 +244,10 @@ def test_dist_scripts_report_errors_in_one_line(tmp_path):
         ('dist_train.sh', ('a.py', 'two'), {}, 'usage: .*dist_train.sh CONFIG N '),
         ('dist_test.sh', ('a.py', 'a.pth', '0'), {}, 'usage: .*dist_test.sh CONFIG CHECKPOINT N '),
         ('dist_train.sh', ('a.py', '2'), dict(PORT='x'), 'error: PORT must be a number, but is x'),
+        (
+            *('dist_train.sh', ('a.py', '2'), dict(NNODES='2', NODE_RANK='2')),
+            'error: NODE_RANK must be less than NNODES=2, but is 2',
+        ),
         ('slurm_test.sh', ('gpu', 'job', 'a.py'), {}, 'usage: .*slurm_test.sh PARTITION '),
         ('slurm_train.sh', ('gpu', 'job', 'a.py'), dict(GPUS='x'), 'error: GPUS must be a number'),
     ],
