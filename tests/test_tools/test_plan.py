@@ -75,7 +75,7 @@ def test_plan_reports_impossible_plans(plan):
     config = ROOT / 'configs/vil_t_imagenet.py'
     options = ('--cfg-options', *SMALL, 'model.head.in_channels=64')
     said = call_tool(SCRIPT, config, '--gpu-memory', '1', '--gpus', '3', *options, status=2)
-    assert '1024 does not fit on 3 GPUs' in said
+    assert '1024 does not divide into equal parts for 3 GPUs' in said
     said = call_tool(SCRIPT, config, '--gpu-memory', '1', '--shape', 1, 2, 3, status=2)
     assert '--shape takes height and width' in said
     if not torch.cuda.is_available():

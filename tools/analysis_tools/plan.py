@@ -142,8 +142,8 @@ def main():
     shared = share(total, args.gpus, largest)
     if shared is None:
         raise UserError(
-            f'a batch of {total} does not fit on {args.gpus} GPUs with at most {largest} images '
-            'each; try other --gpus or --batch-size, model.backbone.with_cp=True, or '
+            f'a batch of {total} does not divide into equal parts for {args.gpus} GPUs of at most '
+            f'{largest} images; try other --gpus or --batch-size, model.backbone.with_cp=True, or '
             'configs/_base_/strategies/fsdp.py'
         )
     batch, steps = shared
