@@ -126,12 +126,12 @@ def check_file(what, path, *suffixes):
 def check_names(dataset):
     """Reject images whose label maps mmseg would write to the same file, named after the image."""
     paths = (dataset.get_data_info(index)['img_path'] for index in range(len(dataset)))
-    ((name, number),) = Counter(Path(path).stem for path in paths).most_common(1)
-    if number > 1:
-        raise UserError(
-            f'--out would write {number} label maps to {name}.png, because the images of several '
-            'folders have the same names; --dump writes all predictions to one file'
-        )
+    for name, number in Counter(Path(path).stem for path in paths).items():
+        if number > 1:
+            raise UserError(
+                f'--out would write {number} label maps to {name}.png, because the images of '
+                'several folders have the same names; --dump writes all predictions to one file'
+            )
 
 
 def draw(cfg, args, is_classifier):

@@ -24,6 +24,7 @@ from ..checkpoints import describe_misfit, find_official, weights_of
 from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
+from ..engine.hooks import NamePicturesHook
 from .config import build_lazily
 from .errors import UserError, as_user_error, one_line
 
@@ -66,35 +67,12 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
         # FlexibleRunner does not read it from the config, and would compile the optimizer step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
-    if (cfg.get('default_hooks') or {}).get('visualization', {}).get('enable'):  # of mmpretrain
+    drawing = (cfg.get('default_hooks') or {}).get('visualization') or {}
+    if drawing.get('enable'):  # mmpretrain's
         runner.register_hook(NamePicturesHook())
     for note in notes:
         runner.logger.warning(note)
     return runner
-
-
-class NamePicturesHook(Hook):
-    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
-    several classes may have the same names.
-    """
-
-    priority = 'HIGH'  # before the hook that draws
-
-    def _before_epoch(self, runner, mode: str = 'train') -> None:
-        if mode == 'train':
-            return
-        dataset = getattr(runner, f'{mode}_dataloader').dataset
-        infos = (dataset.get_data_info(index) for index in range(len(dataset)))
-        folders = {os.path.dirname(info['img_path']) for info in infos if 'img_path' in info}
-        self.root = os.path.commonpath(folders) if folders else None
-
-    def _after_iter(
-        self, runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train'
-    ) -> None:
-        for sample in () if mode == 'train' or self.root is None else outputs:
-            # Their evaluation, which comes before, keeps the path.
-            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
-            sample.set_metainfo(dict(img_path=name))
 
 
 def build_loops(runner: Runner, *names: str) -> None:

@@ -1,7 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
-"""Training hooks: input channels, reproducible resuming, logging over processes."""
+"""Training hooks: input channels, reproducible resuming, logging over processes, pictures."""
 
 import itertools
+import os
 
 import torch
 from mmengine.dist import all_reduce_dict, get_rank, get_world_size
@@ -105,3 +106,27 @@ class AverageLogHook(Hook):
         if outputs and get_world_size() > 1:
             outputs.update({name: value.detach().float().mean() for name, value in outputs.items()})
             all_reduce_dict(outputs, op='mean')
+
+
+class NamePicturesHook(Hook):
+    """Add folders to the names of pictures, which mmpretrain names after the files alone: those of
+    several classes may have the same names.
+    """
+
+    priority = 'HIGH'  # before the hook that draws
+
+    def _before_epoch(self, runner, mode: str = 'train') -> None:
+        if mode == 'train':
+            return
+        dataset = getattr(runner, f'{mode}_dataloader').dataset
+        infos = (dataset.get_data_info(index) for index in range(len(dataset)))
+        folders = {os.path.dirname(info['img_path']) for info in infos if 'img_path' in info}
+        self.root = os.path.commonpath(folders) if folders else None
+
+    def _after_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train'
+    ) -> None:
+        for sample in () if mode == 'train' or self.root is None else outputs:
+            # Their evaluation, which comes before, keeps the path.
+            name = os.path.relpath(sample.img_path, self.root).replace(os.sep, '_')
+            sample.set_metainfo(dict(img_path=name))
