@@ -74,7 +74,7 @@ def read_config(args):
     """Read the config and apply the command line."""
     cfg = read_runner_config(args)
     require(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False  # a resumed training has dumped True
     is_classifier = cfg.model.type.endswith('Classifier')
     precision = 'float16' if args.amp else args.precision
     if precision != 'float32':
