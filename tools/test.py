@@ -15,7 +15,13 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 
-from mmvil.cli.config import dicts, innermost_datasets, read_runner_config, require
+from mmvil.cli.config import (
+    dicts,
+    innermost_datasets,
+    read_runner_config,
+    require,
+    visualization_hook,
+)
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, loads
 from mmvil.cli.main import add_runner_arguments, at_least, make_parser, parse_args, run
@@ -136,7 +142,8 @@ def check_names(dataset):
 
 def draw(cfg, args, is_classifier):
     """Draw predictions with the library's hook."""
-    if 'visualization' not in (cfg.get('default_hooks') or {}):
+    hook = visualization_hook(cfg)
+    if not hook:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     if not ImageReader(cfg).bgr:  # the hooks read files with OpenCV
         raise UserError(
@@ -145,7 +152,6 @@ def draw(cfg, args, is_classifier):
         )
     if args.show_dir is not None:
         check_writable(args.show_dir)
-    hook = cfg.default_hooks.visualization
     hook.update(show=args.show, wait_time=args.wait_time, interval=args.interval)
     if is_classifier:
         if args.tta:
@@ -162,8 +168,9 @@ def use_tta(cfg, is_classifier):
     is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
     if not is_described and not is_classifier:
         raise UserError('--tta needs tta_pipeline and tta_model in the config')
-    if is_classifier and 'visualization' in (cfg.get('default_hooks') or {}):
-        cfg.default_hooks.visualization.enable = False  # it cannot draw several views
+    hook = visualization_hook(cfg)
+    if hook and is_classifier:
+        hook.enable = False  # it cannot draw several views
     for dataset in innermost_datasets(cfg.test_dataloader.dataset):
         *pipeline, pack = dataset.pipeline
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]

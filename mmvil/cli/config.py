@@ -114,6 +114,11 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
     return cfg
 
 
+def visualization_hook(cfg: Config) -> dict:
+    """Config of the hook that draws predictions, or an empty dict."""
+    return (cfg.get('default_hooks') or {}).get('visualization') or {}
+
+
 def require(cfg: Config, *names: str) -> None:
     """Check that a config has the parts that a run needs."""
     missing = [name for name in names if cfg.get(name) is None]

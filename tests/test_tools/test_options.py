@@ -129,8 +129,9 @@ def test_outputs_that_could_not_be_written_are_rejected_before_the_test(tmp_path
         read(test_tool, test_tool.make_test_parser, *options, **segmentor)
 
 
-def test_config_without_hooks_draws_no_pictures():
-    hooks = ('--cfg-options', 'default_hooks=None')
+@pytest.mark.parametrize('option', ['default_hooks=None', 'default_hooks.visualization=None'])
+def test_config_without_hooks_draws_no_pictures(option):
+    hooks = ('--cfg-options', option)
     with pytest.raises(UserError, match='need default_hooks.visualization'):
         read(test_tool, test_tool.make_test_parser, 'a.pth', '--show', *hooks)
     read(test_tool, test_tool.make_test_parser, 'a.pth', '--tta', *hooks)
