@@ -16,7 +16,7 @@ from torch import Tensor
 from . import vil_layer_eager
 from .compat import is_batched, is_compiling, is_exporting, without_autocast
 from .mlstm import reject_double_backward
-from .vil_layer_common import LayerSettings, LayerWeights, add_branch, cast, cast_together
+from .vil_layer_common import LayerSettings, LayerWeights, add_branch, cast
 
 
 def vil_layer(
@@ -70,8 +70,7 @@ class _ViLLayer(torch.autograd.Function):
         x_grad = cast(x_grad, x.dtype) if x_needed else None
         if x_needed and samples is not None:
             x_grad = y_grad.index_copy(0, samples, x_grad)
-        grads = [grad if need else None for grad, need in zip(grads, needed)]
-        grads = cast_together(grads, [None if w is None else w.dtype for w in weights])
+        grads = (cast(g, w.dtype) if need else None for g, w, need in zip(grads, weights, needed))
         return None, None, x_grad, *grads
 
 

@@ -1,7 +1,6 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Parameters and settings of the ViL layer, and functions for its PyTorch and Triton forms."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,20 +59,6 @@ def cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if parameter is None or parameter.dtype == dtype:
         return parameter
     return parameter.to(dtype)
-
-
-def cast_together(
-    tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Convert tensors like :func:`cast`, but in one launch on a GPU if their dtypes agree."""
-    result = [
-        x if x is None or x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-        for x, dtype in zip(tensors, dtypes)
-    ]
-    copies = [(y, x) for y, x in zip(result, tensors) if y is not x]
-    if copies:
-        torch._foreach_copy_(*zip(*copies))
-    return result
 
 
 def add_branch(

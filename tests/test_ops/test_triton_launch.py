@@ -8,7 +8,6 @@ import torch
 
 from mmvil.ops import triton as kernels
 from mmvil.ops.triton import cdiv, is_interpreted, launch, next_power_of_2, triton_problem
-from mmvil.ops.vil_layer_common import cast_together
 
 if triton_problem() or is_interpreted():
     pytest.skip('needs Triton as a compiler', allow_module_level=True)
@@ -152,11 +151,3 @@ def test_rounding_agrees_with_triton():
     for n in range(1, 70):
         assert next_power_of_2(n) == triton.next_power_of_2(n)
         assert [cdiv(n, m) for m in (1, 7, 64)] == [triton.cdiv(n, m) for m in (1, 7, 64)]
-
-
-def test_cast_together_copies_what_has_another_dtype():
-    double, single = torch.randn(3, 2, dtype=torch.float64), torch.randn(4)
-    dtypes = [torch.float32, None, torch.float32, torch.float16]
-    cast = cast_together([double, None, single, double.t()], dtypes)
-    assert cast[1] is None and cast[2] is single
-    assert torch.equal(cast[0], double.float()) and torch.equal(cast[3], double.t().half())

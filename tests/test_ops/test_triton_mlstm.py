@@ -124,6 +124,21 @@ def test_kernels_agree_for_any_chunk_size(chunk_size):
 
 
 @launches
+@pytest.mark.parametrize(
+    'dtype, width, length, reverse',
+    [(torch.float32, 24, 197, True), (torch.bfloat16, 96, 150, False)]
+    + slow((torch.float16, 192, 260, True), (torch.bfloat16, 384, 260, True)),
+)
+def test_kernels_sum_all_chunks_in_one_launch(monkeypatch, dtype, width, length, reverse):
+    """As they do when there are enough heads to occupy a GPU."""
+    monkeypatch.setattr('mmvil.ops.triton.mlstm_launch.MULTIPROCESSORS', 1)
+    inputs = random_inputs(length, width, dtype, heads=1)
+    check(inputs, reverse, chunk_size=64)
+    inputs[4][..., length // 2 :: 3] = -300  # forgets almost everything
+    check(inputs, reverse, chunk_size=64)
+
+
+@launches
 def test_kernels_scan_the_gates_of_long_sequences_in_blocks(monkeypatch):
     monkeypatch.setattr('mmvil.ops.triton.mlstm_launch.GATE_BLOCK', 64)
     check(random_inputs(150, 16, heads=1), chunk_size=64)
@@ -428,6 +443,16 @@ def test_kernels_in_a_cuda_graph():
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert torch.equal(h, run())
+
+
+@needs_gpu
+def test_auto_takes_the_kernels_after_their_self_test(monkeypatch, tmp_path):
+    from mmvil.ops.triton import is_usable, verdict
+
+    monkeypatch.setattr(verdict, '_folders', lambda: [tmp_path])
+    verdict._cached_problem.cache_clear()
+    assert is_usable(torch.device('cuda', 0), torch.bfloat16, 96)
+    assert len([*tmp_path.glob('*.json')]) == 1, 'the verdict is not stored'
 
 
 @needs_gpu

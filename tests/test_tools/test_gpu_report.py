@@ -33,21 +33,26 @@ second = os.environ['SECOND']
 stages = [
     dict(name='kernels', title='One', workers=2, parts=[part('crash', x=1), part('right', x=2)]),
     dict(name='tests', title='Two', workers=1, parts=[part(second, dict(hang=1).get(second, 20))]),
-    dict(name='models', title='Three', workers=1, parts=[part('right', x=3)]),
+    dict(name='models', title='Three', workers=1, parts=[part('right', x=3), part('waited', x=4)]),
 ]
 if '--list' in sys.argv:
     print('a line of a library')
     print(json.dumps(dict(environment=['a fake GPU'], stages=stages)))
     sys.exit()
-function, _, arguments = sys.argv[sys.argv.index('--quick') + 1:]
+function, _, arguments, _ = sys.argv[sys.argv.index('--quick') + 1:]
+started = time.time()
+sys.stdin.readline()
 print('a line of a library\\n{another}\\n[3]')
 print(json.dumps(dict(at='some_kernel')))
 print(json.dumps(dict(x=json.loads(arguments).get('x'), place=os.environ['PLACE'])), flush=True)
 if function == 'crash':
     os.abort()
+if function == 'waited':
+    print(json.dumps(dict(waited=time.time() - started)))
 if function in ('hang', 'stall'):
     time.sleep(60)
-sys.exit(dict(right=0, wrong=3)[function])
+time.sleep(json.loads(arguments).get('x') == 3)
+sys.exit(dict(right=0, waited=0, wrong=3)[function])
 """
 
 
@@ -92,6 +97,11 @@ def test_crashed_part_is_reported_and_other_tables_remain(report):
     # The other part of the stage that crashed.
     assert dict(x=2, place='here') in results['kernels']['rows']
     assert text.index('## One') < text.index('## Two') < text.index('## Three')
+
+
+def test_next_part_imports_while_one_runs(report):
+    _, results, _ = report('right', '--stages', 'models')
+    assert results['models']['rows'][-1]['waited'] > 0.5  # a part takes 1 s
 
 
 def test_hanging_part_ends_at_its_limit(report):
@@ -182,7 +192,9 @@ def test_kernels_are_timed_in_the_interpreter(stages, context, tmp_path):
     parts = {stage['name']: stage['parts'] for stage in stages.stages(context)}
     rows, log = [], tmp_path / 'log'
     with log.open('w') as file:
-        verdict = report.run_part(parts['profile'][0], command, rows.append, file)
+        part = parts['profile'][0]
+        process = report.start_part(part, command, file)
+        verdict = report.run_part(process, part, rows.append, file)
     assert verdict == 'passed', log.read_text()
     limits, *timed = rows
     timed, step, shares = (

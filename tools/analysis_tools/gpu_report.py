@@ -11,6 +11,7 @@ their results in the folder: report.md, and a JSON file and a log for each stage
 Exit status: 0, all stages passed; 1, a part failed or hung; 3, a number was wrong.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -93,14 +94,19 @@ def run_stage(stage, command, plan, out, end):
 
     def run(part):
         if 'wrong' not in verdicts:
+            process = started.pop(0) if started else start_part(part, command, log)
+            following = parts[parts.index(part) + 1 :]
+            if stage['workers'] == 1 and following:  # imports take as long as some parts
+                started.append(start_part(following[0], command, log))
             limit = min(part['limit'], max(1, round(end - time.monotonic(), 1)))
-            verdicts.append(run_part({**part, 'limit': limit}, command, add, log))
+            verdicts.append(run_part(process, {**part, 'limit': limit}, add, log))
 
     write()
-    verdicts, log = [], (out / f'{stage["name"]}.log').open('w')
+    parts, started, verdicts = stage['parts'], [], []
+    log = (out / f'{stage["name"]}.log').open('w')
     with log, ThreadPoolExecutor(stage['workers']) as pool:
         try:
-            list(pool.map(run, stage['parts']))
+            list(pool.map(run, parts))
         finally:  # if interrupted
             for process in list(RUNNING):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -109,19 +115,27 @@ def run_stage(stage, command, plan, out, end):
     return result['status']
 
 
-def run_part(part, command, add, log):
-    """Run a process that prints JSON objects: rows of the table, and ``{"at": ...}`` before a step
-    that may crash or hang. Return its verdict.
-    """
+def start_part(part, command, log):
+    """Start the process of a part, which waits for a line of input once it has imported."""
     process = subprocess.Popen(
-        [*command, part['function'], '--part', json.dumps(part['arguments'])],
+        [*command, part['function'], '--part', json.dumps(part['arguments']), '--wait'],
         env={**os.environ, **part['environment']},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
         start_new_session=True,  # so that its child processes end with it
     )
     RUNNING.add(process)
+    return process
+
+
+def run_part(process, part, add, log):
+    """Let a process continue that prints JSON objects: rows of the table, and ``{"at": ...}``
+    before a step that may crash or hang. Return its verdict.
+    """
+    with contextlib.suppress(BrokenPipeError):  # if it has failed already
+        print(file=process.stdin, flush=True)
     late = Timer(part['limit'], os.killpg, (process.pid, signal.SIGKILL))
     late.start()
     at = 'the start'

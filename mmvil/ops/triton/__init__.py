@@ -174,11 +174,13 @@ def _compile_and_launch(key: tuple, kernel, programs: tuple[int, ...], arguments
         compiled_kernels[key] = compiled, itemgetter(*map([*arguments].index, kernel.arg_names))
 
 
-def registers_for_four_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Launch option that lets four blocks of four warps fit a multiprocessor, for kernels that wait
-    for memory. Not for float32, which needs more; Triton for AMD rejects it.
+def limited_registers(dtype: torch.dtype, blocks: int) -> dict[str, int]:
+    """Launch option that lets several blocks of four warps fit a multiprocessor, for kernels that
+    wait for memory. Not for float32, which needs more; Triton for AMD rejects it.
     """
-    return {} if dtype == torch.float32 or torch.version.hip else dict(maxnreg=128)
+    if dtype == torch.float32 or torch.version.hip:
+        return {}
+    return dict(maxnreg=65536 // (blocks * 4 * 32) // 8 * 8)
 
 
 def cdiv(a: int, b: int) -> int:

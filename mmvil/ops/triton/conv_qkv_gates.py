@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, split_heads, token_rows
-from . import cdiv, launch, next_power_of_2, on_input_device, registers_for_four_blocks
+from . import cdiv, launch, limited_registers, next_power_of_2, on_input_device
 from .activation import sigmoid
 from .tiles import dot, dot_precision, load_row
 
@@ -128,8 +128,8 @@ def before_cell_kernel(
     """
     DH: tl.constexpr = E // NH
     dtype: tl.constexpr = a_out.dtype.element_ty
-    head = tl.program_id(1)
-    start = tl.program_id(0) * T
+    head = tl.program_id(0) % NH  # heads of the same tokens at the same time
+    start = tl.program_id(0) // NH * T
     token = start + tl.arange(0, T)
     in_batch = token < tokens
     position = token % length
@@ -222,15 +222,14 @@ def before_cell(
         memory layout of (B, N, E); gates (2, B, NH, N) in float32, igate before fgate, or an empty
         tensor.
     """
-    batch, length, channels = x.shape
+    (batch, length, channels), tile = x.shape, channel_tile(x.dtype)
     x_rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
     a, q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(4))
     shape = (heads, 2, batch, heads, length) if with_gates else (1, 0)
     gates_by_head = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
         before_cell_kernel,
-        cdiv(len(x_rows), 64),
-        heads,
+        cdiv(len(x_rows), 64) * heads,
         x=x_rows,
         x_stride=x_rows.stride(0),
         **weights._asdict(),
@@ -249,10 +248,10 @@ def before_cell(
         GATES=gate_columns(heads),
         PRECISION=dot_precision(x.dtype),
         T=64,  # larger tiles take more registers, so that fewer blocks fit
-        C=channel_tile(x.dtype),
+        C=tile,
         num_warps=4,
-        num_stages=1,
-        **registers_for_four_blocks(x.dtype),
+        num_stages=2 if channels // heads > 4 * tile else 1,  # prefetching pays in long loops
+        **limited_registers(x.dtype, blocks=3),
     )
     q, k, v = (split_heads(y, heads) for y in (q, k, v))
     return a, q, k, v, gates_by_head.sum(0) if with_gates else gates_by_head[0]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import contiguous, token_rows, writable_token_rows
-from . import cdiv, launch, next_power_of_2, on_input_device, registers_for_four_blocks
+from . import cdiv, launch, limited_registers, next_power_of_2, on_input_device
 from .activation import sigmoid
 from .conv_qkv_gates import (
     BeforeCellWeights,
@@ -72,8 +72,9 @@ def projections_backward_kernel(
     """
     TILES: tl.constexpr = (E // NH + C - 1) // C
     dtype: tl.constexpr = source_grad.dtype.element_ty
-    program, head = tl.program_id(0), tl.program_id(1) // TILES
-    in_head = (tl.program_id(1) % TILES) * C + tl.arange(0, C)
+    # Programs of the same tokens run at the same time.
+    program, tile = tl.program_id(0) // (NH * TILES), tl.program_id(0) % (NH * TILES)
+    head, in_head = tile // TILES, tile % TILES * C + tl.arange(0, C)
     present, channel = in_head < E // NH, head * (E // NH) + in_head
     both = tl.arange(0, 2 * GATES)[:, None] // 2
 
@@ -150,7 +151,7 @@ def projections_backward_kernel(
             gates_by_source_grad=gates_by_source_grad, gate_bias_grad=gate_bias_grad,
             channel=channel, present=present, E=E, NH=NH, WIDTH=WIDTH, PRECISION=PRECISION,
         )  # fmt: skip
-    elif tl.program_id(1) == 0:
+    elif tile == 0:
         gate = tl.arange(0, GATES)
         total = tl.sum(tl.reshape(gate_bias_grad, (GATES, 2)), axis=1)
         tl.store(sums + (3 * WIDTH + 3 + 6 * NH) * E + gate, total, mask=gate < 2 * NH)
@@ -327,8 +328,7 @@ def before_cell_backward(
     for tensors in (queries_and_keys, values):
         launch(
             projections_backward_kernel,
-            programs,
-            heads * cdiv(channels // heads, tile),
+            programs * heads * cdiv(channels // heads, tile),
             **tensors,
             source_stride=tensors['source'].stride(0),
             source_grad_stride=tensors['source_grad'].stride(0),
@@ -347,7 +347,7 @@ def before_cell_backward(
             PRECISION=dot_precision(x.dtype),
             T=token_tile,
             C=tile,
-            num_warps=4,
+            num_warps=4 if single else 2 if tensors is queries_and_keys else 1,
             num_stages=1 if single else 3,
         )
     tile = min(64, next_power_of_2(channels))
@@ -369,7 +369,7 @@ def before_cell_backward(
         C=tile,
         num_warps=4,
         num_stages=1,
-        **registers_for_four_blocks(x.dtype),
+        **limited_registers(x.dtype, blocks=4),
     )
     return sums
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compat import is_compiling
 from ..layout import split_heads
 from ..mlstm import mlstm_backward, mlstm_forward
-from ..vil_layer_common import LayerSettings, LayerWeights, cast_together, linear_weight_grad
+from ..vil_layer_common import LayerSettings, LayerWeights, cast, linear_weight_grad
 from .conv_qkv_gates import BeforeCellWeights, before_cell
 from .conv_qkv_gates_backward import before_cell_backward, before_cell_sums, split_gradients
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_sums
@@ -33,9 +33,8 @@ def forward(
     parts = _parts(x)
     norm = (w.norm_weight, w.norm_bias, settings.norm_eps)
     x_norm = parts.layer_norm(x, *norm, settings.dtype)
-    up_weight, up_bias, down_weight, down_bias = cast_together(
-        (w.up_weight, w.up_bias, w.down_weight, w.down_bias), 4 * [settings.dtype]
-    )
+    linear = (w.up_weight, w.up_bias, w.down_weight, w.down_bias)
+    up_weight, up_bias, down_weight, down_bias = (cast(p, settings.dtype) for p in linear)
     up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)
     taps = w.conv_weight.movedim(0, -1).contiguous()

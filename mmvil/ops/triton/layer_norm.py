@@ -165,6 +165,7 @@ def layer_norm_backward(
         tokens_per_program=share,
         eps=eps,
         **tile,
+        num_warps=2,
     )
     return y, x_grad, sums
 

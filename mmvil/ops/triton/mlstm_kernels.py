@@ -31,20 +31,21 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=['heads', 'length'])
+@triton.jit(do_not_specialize=['heads', 'length', 'span'])
 def chunk_sums_kernel(
     k, v, q, h_grad, k_strides, v_strides, q_strides, h_grad_strides, log_weight, running_max, base,
     inverse, normalizer_grad, states, state_vectors, states_grad, state_vectors_grad,
-    heads, length, chunk, scale,
+    heads, length, span, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute one (WIDTH, WIDTH) tile of a chunk's part of the state at its end, and (GRAD), in
-    every second program, of the gradient of the state at its beginning, relative to M at that
-    bound.
+    """Sum up one (WIDTH, WIDTH) tile of the state, or WIDTH entries of its vector, over ``span``
+    chunks, and (GRAD), in every second program, of their gradients, and store the sums at each
+    bound between chunks, relative to M there.
 
-    The state is a sum of k times v, its gradient a sum of q times the gradient of h. ``states`` is
-    (B * NH, chunks - 1, DH, DH), ``state_vectors`` (B * NH, chunks - 1, DH).
+    The state is a sum of k times v from the first token on, its gradient a sum of q times the
+    gradient of h from the last token back. With span 1, programs store the parts of the chunks.
+    ``states`` is (B * NH, chunks - 1, DH, DH), ``state_vectors`` (B * NH, chunks - 1, DH).
     """
     place, role = tl.program_id(0), 0
     if GRAD:
@@ -52,7 +53,7 @@ def chunk_sums_kernel(
     if role == 0:
         _chunk_sum(
             k, v, k_strides, v_strides, log_weight, running_max, base, None, None, states,
-            state_vectors, place, heads, length, chunk, scale,
+            state_vectors, place, heads, length, span, chunk, scale,
             DH, WIDTH, ROWS, STEP, False, PRECISION,
         )  # fmt: skip
     if GRAD:
@@ -60,7 +61,7 @@ def chunk_sums_kernel(
             _chunk_sum(
                 q, h_grad, q_strides, h_grad_strides, log_weight, running_max, base, inverse,
                 normalizer_grad, states_grad, state_vectors_grad,
-                place, heads, length, chunk, scale,
+                place, heads, length, span, chunk, scale,
                 DH, WIDTH, ROWS, STEP, True, PRECISION,
             )  # fmt: skip
 
@@ -68,52 +69,134 @@ def chunk_sums_kernel(
 @triton.jit
 def _chunk_sum(
     a, b, a_strides, b_strides, log_weight, running_max, base, inverse, normalizer_grad, states,
-    state_vectors, place, heads, length, chunk, scale,
+    state_vectors, place, heads, length, span, chunk, scale,
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across: tl.constexpr = (DH + WIDTH - 1) // WIDTH
     bounds = tl.cdiv(length, chunk) - 1
-    index, tile = place // (across * across), place % (across * across)
-    program, bound = index // bounds, index % bounds
-    top, left = tile // across * WIDTH, tile % across * WIDTH
+    groups = tl.cdiv(bounds, span)
+    index, tile = place // (across * across + across), place % (across * across + across)
+    program, bound = index // groups, index % groups * span
     a = matrix(a, a_strides, program, heads)
     b = matrix(b, b_strides, program, heads)
     row = tl.cast(program, tl.int64) * tl.cdiv(length, ROWS) * ROWS
     base += row // ROWS
-    end = (bound + 1) * chunk - 1
-    end_base = tl.load(base + end // ROWS)
-    end_max = tl.load(running_max + row + end)
-    STATE = states.dtype.element_ty
+    log_weight, running_max = log_weight + row, running_max + row
+    first, last = bound * chunk, tl.minimum(bound + span, bounds) * chunk
+    if GRAD:  # the chunks after the bounds
+        first, last = first + chunk, tl.minimum(last + chunk, length)
+        inverse, normalizer_grad = inverse + row, normalizer_grad + row
+    steps = tl.cdiv(last - first, STEP)
+    tl.assume(steps > 0)
+    states += tl.cast(program, tl.int64) * bounds * DH * DH
+    state_vectors += tl.cast(program, tl.int64) * bounds * DH
+    if tile < across * across:
+        _sum_products(
+            a, b, a_strides, b_strides, log_weight, running_max, base, inverse, states,
+            first, steps, tile // across * WIDTH, tile % across * WIDTH, length, chunk, scale,
+            DH, WIDTH, ROWS, STEP, GRAD, PRECISION,
+        )  # fmt: skip
+    else:
+        _sum_rows(
+            a, a_strides, log_weight, running_max, base, normalizer_grad, state_vectors,
+            first, steps, (tile - across * across) * WIDTH, length, chunk, scale,
+            DH, WIDTH, ROWS, STEP, GRAD,
+        )  # fmt: skip
 
+
+@triton.jit
+def _sum_products(
+    a, b, a_strides, b_strides, log_weight, running_max, base, inverse, states,
+    first, steps, top, left, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    STATE: tl.constexpr = states.dtype.element_ty
+    row, column = top + tl.arange(0, WIDTH), left + tl.arange(0, WIDTH)
+    to = states + row[:, None] * DH + column[None, :]
     total = tl.zeros((WIDTH, WIDTH), tl.float32)
-    of_tokens = tl.zeros((STEP, WIDTH), tl.float32)
-    first = (bound + 1) * chunk if GRAD else bound * chunk
-    last = tl.minimum(first + chunk, length)
-    tl.assume(first < last)
-    for start in range(first, last, STEP):
-        token = start + tl.arange(0, STEP)
-        at_end = end_max - (tl.load(base + start // ROWS) - end_base).to(tl.float32)
-        if GRAD:
-            m = tl.load(running_max + row + token)
-            weight = tl.exp2(at_end - m) * scale
-            of_n = weight * tl.load(normalizer_grad + row + token)
-            weight *= tl.load(inverse + row + token)
-        else:
-            weight = tl.exp2(tl.load(log_weight + row + token) - at_end)
-            of_n = weight
+    before = tl.zeros((), tl.float64)
+    ahead = _maxima(running_max, base, first, steps, 0, ROWS, STEP, GRAD)
+    for step in range(0, steps):
+        start, maxima = first + (steps - 1 - step if GRAD else step) * STEP, ahead
+        # They take as long as a step to load.
+        ahead = _maxima(running_max, base, first, steps, step + 1, ROWS, STEP, GRAD)
+        weight, decay, before = _step_weights(
+            log_weight, running_max, inverse, maxima, before, start, scale, STEP, GRAD
+        )
         a_tile = load_tile(a, a_strides, start, length, top, STEP, DH, WIDTH).to(tl.float32)
         b_tile = load_tile(b, b_strides, start, length, left, STEP, DH, WIDTH)
         weighted = (a_tile * weight[:, None]).to(STATE)
-        total = dot(tl.trans(weighted), b_tile.to(STATE), total, PRECISION)
-        of_tokens += a_tile * of_n[:, None]
+        total = dot(tl.trans(weighted), b_tile.to(STATE), total * decay, PRECISION)
+        # A mask, because products overlap with nothing if there is a branch.
+        bound = _bound(start, chunk, STEP, GRAD)
+        inside = (row < tl.where(bound >= 0, DH, 0))[:, None] & (column < DH)[None, :]
+        tl.store(to + tl.cast(bound, tl.int64) * DH * DH, total.to(STATE), mask=inside)
 
-    row, column = top + tl.arange(0, WIDTH), left + tl.arange(0, WIDTH)
-    to = states + tl.cast(index, tl.int64) * DH * DH + row[:, None] * DH + column[None, :]
-    tl.store(to, total.to(STATE), mask=(row < DH)[:, None] & (column < DH)[None, :])
-    if left == 0:
-        vector = state_vectors + tl.cast(index, tl.int64) * DH + row
-        tl.store(vector, tl.sum(of_tokens, 0), mask=row < DH)
+
+@triton.jit
+def _sum_rows(
+    a, a_strides, log_weight, running_max, base, normalizer_grad, state_vectors,
+    first, steps, left, length, chunk, scale,
+    DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    GRAD: tl.constexpr,
+):  # fmt: skip
+    column = left + tl.arange(0, WIDTH)
+    total = tl.zeros((STEP, WIDTH), tl.float32)
+    before = tl.zeros((), tl.float64)
+    for step in range(0, steps):
+        start = first + (steps - 1 - step if GRAD else step) * STEP
+        maxima = _maxima(running_max, base, first, steps, step, ROWS, STEP, GRAD)
+        weight, decay, before = _step_weights(
+            log_weight, running_max, normalizer_grad, maxima, before, start, scale, STEP, GRAD
+        )
+        a_tile = load_tile(a, a_strides, start, length, left, STEP, DH, WIDTH)
+        total = total * decay + a_tile.to(tl.float32) * weight[:, None]
+        bound = _bound(start, chunk, STEP, GRAD)
+        if bound >= 0:
+            tl.store(state_vectors + bound * DH + column, tl.sum(total, 0), mask=column < DH)
+
+
+@triton.jit
+def _maxima(
+    running_max, base, first, steps, step,
+    ROWS: tl.constexpr, STEP: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """Load M after a step of STEP tokens, or (GRAD) before it, as base and offset, and the base of
+    its tokens.
+    """
+    step = tl.minimum(step, steps - 1)
+    start = first + (steps - 1 - step if GRAD else step) * STEP
+    end = start - 1 if GRAD else start + STEP - 1
+    return tl.load(base + end // ROWS), tl.load(running_max + end), tl.load(base + start // ROWS)
+
+
+@triton.jit
+def _step_weights(
+    log_weight, running_max, factor, maxima, before, start, scale,
+    STEP: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """Weights of a step's tokens relative to M at its end, (GRAD) times a factor; the decay of
+    earlier sums since M was ``before``; and M at the end.
+    """
+    token = start + tl.arange(0, STEP)
+    end_base, end_max, own_base = maxima
+    at_end = end_max - (own_base - end_base).to(tl.float32)
+    if GRAD:
+        weight = tl.exp2(at_end - tl.load(running_max + token)) * scale
+        weight *= tl.load(factor + token)
+    else:
+        weight = tl.exp2(tl.load(log_weight + token) - at_end)
+    now = end_base + end_max
+    return weight, tl.exp2(-tl.abs(now - before).to(tl.float32)), now  # M never falls
+
+
+@triton.jit
+def _bound(start, chunk, STEP: tl.constexpr, GRAD: tl.constexpr):
+    """Number of the bound between chunks at the end of a step, or -1."""
+    end = start if GRAD else start + STEP
+    return tl.where(end % chunk == 0, end // chunk - 1, -1)
 
 
 @triton.jit(do_not_specialize=['length'])
@@ -342,7 +425,7 @@ def gradients_kernel(
                 k_grad_strides, v_grad_strides, log_weight, running_max, base, inverse,
                 normalizer_grad, log_weight_grad, states_grad, state_vectors_grad,
                 place, places, heads, length, chunk, scale,
-                DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS // 2 if TOGETHER else COLUMNS, STATES,
+                DH, WIDTH, TILES, PARTS, STEP, ROWS, COLUMNS, STATES,
                 TOGETHER or ROLE == 1, TOGETHER or ROLE == 2, PRECISION,
             )  # fmt: skip
 

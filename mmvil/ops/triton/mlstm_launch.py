@@ -16,8 +16,9 @@ M_t} / \sqrt{d} \le 1 / \sqrt d`, and with :math:`r_t = 1 / (\max(|n_t|, e^{-m_t
 All four have one form: scores of two features, times weights, times a third feature. One kernel
 computes h, and one all gradients; a program holds one tile of tokens, in full head width or a part
 of it, and loops over its chunk. Other chunks contribute by one product with the incoming (DH, DH)
-state of the chunk, or with the gradient of the state after it. Both are computed as contributions
-of all chunks in parallel, followed by a sum from chunk to chunk.
+state of the chunk, or with the gradient of the state after it. A program sums up one tile of
+these over all chunks. Where such programs are too few to occupy a GPU, they compute the
+contributions of all chunks in parallel, followed by a sum from chunk to chunk.
 
 Nothing quadratic is written to memory: the backward pass recomputes scores and states from the
 inputs, h, and n. Sums are in float32. States are stored in bfloat16 if the features are, because
@@ -36,9 +37,9 @@ from . import (
     cdiv,
     default_chunk_size,
     launch,
+    limited_registers,
     next_power_of_2,
     on_input_device,
-    registers_for_four_blocks,
     shared_memory,
 )
 from .gate_kernels import gate_gradients_kernel, gate_statistics_kernel
@@ -55,6 +56,10 @@ GATE_BLOCK = 2048
 
 FARTHEST = 2**22
 """Largest stride in a tile, of up to 512 columns, whose offsets fit into 32 bits."""
+
+
+MULTIPROCESSORS = 132
+"""Programs that occupy an H100."""
 
 
 class Tiling(NamedTuple):
@@ -81,29 +86,34 @@ class Tiling(NamedTuple):
 def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
     """Choose tiles that fit into registers and ``shared`` bytes of memory, instead of autotuning.
 
-    The sizes are derived from compiled code, which ``python -m tests.test_ops.triton_offline``
-    prints. They compute right results on an H100, and were not tuned there. A warp computes 16
-    rows; with fewer, warps would repeat each other's scores. At widths 96 and 192 these are the
-    largest tiles without register spills (2 blocks and 1 on an H100). Beyond, programs split the
-    columns of the output, so that 2 blocks fit again.
+    Those in half precision for Hopper were the fastest of about 25 on an H100, at head widths 96,
+    192 and 384 and up to 1024 x 1024 pixels (Triton 3.6; the stage ``tiles`` of ``make gpu-report``
+    tries others). The rest are derived from compiled code, which ``python -m
+    tests.test_ops.triton_offline`` prints. A warp computes 16 rows; with fewer, warps would repeat
+    each other's scores. Beyond width 192, programs split the columns of the output, because
+    registers would spill.
     """
-    width = min((16, 32, 64, 128), key=lambda w: (cdiv(head_width, w) * w, -w))
+    itemsize = dtype.itemsize
+    hopper = shared >= 200 * 1024
+    large = hopper and itemsize == 2  # operands in shared memory leave registers to larger tiles
+    widths = (16, 32, 64) if large else (16, 32, 64, 128)
+    width = min(widths, key=lambda w: (cdiv(head_width, w) * w, -w))
     tiles = cdiv(head_width, width)
     padded = width * tiles
-    parts = tiles if padded > 192 else 1
-    itemsize = dtype.itemsize
-    # GPUs before Hopper also hold the rows of a tile in registers.
-    few_registers = width == 64 and shared < 200 * 1024
+    bfloat16 = dtype == torch.bfloat16  # float16 has float32 states, and takes more registers
+    most = 192 if large and bfloat16 or padded <= 192 else 128  # columns beside the scores
+    parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and padded // n <= most)
+    few_registers = width == 64 and not hopper
     if itemsize == 4:  # one warp per 16 rows would take too many registers
         rows = columns = 32 if padded <= 64 else 16
         warps = 4 if padded < 128 else 8
-    elif padded < 128:
-        # Keeping float16 products in range takes more registers.
-        rows, columns, warps = 64, 64 if dtype == torch.bfloat16 else 32, 4
     else:
-        rows, warps = (128, 8) if parts == 1 else (64, 4)
-        columns = 16 if few_registers else 32
-    room = shared // (itemsize * padded) - rows  # rows that loops may prefetch
+        rows, warps = (64, 4) if padded < 128 or parts > 1 and not large else (128, 8)
+        columns = 16 if few_registers and padded >= 128 else 32
+    long_steps = large and bfloat16 and padded >= 128
+    # A stage loads two tiles: one in full width, one in that of a part.
+    room = shared // itemsize - (rows + 8) * padded
+    stages = room // (columns * (padded + padded // parts))
     return Tiling(
         width=width,
         tiles=tiles,
@@ -111,10 +121,10 @@ def tiling(head_width: int, dtype: torch.dtype, shared: int) -> Tiling:
         rows=rows,
         columns=columns,
         warps=warps,
-        stages=2 if parts == 1 and room >= 4 * columns + 8 else 1,
-        step=16 if few_registers else min(width, 32),
+        stages=max(1, min(stages, 3 if large else 2 if parts == 1 else 1)),
+        step=16 if few_registers else min(width, 64 if long_steps else 32),
         state=min(next_power_of_2(padded), 128 if padded > 192 and itemsize == 2 else 64),
-        together=padded < 128 and dtype == torch.bfloat16,
+        together=padded < 128 and bfloat16,
     )
 
 
@@ -162,7 +172,7 @@ class _Cell:
             BLOCK=self.block,
             ROWS=rows,
             GRAD=self.grad,
-            num_warps=max(4, self.block // 256),
+            num_warps=max(4, self.block // 128),
         )
 
     def scalars(self, count: int) -> Tensor:
@@ -205,26 +215,31 @@ class _Cell:
         if self.grad:
             targets.update(states_grad=states[1], state_vectors_grad=vectors[1])
         if self.bounds:
+            across = cdiv(self.width, t.state)
+            # If that occupies the GPU, programs sum up all chunks. Otherwise, they sum up one each.
+            span = self.bounds if self.programs * across**2 >= MULTIPROCESSORS else 1
             launch(
                 chunk_sums_kernel,
-                self.programs * self.bounds * cdiv(self.width, t.state) ** 2 * roles,
+                self.programs * cdiv(self.bounds, span) * (across**2 + across) * roles,
                 **self.in_reading_order(k=k, v=v, q=q, h_grad=h_grad),
                 **self.gates,
                 **self.denominators,
                 **targets,
                 **self.sizes,
+                span=span,
                 chunk=self.chunk,
                 scale=self.width**-0.5,
                 DH=self.width,
                 WIDTH=t.state,
                 ROWS=t.rows,
-                STEP=min(t.rows, 64),
+                STEP=min(t.rows, t.state if self.state_dtype.itemsize == 2 else 64),
                 GRAD=self.grad,
                 PRECISION=self.precision,
                 num_warps=t.state // 16,
                 num_stages=t.stages,
-                **(registers_for_four_blocks(k.dtype) if t.state == 64 else {}),
+                **(limited_registers(k.dtype, blocks=4) if t.state == 64 else {}),
             )
+        if self.bounds and span == 1:
             block = max(1024, next_power_of_2(self.width))
             launch(
                 sum_states_kernel,
