@@ -172,8 +172,8 @@ def _drop_if_out_of_memory(models, name):
     """Continue without a model that needs too much memory."""
     try:
         yield
-    except RuntimeError as error:
-        if 'memory' not in str(error):
+    except RuntimeError as error:  # of a GPU, or a CPU; not an illegal memory access
+        if not any(text in str(error) for text in ('out of memory', 'allocate memory')):
             raise
         models.pop(name, None)
         print(f'{name}: out of memory', flush=True)

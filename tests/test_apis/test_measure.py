@@ -78,3 +78,11 @@ def test_compare_survives_a_model_that_needs_too_much_memory(capsys):
     records = compare(dict(reversed(builders.items())), torch.randn(2, 3, 32, 32), rounds=1)
     assert [(r['ratio_to'], r['time_ratio']) for r in records] == [('large', None)] * 2
     assert 'large: out of memory' in capsys.readouterr().out
+
+
+def test_compare_does_not_take_other_errors_for_a_lack_of_memory():
+    def broken(size):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+
+    with pytest.raises(RuntimeError, match='illegal'):
+        compare(dict(broken=broken), torch.randn(2, 3, 32, 32), rounds=1)

@@ -290,11 +290,19 @@ def test_cell_is_timed_beside_flash_attention(stages, context, capsys):
 @needs_triton
 def test_models_run_beside_flash_attention(stages, context, capsys):
     pytest.importorskip('timm')
-    stages.models(context, 'tiny')
+    stages.models(context, 'tiny', 32)
     rows = rows_of(capsys)
     assert [row['mode'] for row in rows] == ['forward', 'forward', 'training', 'training']
     assert [row['model'] for row in rows[2:]] == ['DeiT-tiny flash attention', 'ViL-tiny']
     assert rows[0]['x DeiT'] == 1
+
+
+def test_models_that_need_too_much_memory_have_a_row(stages, context, capsys, monkeypatch):
+    pytest.importorskip('timm')
+    monkeypatch.setattr(stages, 'compare', lambda *_, **__: [])
+    stages.models(context, 'tiny', 32, compiled=True)
+    rows = rows_of(capsys)
+    assert len(rows) == 4 and {row['problem'] for row in rows} == {'out of memory'}
 
 
 def test_models_are_judged_by_the_targets(stages):

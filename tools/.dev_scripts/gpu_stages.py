@@ -216,7 +216,9 @@ def gradients(model, image):
     with torch.autocast(image.device.type, dtype=torch.bfloat16):
         output = model(image)[0]
     leaves = [image, *(p for p in model.parameters() if p.requires_grad)]
-    loss = output.float().square().flatten(1).mean(1).sum()  # samples are independent
+    # Samples are independent. The sum of squares would be constant, because of the last norm.
+    weights = torch.linspace(-1, 1, output[0].numel(), device=output.device)
+    loss = (output.float().flatten(1) * weights).mean(1).sum()
     return [output.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -371,13 +373,10 @@ def flash_attention():
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def models(context, arch):
-    """Compare throughput and peak memory of ViL with DeiT with flash attention."""
-    for size in context.plan['sizes']:
-        compare_with_deit(context, arch, size)
-
-
-def compare_with_deit(context, arch, size):
+def models(context, arch, size, compiled=False):
+    """Compare throughput and peak memory of ViL with DeiT with flash attention, also in CUDA graphs
+    or, in a process without those, compiled.
+    """
     import timm
 
     image = context.images(size)
@@ -397,20 +396,21 @@ def compare_with_deit(context, arch, size):
         return build_and_capture
 
     deit_name, vil_name = f'DeiT-{arch} flash attention', f'ViL-{arch}'
-    plain = {deit_name: deit, vil_name: vil}
-    graphs = dict(mode='reduce-overhead')
-    for mode in ('forward', 'training'):
-        builders = dict(plain)
-        if context.on_gpu:
-            builders.update({f'{n} CUDA graphs': graphed(f, mode) for n, f in plain.items()})
-        if mode == 'training' and (arch, size) in context.plan['compiled']:
+    for mode in ['training'] if compiled else ['forward', 'training']:
+        builders = {deit_name: deit, vil_name: vil}
+        if compiled:
+            graphs = dict(mode='reduce-overhead')
             builders[f'{deit_name} compiled'] = lambda size: torch.compile(deit(size), **graphs)
             builders[f'{vil_name} compiled'] = lambda size: vil(size, compile=graphs)
+        elif context.on_gpu:
+            builders |= {f'{n} CUDA graphs': graphed(f, mode) for n, f in builders.items()}
         options = dict(rounds=context.plan['rounds'], progress=lambda x: emit(at=x), count=False)
         with flash_attention():
             records = compare(builders, image, [mode], torch.bfloat16, **options)
         for row in model_rows(records, arch):
             emit(**row)
+        for name in builders.keys() - {record['model'] for record in records}:
+            emit(model=name, size=size, batch=len(image), mode=mode, problem='out of memory')
 
 
 def model_rows(records, arch):
@@ -632,12 +632,14 @@ def stages(context):
     if torch.cuda.device_count() > 1:
         checks.append(part(kernels, 240, **widths[0], device='cuda:1'))
     timed = [part(profile, 180, interpreted, **x) for x in each]
+    compared = [part(models, 180, **x, size=size) for x in each for size in plan['sizes']]
+    compared += [part(models, 300, arch=a, size=s, compiled=True) for a, s in plan['compiled']]
     swept = [part(tiles, 120, **x, **plan['sweep']) for x in widths]
     rows = [
         ('kernels', '1. Every kernel once', once, WORKERS),
         ('tests', '2. Tests', checks, 2),
         ('profile', '3. Time of kernels', timed, 1),
-        ('models', '4. ViL and DeiT, bfloat16', [part(models, 300, **x) for x in each], 1),
+        ('models', '4. ViL and DeiT, bfloat16', compared, 1),
         ('cell', '5. The cell alone, bfloat16', [part(cell, 120, **x) for x in each], 1),
         ('tiles', '6. Tiles of the cell, bfloat16', swept, 1),
         ('upernet', '7. UperNet ViL-B, float16', [part(upernet, 300)], 1),
