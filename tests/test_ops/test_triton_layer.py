@@ -609,13 +609,13 @@ def test_split_tokens_leaves_no_token_and_no_program_over(tokens, beside):
 
 
 ITERATION = {
-    'before_cell': dict(instructions=1160, barriers=33, registers=128),
-    'projections_backward': dict(instructions=400, barriers=14, registers=230),
+    'before_cell': dict(instructions=1240, barriers=33, registers=168),
+    'projections_backward': dict(instructions=400, barriers=18),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
     'after_cell_backward': dict(instructions=640, barriers=12, registers=168),
     'layer_norm_backward': dict(instructions=350, barriers=10, registers=128),
 }
-"""The most that the loop of a kernel may take in bfloat16, version 2."""
+"""The most that the loop of a kernel may take in bfloat16, version 2; instructions per four warps."""
 
 
 def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, most=None):
@@ -629,17 +629,24 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
     for label, launch in layer_launches(arch, head_width, size, dtype, version).items():
         facts = compile_launch(launch, arch)
         print(f'{arch} {head_width} {size} {str(dtype)[6:]} v{version} {label}: {facts}')
-        # Four blocks of before_cell per multiprocessor are faster than three without spills.
-        few = 168 if OLD_COMPILER else 80
-        few *= label.startswith('before_cell') and dtype != torch.float32
-        assert facts['spills'] <= allowed_spills + few, label
+        # More warps per multiprocessor are faster than none of these spills.
+        few = 0
+        if dtype != torch.float32:
+            few = {'before_cell_kernel': 80, 'projections_backward_kernel OPERAND': 128}.get(
+                label, 0
+            )
+        assert facts['spills'] <= allowed_spills + few * (2 if OLD_COMPILER else 1), label
+        warps = launch.kwargs.get('num_warps', 4)
+        if arch != 'gfx942':
+            assert facts['blocks'] * warps >= 8, label
         # Two blocks share a multiprocessor at least.
         assert 2 * facts['shared_bytes'] <= SHARED_LIMIT[arch], label
         assert not facts.get('serialized'), label
         limits = {} if OLD_COMPILER or not most else most
         for key, value in limits.get(launch.name.removesuffix('_kernel'), {}).items():
             (loop,) = facts['loops']
-            assert {**loop._asdict(), **facts}[key] <= value, (label, key)
+            found = loop._asdict() | facts | dict(instructions=loop.instructions * warps / 4)
+            assert found[key] <= value, (label, key)
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter does not compile')
@@ -801,9 +808,12 @@ def test_layer_moves_few_bytes(head_width, size, save_cell_inputs, backward):
 
 
 @pytest.mark.skipif(is_interpreted(), reason='the interpreter launches nothing')
-@pytest.mark.parametrize('save_cell_inputs, launches', [(False, 15), (True, 14)])
+@pytest.mark.parametrize('save_cell_inputs, launches', [(False, 16), (True, 15)])
 def test_layer_launches_few_kernels(save_cell_inputs, launches):
+    """Including one for each cast of a weight, which are faster than one for all."""
     forward, backward, _ = traffic(96, 224, save_cell_inputs)
-    assert forward.launches <= 10 and backward.launches <= launches
+    assert forward.launches <= 13 and backward.launches <= launches
     forward, backward, _ = traffic(96, 1024, save_cell_inputs)
-    assert forward.launches <= 12 and backward.launches <= launches + 2
+    assert forward.launches <= 15 and backward.launches <= launches + 2
+    forward, backward, _ = traffic(192, 1024, save_cell_inputs)  # with all chunks in one launch
+    assert forward.launches <= 14 and backward.launches <= launches + 1

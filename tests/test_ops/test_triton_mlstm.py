@@ -348,8 +348,10 @@ QUICK = [
     ('sm_90', 96, SIDES[:1]),
     ('sm_100', 384, (SIDES[1], 'gate_gradients_kernel')),
 ]
-PER_SCORE = {96: 16.5, 192: 30, 384: 37}
-"""Most instructions for a score in a loop, by head width."""
+PER_SCORE = {96: 21.5, 192: 30, 384: 37}
+"""Most instructions for a score in a loop, by head width. At 96, tiles of 64 columns take fewer, 16.5,
+but are slower on an H100.
+"""
 
 
 @needs_triton
@@ -381,12 +383,16 @@ def test_kernels_compile_to_code_without_waste(arch, width, size, labels):
         assert not facts['serialized'], label
         assert facts['rows_per_warp'] is None or facts['rows_per_warp'] >= 16, label
         if label in SIDES:
-            assert facts['blocks'] >= (1 if width == 192 else 2), label
+            assert facts['blocks'] * launch.kwargs['num_warps'] >= 8, label
             scored = [loop for loop in facts['loops'] if loop.exponentials > 2]
             # One exponential for a score, or for both of those that share a program.
-            assert {loop.per_score(launch)[1] for loop in scored} <= {1, 0.5}, label
-            assert len(scored) == (2 if label == SIDES[0] else 6 - 2 * launch.kwargs['TOGETHER'])
-            assert all(loop.per_score(launch)[0] < PER_SCORE[width] for loop in scored), label
+            assert {loop.per_score(launch)[1] for loop in scored} == {1}, label
+            together = label == SIDES[1] and launch.kwargs['TOGETHER']
+            assert len(scored) == (2 if label == SIDES[0] else 4 if together else 6)
+            instructions = sorted(loop.per_score(launch)[0] for loop in scored)
+            if together:  # the longest two loops compute two scores
+                instructions[-2:] = (x / 2 for x in instructions[-2:])
+            assert max(instructions) < PER_SCORE[width], label
 
 
 @needs_triton
