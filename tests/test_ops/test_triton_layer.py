@@ -613,9 +613,9 @@ ITERATION = {
     'projections_backward': dict(instructions=400, barriers=18),
     'convolution_backward': dict(instructions=340, barriers=0, registers=128),
     'after_cell_backward': dict(instructions=640, barriers=12, registers=168),
-    'layer_norm_backward': dict(instructions=350, barriers=10, registers=128),
+    'layer_norm_backward': dict(instructions=350, barriers=10, registers=168),
 }
-"""The most that the loop of a kernel may take in bfloat16, version 2; instructions per four warps."""
+"""The most that the loop of a kernel may take in bfloat16, version 2, with four warps."""
 
 
 def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, most=None):
@@ -629,12 +629,9 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
     for label, launch in layer_launches(arch, head_width, size, dtype, version).items():
         facts = compile_launch(launch, arch)
         print(f'{arch} {head_width} {size} {str(dtype)[6:]} v{version} {label}: {facts}')
-        # More warps per multiprocessor are faster than none of these spills.
-        few = 0
-        if dtype != torch.float32:
-            few = {'before_cell_kernel': 80, 'projections_backward_kernel OPERAND': 128}.get(
-                label, 0
-            )
+        # More warps per multiprocessor are faster, in spite of some spills.
+        some = {'before_cell_kernel': 80, 'projections_backward_kernel OPERAND': 128}
+        few = some.get(label, 0) if dtype != torch.float32 else 0
         assert facts['spills'] <= allowed_spills + few * (2 if OLD_COMPILER else 1), label
         warps = launch.kwargs.get('num_warps', 4)
         if arch != 'gfx942':

@@ -349,8 +349,8 @@ QUICK = [
     ('sm_100', 384, (SIDES[1], 'gate_gradients_kernel')),
 ]
 PER_SCORE = {96: 21.5, 192: 30, 384: 37}
-"""Most instructions for a score in a loop, by head width. At 96, tiles of 64 columns take fewer, 16.5,
-but are slower on an H100.
+"""Most instructions for a score in a loop, by head width. At 96, tiles of 64 columns take 16.5, but
+more time on an H100.
 """
 
 

@@ -396,10 +396,10 @@ def models(context, arch, size, compiled=False):
         return build_and_capture
 
     deit_name, vil_name = f'DeiT-{arch} flash attention', f'ViL-{arch}'
+    graphs = dict(mode='reduce-overhead')
     for mode in ['training'] if compiled else ['forward', 'training']:
         builders = {deit_name: deit, vil_name: vil}
         if compiled:
-            graphs = dict(mode='reduce-overhead')
             builders[f'{deit_name} compiled'] = lambda size: torch.compile(deit(size), **graphs)
             builders[f'{vil_name} compiled'] = lambda size: vil(size, compile=graphs)
         elif context.on_gpu:
