@@ -151,7 +151,7 @@ def choose_form(
     )
     if chunk_size is None:
         if triton:
-            chunk_size = default_triton_chunk_size(length, head_width)
+            chunk_size = default_triton_chunk_size(length)
         else:
             chunk_size = default_chunk_size(length, head_width, device.type == 'cpu')
     return Form(chunk_size, triton)

@@ -304,7 +304,7 @@ def layer_inputs(
         down_weight=empty(width, inner),
         down_bias=bias(width),
     )
-    form = Form(default_chunk_size(side**2, head_width), triton=True)
+    form = Form(default_chunk_size(side**2), triton=True)
     settings = LayerSettings((side, side), HEADS, version == 1, form, 1e-6, 1e-6, dtype)
     return empty(batch, side**2, width), weights, settings
 

@@ -141,7 +141,7 @@ class _Cell:
         self.tiling = tiling(self.width, q.dtype, shared_memory(q.device))
         self.precision = dot_precision(q.dtype)
         self.state_dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
-        chunk = chunk_size or default_chunk_size(self.length, self.width)
+        chunk = chunk_size or default_chunk_size(self.length)
         rows = self.tiling.rows  # a multiple of columns
         self.chunk = cdiv(min(chunk, self.length), rows) * rows
         self.bounds = cdiv(self.length, self.chunk) - 1
@@ -172,7 +172,7 @@ class _Cell:
             BLOCK=self.block,
             ROWS=rows,
             GRAD=self.grad,
-            num_warps=max(4, self.block // 128),
+            num_warps=max(4, self.block // 256),
         )
 
     def scalars(self, count: int) -> Tensor:
