@@ -112,6 +112,7 @@ def _sum_products(
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sum up the tile of the state with upper left corner (top, left), in ``steps`` steps."""
     STATE: tl.constexpr = states.dtype.element_ty
     row, column = top + tl.arange(0, WIDTH), left + tl.arange(0, WIDTH)
     to = states + row[:, None] * DH + column[None, :]
@@ -142,6 +143,7 @@ def _sum_rows(
     DH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     GRAD: tl.constexpr,
 ):  # fmt: skip
+    """Sum up entries of the state's vector, from ``left`` on."""
     column = left + tl.arange(0, WIDTH)
     total = tl.zeros((STEP, WIDTH), tl.float32)
     before = tl.zeros((), tl.float64)
