@@ -423,7 +423,7 @@ def test_kernels_compile_within_the_limits_of(arch, width, dtype):
     from tests.test_ops.triton_offline import SHARED_LIMIT, cell_launches, compile_launch
 
     launches = cell_launches(arch, width, 1024, dtype)
-    assert {'chunk_sums_kernel', 'chunk_sums_kernel GRAD', *SIDES} < launches.keys()
+    assert len(launches) == (9 if 'sum_states_kernel' in launches else 7)
     for label, launch in launches.items():
         needs = compile_launch(launch, arch)
         print(f'{arch} {width} {str(dtype)[6:]} {label}: {needs}')

@@ -409,7 +409,8 @@ def models(context, arch, size, compiled=False):
             records = compare(builders, image, [mode], torch.bfloat16, **options)
         for row in model_rows(records, arch):
             emit(**row)
-        for name in builders.keys() - {record['model'] for record in records}:
+        measured = {record['model'] for record in records}
+        for name in (x for x in builders if x not in measured):
             emit(model=name, size=size, batch=len(image), mode=mode, problem='out of memory')
 
 
@@ -500,8 +501,8 @@ def tiles(context, width, size, seconds, dtype='bfloat16'):
 
 
 def variants(usual):
-    """Variants of a tiling in which no warp repeats another's work: itself first, then those with
-    more blocks per multiprocessor or fewer products, then all others.
+    """Variants of a tiling in which no warp repeats another's work: itself first, then a few single
+    changes, then all others.
     """
     promising = [
         dict(columns=64),

@@ -92,12 +92,11 @@ def run_stage(stage, command, plan, out, end):
             print(f'{stage["name"]}: ' + ', '.join(f'{k} {v}' for k, v in row.items()), flush=True)
             write()
 
-    def run(part):
+    def run(part, following):
         if 'wrong' not in verdicts:
-            process = started.pop(0) if started else start_part(part, command, log)
-            following = parts[parts.index(part) + 1 :]
+            process = started.pop() if started else start_part(part, command, log)
             if stage['workers'] == 1 and following:  # imports take as long as some parts
-                started.append(start_part(following[0], command, log))
+                started.append(start_part(following, command, log))
             limit = min(part['limit'], max(1, round(end - time.monotonic(), 1)))
             verdicts.append(run_part(process, {**part, 'limit': limit}, add, log))
 
@@ -106,7 +105,7 @@ def run_stage(stage, command, plan, out, end):
     log = (out / f'{stage["name"]}.log').open('w')
     with log, ThreadPoolExecutor(stage['workers']) as pool:
         try:
-            list(pool.map(run, parts))
+            list(pool.map(run, parts, [*parts[1:], None]))
         finally:  # if interrupted
             for process in list(RUNNING):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -222,7 +222,8 @@ def before_cell(
         memory layout of (B, N, E); gates (2, B, NH, N) in float32, igate before fgate, or an empty
         tensor.
     """
-    (batch, length, channels), tile = x.shape, channel_tile(x.dtype)
+    batch, length, channels = x.shape
+    tile = channel_tile(x.dtype)
     x_rows, weights = token_rows(x), BeforeCellWeights(*map(contiguous, weights))
     a, q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(4))
     shape = (heads, 2, batch, heads, length) if with_gates else (1, 0)

@@ -120,7 +120,7 @@ def _sum_products(
     before = tl.zeros((), tl.float64)
     ahead = _maxima(running_max, base, first, steps, 0, ROWS, STEP, GRAD)
     for step in range(0, steps):
-        start, maxima = first + (steps - 1 - step if GRAD else step) * STEP, ahead
+        start, maxima = _first_token(first, steps, step, STEP, GRAD), ahead
         # They take as long as a step to load.
         ahead = _maxima(running_max, base, first, steps, step + 1, ROWS, STEP, GRAD)
         weight, decay, before = _step_weights(
@@ -148,7 +148,7 @@ def _sum_rows(
     total = tl.zeros((STEP, WIDTH), tl.float32)
     before = tl.zeros((), tl.float64)
     for step in range(0, steps):
-        start = first + (steps - 1 - step if GRAD else step) * STEP
+        start = _first_token(first, steps, step, STEP, GRAD)
         maxima = _maxima(running_max, base, first, steps, step, ROWS, STEP, GRAD)
         weight, decay, before = _step_weights(
             log_weight, running_max, normalizer_grad, maxima, before, start, scale, STEP, GRAD
@@ -161,6 +161,12 @@ def _sum_rows(
 
 
 @triton.jit
+def _first_token(first, steps, step, STEP: tl.constexpr, GRAD: tl.constexpr):
+    """First token of a step; those for gradients begin with the last tokens."""
+    return first + (steps - 1 - step if GRAD else step) * STEP
+
+
+@triton.jit
 def _maxima(
     running_max, base, first, steps, step,
     ROWS: tl.constexpr, STEP: tl.constexpr, GRAD: tl.constexpr,
@@ -168,8 +174,7 @@ def _maxima(
     """Load M after a step of STEP tokens, or (GRAD) before it, as base and offset, and the base of
     its tokens.
     """
-    step = tl.minimum(step, steps - 1)
-    start = first + (steps - 1 - step if GRAD else step) * STEP
+    start = _first_token(first, steps, tl.minimum(step, steps - 1), STEP, GRAD)
     end = start - 1 if GRAD else start + STEP - 1
     return tl.load(base + end // ROWS), tl.load(running_max + end), tl.load(base + start // ROWS)
 
