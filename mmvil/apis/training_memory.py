@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..engine.config_nodes import dicts, type_name
 from ..layers import DropPath
+from ..ops import projections
 from .swap.probe import MASKED_ALGORITHM, training_size
 
 GIB = 2**30
@@ -74,7 +75,7 @@ class TrainingMemory:
         key = batch, self.accumulates
         if key not in self._steps:
             counter = _AllocationCounter([*self.model.parameters(), *self.model.buffers()])
-            with self._mode, _without_accuracy(), counter:
+            with self._mode, _without_accuracy(), _without_tiles(), counter:
                 for weight in self.model.parameters():
                     if self.accumulates and weight.requires_grad:
                         weight.grad = torch.zeros_like(weight)
@@ -237,6 +238,13 @@ def _autocast(cfg, device):
         stack.enter_context(mock.patch.object(F, 'cross_entropy', in_float32))
     stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
     return stack
+
+
+def _without_tiles():
+    """Compute block-diagonal products as on a GPU, instead of in thousands of tiles that fit into
+    the cache of a CPU.
+    """
+    return mock.patch.object(projections, 'ROW_TILE', sys.maxsize)
 
 
 def _without_accuracy():

@@ -35,6 +35,7 @@ BINARY_MASKS = (
     'annotations have only the labels 0 and 255, and 255 is ignored; where it is a class, declare '
     'values: [0, 255] in classes.yaml (docs/own_data.md)'
 )
+NO_LABELS = 'every pixel of every annotation is ignored, so nothing is learned or evaluated'
 DEEP_IMAGE = 'image has 16 or 32 bits, but the config loads 8 (docs/multiband.md)'
 
 
@@ -81,8 +82,11 @@ def check_dataset(
     if not counts or not classes:
         return count, classes, problems, None
     counts, ignored = np.split(np.stack(counts), [len(classes)], axis=1)
+    folder = (getattr(dataset, 'data_prefix', None) or {}).get('seg_map_path')
     if ignored.any() and counts[:, 0].any() and not counts[:, 1:].any():
-        problems.append(Problem(BINARY_MASKS, dataset.data_prefix['seg_map_path']))
+        problems.append(Problem(BINARY_MASKS, folder))
+    if folder and not counts.any():
+        problems.append(Problem(NO_LABELS, folder))
     return count, classes, problems, counts
 
 

@@ -75,6 +75,12 @@ def add_config_arguments(
     add_cfg_options(parser)
 
 
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Add ``--backbone``."""
+    help = "replace the config's backbone: vil-t, vil-s or vil-b"
+    parser.add_argument('--backbone', metavar='VIL', help=help)
+
+
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``, which overrides settings of a config."""
     help = (
@@ -109,8 +115,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         'config file, such as configs/upernet_vil_t_ade20k.py, or one of an installed library, '
         'such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
     )
+    add_backbone(parser)
     add = parser.add_argument
-    add('--backbone', metavar='VIL', help="replace the config's backbone: vil-t, vil-s or vil-b")
     add('--data-root', help="data folder, instead of the config's")
     check = 'only check that config, data and checkpoints are in place'
     add('--check', action='store_true', help=check)

@@ -14,6 +14,8 @@ This costs :math:`n^2` products of a weight with a (DH, DH) memory, little as lo
 below the chunk length.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,6 +99,8 @@ def mlstm_traceable(
 
     numerator, normalizer = to_tokens(numerator), to_tokens(normalizer)
     stabilizer = cumulative + to_tokens(running_max)
+    # Of exp(-m), infinity would do for the output, but not for gradients.
+    stabilizer = stabilizer.clamp(min=-math.log(torch.finfo(gate_dtype).max))
     # Numerator and normalizer lack the factor 1 / sqrt(DH) of the queries.
     unit = head_width**0.5
     min_denom = torch.exp(-stabilizer).to(dtype).unsqueeze(-1) * unit

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmvil.apis.swap.probe import training_size
 from mmvil.apis.training_memory import (
     TrainingMemory,
+    _AllocationCounter,
     amp_dtype,
     build_training_model,
     optimizer_state,
@@ -44,6 +45,23 @@ def classifier():
     cfg.model.head.in_channels = 64
     cfg.optim_wrapper.type = 'OptimWrapper'  # float32, as it is measured
     return cfg
+
+
+def test_operations_of_a_step_do_not_depend_on_the_batch(classifier, monkeypatch):
+    counts = []
+    count = _AllocationCounter.__torch_dispatch__
+
+    def counted(*args, **kwargs):
+        counts[-1] += 1
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(_AllocationCounter, '__torch_dispatch__', counted)
+    memory = TrainingMemory(classifier)
+    for batch in (64, 512):
+        counts.append(0)
+        memory.step(batch)
+    # One image and one label each; tiles for a CPU's cache would be thousands.
+    assert counts[1] - counts[0] < 10 * (512 - 64)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,24 @@ def test_traceable_computes_half_precision_in_float32():
     assert relative_error(h, expected) < 3e-3  # the rounding of the result
 
 
+@pytest.mark.parametrize('gate_dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('gates', [(-1e4, 3), (1e4, 3), (0, -1e4), (-1e4, -1e4)])
+def test_traceable_has_gradients_at_extreme_gates(gates, gate_dtype, dtype):
+    inputs = make_inputs(40)
+    igate, fgate = (x + offset for x, offset in zip(inputs[3:], gates))
+    inputs = [x.to(dtype).requires_grad_() for x in (*inputs[:3], igate, fgate)]
+    weight = torch.randn(inputs[0].shape, dtype=dtype)
+    h = mlstm_traceable(*inputs, False, 16, gate_dtype)[0]
+    actual = torch.autograd.grad((h * weight).sum(), inputs)
+    if gate_dtype == dtype == torch.float64:
+        h = mlstm_reference(*inputs, False)
+        wanted = torch.autograd.grad((h * weight).sum(), inputs)
+        for each, expected in zip(actual, wanted):
+            torch.testing.assert_close(each, expected, atol=1e-8, rtol=1e-8)
+    assert all(x.isfinite().all() for x in actual)
+
+
 def test_traceable_has_second_derivatives():
     q, k, v, igate, fgate = make_inputs(3)
     inputs = (q[..., :2], k[..., :2], v[..., :2], igate, fgate)

@@ -153,6 +153,18 @@ def test_get_flops_prints_a_table_and_writes_json(get_flops, tmp_path, monkeypat
         call(get_flops, monkeypatch, config, '--shape', 1, 2, 3)
 
 
+def test_flops_of_a_config_whose_backbone_is_replaced(get_flops, tmp_path, monkeypatch):
+    pytest.importorskip('mmseg')
+    counts = []
+    for config, *options in (
+        ('configs/upernet_vil_t_camvid.py',),
+        ('configs/upernet_vil_t_camvid.py', '--backbone', 'vil-s'),
+    ):
+        call(get_flops, monkeypatch, ROOT / config, *options, '--json', tmp_path / 'flops.json')
+        counts.append(json.loads((tmp_path / 'flops.json').read_text())['parameters']['backbone'])
+    assert 3.5 < counts[1] / counts[0] < 4.2
+
+
 def test_benchmark_compares_writes_json_and_plots(tools, tmp_path, monkeypatch, capsys):
     pytest.importorskip('timm')
     pytest.importorskip('matplotlib')

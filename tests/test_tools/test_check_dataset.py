@@ -111,6 +111,13 @@ def test_check_dataset_of_a_split_that_shows_background_only(camvid, tmp_path):
     assert 'annotations have only the labels 0 and 255' in said
 
 
+def test_check_dataset_without_any_label(camvid):
+    for path in (camvid / 'annotations/training').iterdir():
+        write(path, np.zeros((48, 64)))  # reduce_zero_label ignores 0
+    said = check(CAMVID, camvid, status=1)
+    assert 'Problems: 1.' in said and 'every pixel of every annotation is ignored' in said
+
+
 @TRANSFORMS.register_module()
 class DropFirstForTest(BaseTransform):
     """Drop the first image of the training, as a crop without objects is dropped."""

@@ -297,6 +297,7 @@ def test_models_run_beside_flash_attention(stages, context, capsys):
     assert rows[0]['x DeiT'] == 1
 
 
+@needs_triton
 def test_models_that_need_too_much_memory_have_a_row(stages, context, capsys, monkeypatch):
     pytest.importorskip('timm')
     monkeypatch.setattr(stages, 'compare', lambda *_, **__: [])

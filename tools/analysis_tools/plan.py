@@ -18,13 +18,21 @@ from mmvil.apis import training_memory
 from mmvil.apis.training_memory import GIB, TrainingMemory
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
+from mmvil.cli.main import (
+    add_backbone,
+    add_config_arguments,
+    at_least,
+    make_parser,
+    parse_args,
+    run,
+)
 
 
 def make_plan_parser():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
     add_config_arguments(parser)
+    add_backbone(parser)
     memory = dict(type=at_least(0, float), metavar='GIB')
     add('--gpu-memory', help="of one GPU (default: this machine's)", **memory)
     add('--gpus', type=at_least(1), default=1, help='number of GPUs (%(default)s)')
@@ -119,7 +127,7 @@ def print_duration(args, cfg, total, speed):
 
 def main():
     args = parse_args(make_plan_parser())
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, args.backbone)
     check(args)
     total = args.batch_size or recipe_batch(cfg)
     size = (args.shape[0], args.shape[-1]) if args.shape else None
