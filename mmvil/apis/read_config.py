@@ -26,7 +26,8 @@ def read_config(path: str | Path) -> Config:
     """Read a config file, or ``LIBRARY::PATH``, one of an installed library.
 
     Classes, which configs in mmengine's new style import, become names, as in dumped configs.
-    Without a default scope, as in these configs, it is the library of the model.
+    Without a default scope, as in these configs and in mmpretrain's ``*_headless.py``, it is the
+    library of the model, or that of the config.
     """
     library, is_named, inner = str(path).partition('::')
     path = config_dir(library) / inner if is_named else path
@@ -43,7 +44,7 @@ def read_config(path: str | Path) -> Config:
             # mmengine would pass it to the function, if the dict is inherited from a library.
             loader.collate_fn.pop('_scope_', None)
     if cfg.get('default_scope') is None:
-        library = (cfg.get('model') or {}).get('type', '').partition('.')[0]
-        is_library = library in ('mmseg', 'mmpretrain', 'mmdet')
-        cfg.default_scope = library if is_library else 'mmengine'
+        of_model = (cfg.get('model') or {}).get('type', '').partition('.')[0]
+        known = [each for each in (of_model, library) if each in ('mmseg', 'mmpretrain', 'mmdet')]
+        cfg.default_scope = known[0] if known else 'mmengine'
     return cfg

@@ -38,7 +38,7 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         backbone (str, optional): ViL that first replaces the config's backbone.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
     """
-    folder, prefix = CONFIGS.resolve(), ''
+    folder, prefix, name = CONFIGS.resolve(), '', path
     if '::' in path:
         library, inner = path.split('::', 1)
         _require([library], path)
@@ -48,14 +48,14 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         known = {each.name: each for each in folder.rglob('*.py') if '_base_' not in each.parts}
         close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
         start = folder if prefix else os.curdir
-        near = [f'Did you mean {prefix}{os.path.relpath(known[name], start)}?' for name in close]
+        near = [f'Did you mean {prefix}{os.path.relpath(known[each], start)}?' for each in close]
         raise UserError(f'config not found: {path}. {near[0] if near else f"See {folder}."}')
     with as_user_error(f'cannot read {path}'):  # configs run Python code
-        cfg = read_config(path)
+        cfg = read_config(name)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
-    for name in options:
-        _check_spelling(cfg, name)
+    for option in options:
+        _check_spelling(cfg, option)
     kinds = (AttributeError, IndexError, KeyError, TypeError, ValueError)
     with as_user_error(f'--cfg-options do not fit {path}', kinds):
         cfg.merge_from_dict(options)

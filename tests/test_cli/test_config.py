@@ -116,6 +116,14 @@ def test_inherited_collate_function_gets_no_scope(tmp_path):
     assert cfg.train_dataloader.collate_fn == dict(type='default_collate')
 
 
+def test_default_scope_is_the_library_of_the_config():
+    pytest.importorskip('mmpretrain')
+    path = 'mmpretrain::dinov2/vit-small-p14_dinov2-pre_headless.py'  # states none
+    cfg = load_config(path, {}, 'vil-t')
+    assert cfg.default_scope == 'mmpretrain' and cfg.model.head is None
+    assert cfg.model.backbone.out_type == 'bilateral_concat'
+
+
 def test_default_scope_is_the_library_of_the_model(tmp_path):
     pytest.importorskip('mmseg')
     config = tmp_path / 'new_style.py'
