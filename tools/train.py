@@ -34,7 +34,7 @@ def main():
         if cfg.get('resume'):
             notes += choose_checkpoint(cfg, args.resume == 'auto', args.trust_checkpoint)
         runner = build_runner(cfg, notes)
-        # A resumed checkpoint has to fit; others are adapted to the input channels.
+        # A resumed checkpoint has to fit; others are adapted to the model.
         adapt = dict(type='mmvil.engine.AdaptInputChannelsHook')
         runner.register_hook(CheckFitHook() if cfg.get('resume') else adapt)
         train(runner)

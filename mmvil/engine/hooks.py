@@ -11,26 +11,56 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
+from ..checkpoints.keys import weights_of
+from ..checkpoints.pretrained import check_pretrained
 from .layer_decay import plain_name
 from .sampling import check_annotations, name_failures, seed_generators, seed_samples
 
 
 @HOOKS.register_module()
 class AdaptInputChannelsHook(Hook):
-    """Adapt RGB weights in ``load_from`` to the input channels of the model, see
-    :func:`mmvil.checkpoints.adapt_input_channels`. When resuming or testing, other channels are an
-    error.
+    """Adapt weights in ``load_from`` to the model: convert an official checkpoint, and RGB weights
+    to the input channels, see :func:`mmvil.checkpoints.adapt_input_channels`. When resuming or
+    testing, other channels are an error.
+
+    Weights that do not fit the backbone are rejected, because mmengine would only warn and train
+    from random ones. Sharded models and those of DeepSpeed are not checked.
+
+    Raises:
+        ValueError: If the checkpoint has no weights of the model's backbone, or they do not fit.
     """
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return
-        state = checkpoint.get('state_dict', checkpoint)
+        state, own = checkpoint.get('state_dict', checkpoint), weights_of(checkpoint)
+        parts = []
         for name, module in runner.model.named_modules():
             if hasattr(module, 'adapt_pretrained'):
-                for wrapper in ('', 'module.'):  # as in mmengine
-                    prefix = wrapper + plain_name(f'{name}.')
-                    state.update(module.adapt_pretrained(state, prefix))
+                prefix = plain_name(f'{name}.') if name else ''
+                own = module.adapt_pretrained(own, prefix)
+                part = {
+                    key.removeprefix(prefix): value
+                    for key, value in own.items()
+                    if key.startswith(prefix)
+                }
+                parts.append((module, prefix, part))
+        state.clear()
+        state.update(own)
+        if not runner.cfg.get('strategy'):
+            _check_parts(parts, own, runner._load_from)
+
+
+def _check_parts(parts, weights: dict[str, Tensor], source: str) -> None:
+    """Raise a ValueError if ViL blocks do not fit the backbones whose names they have, or there are
+    none, and ``init_cfg`` has no weights either.
+    """
+    given = [each for each in parts if any(name.startswith('layers.') for name in each[2])]
+    for backbone, prefix, part in given:
+        check_pretrained(backbone, part, f'{source}, {prefix}*,')
+    if parts and not given and all(backbone.init_cfg is None for backbone, *_ in parts):
+        backbone, _, part = parts[0]
+        check_pretrained(backbone, part or weights, source)
 
 
 @HOOKS.register_module()
