@@ -55,14 +55,15 @@ def test_traceable_has_gradients_at_extreme_gates(gates, gate_dtype, dtype):
     inputs = make_inputs(40)
     igate, fgate = (x + offset for x, offset in zip(inputs[3:], gates))
     inputs = [x.to(dtype).requires_grad_() for x in (*inputs[:3], igate, fgate)]
-    weight = torch.randn(inputs[0].shape, dtype=dtype)
+    weight = make_inputs(41)[0][..., 1:, :].to(dtype)
     h = mlstm_traceable(*inputs, False, 16, gate_dtype)[0]
     actual = torch.autograd.grad((h * weight).sum(), inputs)
     if gate_dtype == dtype == torch.float64:
         h = mlstm_reference(*inputs, False)
         wanted = torch.autograd.grad((h * weight).sum(), inputs)
         for each, expected in zip(actual, wanted):
-            torch.testing.assert_close(each, expected, atol=1e-8, rtol=1e-8)
+            # Without a lower limit, some denominators are tiny, and rounding errors are large.
+            assert relative_error(each, expected) < 1e-8
     assert all(x.isfinite().all() for x in actual)
 
 
