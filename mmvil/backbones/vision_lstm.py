@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoints import is_official, vil_to_mmvil
 from ..checkpoints.channels import PATCH_EMBED_WEIGHT, adapt_input_channels, input_channels
 from ..checkpoints.compare import fits
+from ..checkpoints.keys import part_of
 from ..checkpoints.pretrained import check_pretrained, load_pretrained
 from ..layers import BlockStack, FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
@@ -454,13 +455,12 @@ class VisionLSTM(BaseModule):
         """Convert an official checkpoint before it is loaded into a whole classifier; called by
         mmpretrain's ``ImageClassifier``.
         """
-        source = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
+        source = part_of(state_dict, prefix)
         if not is_official(source):
             return
         name = 'backbone.'
         converted = self.adapt_pretrained(vil_to_mmvil(source), name)
-        backbone = {key[len(name) :]: x for key, x in converted.items() if key.startswith(name)}
-        check_pretrained(self, backbone, 'The official checkpoint')
+        check_pretrained(self, part_of(converted, name), 'The official checkpoint')
         for key in source:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: value for key, value in converted.items()})

@@ -54,6 +54,15 @@ def weights_of(checkpoint: Mapping) -> dict[str, Tensor]:
     return vil_to_mmvil(state) if is_official(state) else state
 
 
+def part_of(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Extract the tensors whose names start with a prefix, under names without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix)
+    }
+
+
 def vil_to_mmvil(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert an official state dict to the layout of mmpretrain's ``ImageClassifier``
     (``backbone.*``, ``head.fc.*``).

@@ -8,7 +8,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from .compare import describe_misfit, summarize
-from .keys import weights_of
+from .keys import part_of, weights_of
 
 
 def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = None) -> None:
@@ -28,13 +28,8 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     if prefix is None and any(name.startswith('backbone.') for name in source):
         prefix = 'backbone.'
     prefix = prefix.removeprefix('module.').rstrip('.') + '.' if prefix else ''
-    state = {
-        name.removeprefix(prefix): value
-        for name, value in source.items()
-        if name.startswith(prefix)
-    }
-    state = backbone.adapt_pretrained(state)
-    check_pretrained(backbone, state, filename + (f', {prefix}*,' if prefix else ''))
+    state = backbone.adapt_pretrained(part_of(source, prefix))
+    check_pretrained(backbone, state, filename, prefix)
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     unused = unexpected + [name for name in source if not name.startswith(prefix)]
     total = len(backbone.state_dict())
@@ -45,9 +40,11 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     )
 
 
-def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+def check_pretrained(
+    backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str, prefix: str = ''
+) -> None:
     """Raise a ValueError unless a state dict, without prefix, has the embeddings and all blocks of
-    a backbone in the right shapes. The message names the source.
+    a backbone in the right shapes. The message names the source, and the prefix in it.
     """
     own = backbone.state_dict()
     trunk = ('patch_embed.', 'pos_embed', 'layers.')
@@ -56,6 +53,7 @@ def check_pretrained(backbone: nn.Module, state_dict: Mapping[str, Tensor], sour
         optional = [name for name in own if not name.startswith(trunk)]
         mismatch = describe_misfit(state_dict, own, optional)
     if mismatch:
+        source += f', {prefix}*,' if prefix else ''
         raise ValueError(
             f'{source} does not fit this VisionLSTM (embed_dims={backbone.embed_dims}, '
             f'version={backbone.version}): {mismatch}. Choose the arch and version of the '

@@ -69,16 +69,14 @@ def make_parser(doc: str, whole: bool = False) -> argparse.ArgumentParser:
 def add_config_arguments(
     parser: argparse.ArgumentParser,
     help: str = 'config file, such as configs/upernet_vil_t_ade20k.py',
+    backbone: bool = False,
 ) -> None:
-    """Add ``config`` and ``--cfg-options``."""
+    """Add ``config``, ``--cfg-options`` and, if wanted, ``--backbone``."""
     parser.add_argument('config', help=help)
     add_cfg_options(parser)
-
-
-def add_backbone(parser: argparse.ArgumentParser) -> None:
-    """Add ``--backbone``."""
-    help = "replace the config's backbone: vil-t, vil-s or vil-b"
-    parser.add_argument('--backbone', metavar='VIL', help=help)
+    if backbone:
+        vil = "replace the config's backbone: vil-t, vil-s or vil-b"
+        parser.add_argument('--backbone', metavar='VIL', help=vil)
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +112,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         'config file, such as configs/upernet_vil_t_ade20k.py, or one of an installed library, '
         'such as mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
+        backbone=True,
     )
-    add_backbone(parser)
     add = parser.add_argument
     add('--data-root', help="data folder, instead of the config's")
     check = 'only check that config, data and checkpoints are in place'

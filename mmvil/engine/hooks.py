@@ -9,9 +9,9 @@ from mmengine.dist import all_reduce_dict, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..checkpoints.keys import weights_of
+from ..checkpoints.keys import part_of, weights_of
 from ..checkpoints.pretrained import check_pretrained
 from .layer_decay import plain_name
 from .sampling import check_annotations, name_failures, seed_generators, seed_samples
@@ -33,34 +33,32 @@ class AdaptInputChannelsHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return
-        state, own = checkpoint.get('state_dict', checkpoint), weights_of(checkpoint)
-        parts = []
+        weights, backbones = weights_of(checkpoint), {}
         for name, module in runner.model.named_modules():
             if hasattr(module, 'adapt_pretrained'):
                 prefix = plain_name(f'{name}.') if name else ''
-                own = module.adapt_pretrained(own, prefix)
-                part = {
-                    key.removeprefix(prefix): value
-                    for key, value in own.items()
-                    if key.startswith(prefix)
-                }
-                parts.append((module, prefix, part))
+                weights = module.adapt_pretrained(weights, prefix)
+                backbones[prefix] = module
+        state = checkpoint.get('state_dict', checkpoint)
         state.clear()
-        state.update(own)
+        state.update(weights)
         if not runner.cfg.get('strategy'):
-            _check_parts(parts, own, runner._load_from)
+            _check_backbones(backbones, weights, runner._load_from)
 
 
-def _check_parts(parts, weights: dict[str, Tensor], source: str) -> None:
-    """Raise a ValueError if ViL blocks do not fit the backbones whose names they have, or there are
-    none, and ``init_cfg`` has no weights either.
+def _check_backbones(
+    backbones: dict[str, nn.Module], weights: dict[str, Tensor], source: str
+) -> None:
+    """Raise a ValueError if ViL blocks do not fit the backbones, by prefix, whose names they have,
+    or there are none, and ``init_cfg`` has no weights either.
     """
-    given = [each for each in parts if any(name.startswith('layers.') for name in each[2])]
-    for backbone, prefix, part in given:
-        check_pretrained(backbone, part, f'{source}, {prefix}*,')
-    if parts and not given and all(backbone.init_cfg is None for backbone, *_ in parts):
-        backbone, _, part = parts[0]
-        check_pretrained(backbone, part or weights, source)
+    parts = {prefix: part_of(weights, prefix) for prefix in backbones}
+    given = [p for p, part in parts.items() if any(name.startswith('layers.') for name in part)]
+    for prefix in given:
+        check_pretrained(backbones[prefix], parts[prefix], source, prefix)
+    if not given and backbones and all(each.init_cfg is None for each in backbones.values()):
+        prefix, backbone = next(iter(backbones.items()))
+        check_pretrained(backbone, parts[prefix] or weights, source)
 
 
 @HOOKS.register_module()

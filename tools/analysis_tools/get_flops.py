@@ -16,14 +16,7 @@ from mmvil.apis.flop_count import count_multiply_adds, count_parameters
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.inference import build_untrained
-from mmvil.cli.main import (
-    add_backbone,
-    add_config_arguments,
-    at_least,
-    make_parser,
-    parse_args,
-    run,
-)
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
 NOTE = """\
 Multiply-adds (MACs), which papers call FLOPs, of one image in inference; matrix products and
@@ -42,8 +35,7 @@ def build_model(cfg):
 
 def make_flops_parser():
     parser = make_parser(__doc__, whole=True)
-    add_config_arguments(parser)
-    add_backbone(parser)
+    add_config_arguments(parser, backbone=True)
     sizes = parser.add_mutually_exclusive_group()
     some = dict(type=at_least(1), nargs='+', metavar='PIXELS')
     shape = "height and width, or one number for both (default: the backbone's img_size, or 224)"

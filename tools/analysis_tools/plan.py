@@ -18,21 +18,13 @@ from mmvil.apis import training_memory
 from mmvil.apis.training_memory import GIB, TrainingMemory
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
-from mmvil.cli.main import (
-    add_backbone,
-    add_config_arguments,
-    at_least,
-    make_parser,
-    parse_args,
-    run,
-)
+from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
 
 def make_plan_parser():
     parser = make_parser(__doc__, whole=True)
     add = parser.add_argument
-    add_config_arguments(parser)
-    add_backbone(parser)
+    add_config_arguments(parser, backbone=True)
     memory = dict(type=at_least(0, float), metavar='GIB')
     add('--gpu-memory', help="of one GPU (default: this machine's)", **memory)
     add('--gpus', type=at_least(1), default=1, help='number of GPUs (%(default)s)')
