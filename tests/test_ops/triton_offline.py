@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,8 +28,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
 
 from mmvil.ops.mlstm import Form
 from mmvil.ops.triton import default_chunk_size
@@ -45,7 +45,8 @@ SHARED_LIMIT = {
 }
 """Bytes of shared memory that one block may have."""
 
-OLD_COMPILER = tuple(map(int, triton.__version__.split('.')[:2])) < (3, 9)
+COMPILER = tuple(map(int, triton.__version__.split('.')[:2]))
+OLD_COMPILER = COMPILER < (3, 9)
 """Older versions compile the kernels to more registers or instructions."""
 
 
@@ -95,16 +96,14 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         ``rows_per_warp`` (the fewest rows of a product that a warp has for itself; with less than
         16, warps compute the same).
     """
-    kernel, target = launch.kernel, _target(arch)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    kwargs = dict(launch.kwargs, debug=False)
-    bound, specialization, options = binder(*launch.args, **kwargs)
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, kwargs, bound, specialization, options
+    target = _target(arch)
+    gpu = SimpleNamespace(
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: None,
+        get_current_target=lambda: target,
     )
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    with mock.patch('triton.runtime.jit.driver', SimpleNamespace(active=gpu)):
+        compiled = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.kwargs)
     if target.backend == 'hip':
         return _amd_resources(compiled)
     facts = _nvidia_resources(compiled) | _code_facts(compiled)

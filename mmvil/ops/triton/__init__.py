@@ -14,8 +14,8 @@ import torch
 
 from ..log import warn_once
 
-MIN_TRITON = (3, 5)
-"""Oldest version that runs and compiles the kernels; it comes with torch 2.9."""
+MIN_TRITON = (3, 3)
+"""Oldest version that runs and compiles the kernels; it comes with torch 2.7."""
 MIN_CAPABILITY = (8, 0)
 """Ampere, the first with bfloat16 and asynchronous copies."""
 MAX_HEAD_WIDTH = 512

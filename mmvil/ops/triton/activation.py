@@ -8,8 +8,9 @@ from .tiles import INTERPRETED
 
 
 @tl.core.builtin
-def _compiles_to_ptx(_semantic=None):
-    return tl.constexpr(_semantic.builder.options.backend_name == 'cuda')
+def _compiles_to_ptx(_semantic=None, _builder=None):
+    builder = _builder or _semantic.builder  # of Triton before 3.4, and since
+    return tl.constexpr(builder.options.backend_name == 'cuda')
 
 
 @triton.jit

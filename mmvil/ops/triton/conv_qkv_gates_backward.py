@@ -409,6 +409,5 @@ def split_gradients(sums: Tensor, weights: BeforeCellWeights) -> BeforeCellWeigh
     """
     sizes = gradient_sizes(weights)
     grads = dict(zip(sizes, sums.split([*sizes.values()])))
-    return BeforeCellWeights(
-        **{n: None if p is None else grads[n].view(p.shape) for n, p in weights._asdict().items()}
-    )
+    named = zip(BeforeCellWeights._fields, weights)
+    return BeforeCellWeights(*(None if p is None else grads[n].view(p.shape) for n, p in named))

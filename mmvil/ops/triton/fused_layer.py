@@ -38,7 +38,7 @@ def forward(
     up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)
     taps = w.conv_weight.movedim(0, -1).contiguous()
-    weights = [*_before_cell_weights(w)._replace(conv_weight=taps)]
+    weights = _before_cell_weights(w, taps)
     a, q, k, v, gates = parts.before_cell(
         x_m, weights, settings.grid, settings.heads, settings.reverse, True
     )
@@ -58,7 +58,7 @@ def gradients(
     x, up_weight, down_weight, taps, x_m, z, h, igate, fgate, normalizer, *cell = saved
     parts = _parts(x)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
-    weights = [*_before_cell_weights(w)._replace(conv_weight=taps)]
+    weights = _before_cell_weights(w, taps)
     if not cell:
         *cell, _ = parts.before_cell(x_m, weights, grid, heads, reverse, False)
     a, q, k, v = cell
@@ -107,7 +107,8 @@ def gradients(
     partial_sums += [] if w.down_bias is None else down_sums
     sums = parts.add_partial_sums(partial_sums[0], partial_sums[1:])
     before, after, norm, *down = sums.split([part.shape[1] for part in partial_sums])
-    before_grads = split_gradients(before, _before_cell_weights(w))
+    before_cell_weights = BeforeCellWeights(*_before_cell_weights(w, w.conv_weight))
+    before_grads = split_gradients(before, before_cell_weights)
     end, inner = before.shape[0], z.shape[2]
     up_bias_grad = sums[end - inner : end + inner]
     _, out_norm_weight_grad, out_norm_bias_grad, skip_grad = after.view(4, inner)
@@ -117,7 +118,7 @@ def gradients(
         norm_bias=None if w.norm_bias is None else norm_bias_grad,
         up_weight=up_weight_grad,
         up_bias=None if w.up_bias is None else up_bias_grad,
-        **before_grads._asdict(),
+        **dict(zip(BeforeCellWeights._fields, before_grads)),
         out_norm_weight=out_norm_weight_grad,
         out_norm_bias=None if w.out_norm_bias is None else out_norm_bias_grad,
         skip=skip_grad,
@@ -132,8 +133,13 @@ def _parts(x: Tensor):
     return torch.ops.mmvil if observed else _FUNCTIONS
 
 
-def _before_cell_weights(w: LayerWeights) -> BeforeCellWeights:
-    return BeforeCellWeights(*(getattr(w, name) for name in BeforeCellWeights._fields))
+def _before_cell_weights(w: LayerWeights, taps: Tensor) -> list[Tensor | None]:
+    """Weights in the order of :class:`BeforeCellWeights`, with those of the convolution by tap.
+
+    Without ``_replace``, which compilers before torch 2.9 do not know.
+    """
+    names = BeforeCellWeights._fields
+    return [taps if name == 'conv_weight' else getattr(w, name) for name in names]
 
 
 def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from ..compat import tf32_is_allowed
+from . import is_interpreted
 
 # The interpreter treats bfloat16 as integers in matrix products.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(is_interpreted())
 
 
 @triton.jit

@@ -147,19 +147,25 @@ def assembler(arch: int) -> tuple[str, str]:
     """Version of the ptxas that Triton uses for an architecture (90 for sm_90), and the variable
     that selects another.
     """
-    from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
     # Newer versions of Triton ship one for older and one for newer GPUs.
     tool = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()
-    text = subprocess.run([tool.path, '--version'], capture_output=True, text=True).stdout
+    if isinstance(tool, tuple):  # Triton 3.3
+        path, version = tool
+        variables = ['TRITON_PTXAS_PATH' if arch < 100 else 'TRITON_PTXAS-BLACKWELL_PATH']
+    else:
+        from triton import knobs
+
+        path, version = tool.path, tool.version
+        variables = [
+            knob.key
+            for name, knob in knobs.nvidia.knob_descriptors.items()
+            if name in ('ptxas', 'ptxas_blackwell') and getattr(knobs.nvidia, name) == tool
+        ]
+    text = subprocess.run([path, '--version'], capture_output=True, text=True).stdout
     full = re.search(r'\bV([\d.]+)', text)
-    variables = [
-        knob.key
-        for name, knob in knobs.nvidia.knob_descriptors.items()
-        if name in ('ptxas', 'ptxas_blackwell') and getattr(knobs.nvidia, name) == tool
-    ]
-    return full.group(1) if full else tool.version, ' or '.join(variables)
+    return full.group(1) if full else version, ' or '.join(variables)
 
 
 # -- Files -----------------------------------------------------------------------------------------
