@@ -23,7 +23,6 @@ from ..checkpoints.keys import part_of
 from ..checkpoints.pretrained import check_pretrained, load_pretrained
 from ..layers import BlockStack, FeaturePyramid, PatchEmbed, ViLBlock, resize_pos_embed
 from ..layers.embed import tokens_to_map
-from ..layers.vil_block import without_bias
 
 torch.fx.wrap('resize_pos_embed')  # not traced symbolically, because it depends on sizes
 
@@ -189,7 +188,7 @@ class VisionLSTM(BaseModule):
         self.norm = None
         if final_norm:
             eps = 1e-6 if version == 2 else 1e-5
-            self.norm = without_bias(nn.LayerNorm(self.embed_dims, eps=eps), version == 1)
+            self.norm = nn.LayerNorm(self.embed_dims, eps=eps, bias=version == 2)
         self.pool_norm = None
         if out_type.startswith('bilateral'):
             width = 2 * self.embed_dims if out_type == 'bilateral_concat' else self.embed_dims
@@ -408,7 +407,9 @@ class VisionLSTM(BaseModule):
         """
         _, *modules = self.modules()
         for module in reversed(modules):  # submodules first: blocks reinitialize theirs
-            if hasattr(module, 'reset_parameters'):
+            if isinstance(module, nn.GroupNorm) and module.bias is None:
+                nn.init.ones_(module.weight)  # torch < 2.12 would initialize the bias, too
+            elif hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

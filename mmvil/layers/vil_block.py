@@ -76,7 +76,7 @@ class ViLBlock(nn.Module):
         self.chunk_size = chunk_size
         self.lean = lean
 
-        self.norm = without_bias(nn.LayerNorm(embed_dims), not bias)
+        self.norm = nn.LayerNorm(embed_dims, bias=bias)
         self.proj_up = nn.Linear(embed_dims, 2 * inner, bias=bias)
         self.conv = TokenConv(inner, causal=version == 1)
         self.q_proj = HeadwiseLinear(inner, num_heads, bias=bias)
@@ -84,7 +84,9 @@ class ViLBlock(nn.Module):
         self.v_proj = HeadwiseLinear(inner, num_heads, bias=bias)
         self.igate = nn.Linear(3 * inner, num_heads)
         self.fgate = nn.Linear(3 * inner, num_heads)
-        self.out_norm = without_bias(nn.GroupNorm(num_heads, inner), not bias)
+        self.out_norm = nn.GroupNorm(num_heads, inner)
+        if not bias:  # torch < 2.12 has no argument for it
+            self.out_norm.register_parameter('bias', None)
         self.skip = nn.Parameter(torch.empty(inner))
         self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
         self.drop_path = DropPath(drop_path_rate)
@@ -367,10 +369,3 @@ def _call_promoted(module: nn.Module, x: Tensor) -> Tensor:
         if parameter.is_floating_point() and parameter.element_size() < x.element_size()
     }
     return functional_call(module, promoted, (x,)) if promoted else module(x)
-
-
-def without_bias(norm: nn.Module, remove: bool = True) -> nn.Module:
-    """Remove the bias of a norm (arguments of torch's own norms differ between versions)."""
-    if remove:
-        norm.register_parameter('bias', None)
-    return norm

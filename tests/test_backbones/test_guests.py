@@ -273,9 +273,11 @@ def test_flop_counter_of_torch_counts_what_is_executed():
 # ------------------------------------------------------------------- deferred initialization
 
 
+@pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('mode', ['uniform', 'linear'])
-def test_models_are_built_on_the_meta_device_and_initialized_later(mode):
-    kwargs = dict(TINY, drop_path_rate=0.2, drop_path_mode=mode, pyramid=dict(strides=(8,)))
+def test_models_are_built_on_the_meta_device_and_initialized_later(mode, version):
+    options = dict(drop_path_rate=0.2, drop_path_mode=mode, pyramid=dict(strides=(8,)))
+    kwargs = dict(TINY, version=version, **options)
     with torch.device('meta'):
         net = VisionLSTM(**kwargs)
     assert all(p.is_meta for p in net.parameters())
