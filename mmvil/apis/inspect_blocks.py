@@ -45,11 +45,8 @@ def token_at(grid, at):
 def block_features(backbone, images):
     """Compute the tokens (B, N, D) after each block, from images (B, C, H, W)."""
     x, grid = backbone.embed(images)
-    features = []
-    for block in backbone.layers:
-        x = block(x, grid)
-        features.append(x)
-    return features
+    every = range(len(backbone.layers))
+    return backbone.layers.forward(x, grid, every)  # without the option compile
 
 
 def block_gates(backbone, images):
@@ -57,11 +54,8 @@ def block_gates(backbone, images):
     (B, C, H, W).
     """
     x, grid = backbone.embed(images)
-    gates = []
-    for block in backbone.layers:
-        gates.append(block.gates(x, grid))
-        x = block(x, grid)
-    return gates
+    inputs = [x, *block_features(backbone, images)]
+    return [block.gates(x, grid) for block, x in zip(backbone.layers, inputs)]
 
 
 def decay_weights(igate, fgate, reverse, token):
