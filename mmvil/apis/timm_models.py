@@ -42,7 +42,7 @@ __all__ = ['TimmVisionLSTM']
 
 POOLS = ('bilateral_concat', 'bilateral_avg', 'avg', '')
 
-UNUSED_ARGUMENTS = {'out_indices', 'out_type', 'pyramid', 'with_cp', 'init_cfg'}
+UNUSED_ARGUMENTS = {'out_indices', 'out_type', 'pyramid', 'with_cp', 'compile', 'init_cfg'}
 """Arguments of :class:`mmvil.VisionLSTM` for which timm has its own ways."""
 
 # Leaves of symbolic traces (torch.fx), because they depend on the image size.
@@ -99,7 +99,8 @@ class TimmVisionLSTM(nn.Module):
         if unused := UNUSED_ARGUMENTS & kwargs.keys():
             raise TypeError(
                 f'TimmVisionLSTM does not take {", ".join(sorted(unused))}; timm has '
-                'features_only, global_pool, set_grad_checkpointing() and pretrained for these.'
+                'features_only, global_pool, set_grad_checkpointing() and pretrained for these, '
+                'and torch.compile compiles any model.'
             )
         with nullcontext() if device is None else torch.device(device):
             self.backbone = VisionLSTM(arch, img_size=img_size, in_channels=in_chans, **kwargs)

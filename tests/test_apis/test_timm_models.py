@@ -280,6 +280,8 @@ def test_unknown_arguments_are_rejected():
         create(not_an_argument=1)
     with pytest.raises(TypeError, match='does not take out_type, with_cp; timm has features_only'):
         create(with_cp=True, out_type='raw')
+    with pytest.raises(TypeError, match='does not take compile; .* torch.compile'):
+        create(compile=True)
 
 
 def test_device_and_dtype_of_create_model():
