@@ -72,7 +72,8 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         """Normalize x, shape (B, C, H, W)."""
         if not self.training or get_world_size() == 1:
             return super().forward(x)
-        channels = x.shape[1]
+        dtype, channels = x.dtype, x.shape[1]
+        x = x.to(torch.promote_types(dtype, torch.float32))  # sums exceed float16's range
         numel = x.new_tensor([x.numel() // channels])
         sums = _AllReduceSum.apply(torch.cat([x.sum((0, 2, 3)), numel]))
         count = sums[-1].detach()
@@ -91,7 +92,8 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         if self.affine:
             scale = scale * self.weight
         y = centred * scale.view(1, channels, 1, 1)
-        return y + self.bias.view(1, channels, 1, 1) if self.affine else y
+        y = y + self.bias.view(1, channels, 1, 1) if self.affine else y
+        return y.to(dtype)
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -135,6 +135,20 @@ def test_cpu_sync_batch_norm_normalizes_by_both_processes():
     in_two_processes(check_sync_batch_norm)
 
 
+def check_sync_batch_norm_of_half_precision(rank):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 300, 300) + 2  # more pixels than the largest float16
+    plain, synchronized = nn.BatchNorm2d(3), CPUSyncBatchNorm(3)
+    expected, actual = plain(x)[rank], synchronized(x[rank : rank + 1].half())[0]
+    assert actual.dtype == torch.float16
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(synchronized.running_var, plain.running_var, rtol=1e-3, atol=0)
+
+
+def test_cpu_sync_batch_norm_of_half_precision_does_not_overflow():
+    in_two_processes(check_sync_batch_norm_of_half_precision)
+
+
 # -- The parts, in one process ---------------------------------------------------------------------
 
 
