@@ -16,11 +16,12 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import dump
 
 from mmvil.cli.config import (
+    as_list,
+    default_hook,
     dicts,
     innermost_datasets,
     read_runner_config,
     require,
-    visualization_hook,
 )
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, loads
@@ -93,9 +94,7 @@ def read_config(args):
     if args.tta:
         use_tta(cfg, is_classifier)
 
-    evaluators = cfg.test_evaluator
-    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-    dumps = [args.dump]
+    evaluators, dumps = as_list(cfg.test_evaluator), [args.dump]
     if args.out_item == 'metrics' and not args.out:
         raise UserError('--out-item metrics needs a file: --out metrics.json')
     if args.out and args.out_item == 'metrics':
@@ -114,7 +113,7 @@ def read_config(args):
                 evaluator.update(output_dir=args.out, keep_results=True)
     for path in filter(None, dumps):
         check_file('predictions are', path, '.pkl', '.pickle')
-        evaluators = [*evaluators, dict(type='DumpResults', out_file_path=path)]
+        evaluators.append(dict(type='DumpResults', out_file_path=path))
     cfg.test_evaluator = evaluators
     # mmengine writes the config into the work dir, over that of the training if it has its name.
     path = Path(cfg.filename)
@@ -142,7 +141,7 @@ def check_names(dataset):
 
 def draw(cfg, args, is_classifier):
     """Draw predictions with the library's hook."""
-    hook = visualization_hook(cfg)
+    hook = default_hook(cfg, 'visualization')
     if not hook:
         raise UserError('--show and --show-dir need default_hooks.visualization in the config')
     if not ImageReader(cfg).bgr:  # the hooks read files with OpenCV
@@ -168,7 +167,7 @@ def use_tta(cfg, is_classifier):
     is_described = 'tta_pipeline' in cfg and 'tta_model' in cfg
     if not is_described and not is_classifier:
         raise UserError('--tta needs tta_pipeline and tta_model in the config')
-    hook = visualization_hook(cfg)
+    hook = default_hook(cfg, 'visualization')
     if hook and is_classifier:
         hook.enable = False  # it cannot draw several views
     for dataset in innermost_datasets(cfg.test_dataloader.dataset):

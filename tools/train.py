@@ -8,7 +8,7 @@ from importlib import import_module
 
 from mmengine.device import get_device
 
-from mmvil.cli.config import loaders, read_runner_config, require
+from mmvil.cli.config import loaders, read_runner_config, require, use_float32
 from mmvil.cli.errors import UserError, as_user_error
 from mmvil.cli.main import add_runner_arguments, make_parser, parse_args, run
 from mmvil.cli.preflight import CheckFitHook, build_runner, check_training, train
@@ -81,9 +81,7 @@ def read_config(args):
         if args.resume != 'auto':
             cfg.load_from = args.resume
     if args.precision == 'float32':
-        cfg.optim_wrapper.type = 'OptimWrapper'
-        for option in ('dtype', 'loss_scale'):
-            cfg.optim_wrapper.pop(option, None)
+        use_float32(cfg.optim_wrapper)
     elif args.amp or args.precision:
         on_cpu = get_device() == 'cpu'
         cfg.optim_wrapper.type = 'mmvil.engine.CPUAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'

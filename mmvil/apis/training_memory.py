@@ -60,8 +60,8 @@ class TrainingMemory:
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         optimizer = int(optimizer_state(cfg) * trained)
         self.fixed_bytes = {'weights': weights, 'optimizer state': optimizer}
-        hooks = [*cfg.get('custom_hooks', []), *cfg.get('default_hooks', {}).values()]
-        if any(type_name(hook) == 'EMAHook' for hook in hooks):
+        hooks = [cfg.get('custom_hooks'), cfg.get('default_hooks')]
+        if any(type_name(node) == 'EMAHook' for node in dicts(hooks)):
             self.fixed_bytes['averaged weights (EMA)'] = weights
         if gpus > 1:
             self.fixed_bytes['buffers of gradients (DDP)'] = trained

@@ -16,7 +16,14 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from ..apis import swap_backbone
 from ..apis.read_config import config_dir, read_config
-from ..engine.config_nodes import dicts, innermost_datasets, loaders
+from ..engine.config_nodes import (  # noqa: F401 (tools import all of them from here)
+    as_list,
+    default_hook,
+    dicts,
+    innermost_datasets,
+    loaders,
+    use_float32,
+)
 from .errors import UserError, as_user_error, one_line
 from .own_data import configure_own_data
 
@@ -112,11 +119,6 @@ def read_runner_config(args: argparse.Namespace, **swap) -> Config:
             loader.pin_memory = False
     set_data_root(cfg, args.data_root)
     return cfg
-
-
-def visualization_hook(cfg: Config) -> dict:
-    """Config of the hook that draws predictions, or an empty dict."""
-    return (cfg.get('default_hooks') or {}).get('visualization') or {}
 
 
 def require(cfg: Config, *names: str) -> None:

@@ -25,7 +25,7 @@ from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from ..engine.hooks import NamePicturesHook
-from .config import build_lazily, visualization_hook
+from .config import build_lazily, default_hook
 from .errors import UserError, as_user_error, one_line
 
 MISFIT = 'Invalid channel dimensions|expected input|same reduction dim|mat1 and mat2 shapes'
@@ -67,7 +67,7 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
         # FlexibleRunner does not read it from the config, and would compile the optimizer step.
         options = {} if cfg.compile is True else cfg.compile
         runner._compile = dict(target='forward', **options)
-    if visualization_hook(cfg).get('enable'):  # mmpretrain's
+    if default_hook(cfg, 'visualization').get('enable'):  # mmpretrain's
         runner.register_hook(NamePicturesHook())
     for note in notes:
         runner.logger.warning(note)

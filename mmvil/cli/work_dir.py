@@ -14,6 +14,7 @@ from ..checkpoints.atomic import ATOMIC, PARTIAL
 from ..checkpoints.resume import find_good_checkpoint, verify
 from ..checkpoints.safe_load import DamagedCheckpointError
 from ..checkpoints.sharded import is_sharded
+from ..engine.config_nodes import default_hook
 from .errors import UserError, as_user_error, is_first_process
 
 
@@ -23,7 +24,7 @@ def save_atomically(cfg: Config) -> list[str]:
     Returns:
         list[str]: Warnings for the log.
     """
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    hook = default_hook(cfg, 'checkpoint')
     if hook and '://' not in str(hook.get('out_dir')) and 'file_client_args' not in hook:
         hook.setdefault('backend_args', ATOMIC)
     if hook and hook.get('max_keep_ckpts') == 1:

@@ -41,6 +41,18 @@ def type_name(node) -> str:
     return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
 
 
+def default_hook(cfg: Config, name: str) -> dict:
+    """Config of a default hook, or an empty dict."""
+    return (cfg.get('default_hooks') or {}).get(name) or {}
+
+
+def use_float32(optim_wrapper: dict) -> None:
+    """Turn mixed precision off in the config of an optimizer wrapper, in place."""
+    optim_wrapper.type = 'OptimWrapper'
+    for option in ('dtype', 'loss_scale', 'use_fsdp'):
+        optim_wrapper.pop(option, None)
+
+
 def as_list(node) -> list:
     """Convert a sequence to a list, None to an empty list, and any other value to a list of one."""
     if node is None:

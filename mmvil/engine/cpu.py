@@ -13,7 +13,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from .config_nodes import dicts, loaders, type_name
+from .config_nodes import dicts, loaders, type_name, use_float32
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -122,9 +122,7 @@ def fit_to_cpu(cfg: Config) -> list[str]:
     notes = []
     wrapper = cfg.get('optim_wrapper') or {}
     if type_name(wrapper) == 'AmpOptimWrapper':
-        wrapper.type = 'OptimWrapper'
-        for option in ('dtype', 'loss_scale', 'use_fsdp'):
-            wrapper.pop(option, None)
+        use_float32(wrapper)
         notes.append(
             'no GPU: training in float32, because mixed precision (AmpOptimWrapper) needs one'
         )

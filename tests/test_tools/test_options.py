@@ -26,13 +26,13 @@ def read(tool, make_parser, *arguments, config='vil_t_imagenet'):  # trains in b
         (['--amp'], 'bfloat16'),
         (['--precision', 'bfloat16'], 'bfloat16'),
         (['--precision', 'float16'], 'float16'),
-        (['--precision', 'float32'], None),
+        (['--precision', 'float32', '--cfg-options', 'optim_wrapper.use_fsdp=True'], None),
     ],
 )
 def test_train_uses_the_given_precision(arguments, dtype):
     wrapper = read(train_tool, train_tool.make_train_parser, *arguments).optim_wrapper
     assert wrapper.get('dtype') == dtype
-    assert ('Amp' in wrapper.type) == (dtype is not None)
+    assert ('Amp' in wrapper.type) == (dtype is not None) and 'use_fsdp' not in wrapper
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,9 @@ def test_plan_scales_settings_in_iterations(plan):
     warm_up, cosine = cfg.param_scheduler
     assert (warm_up.begin, warm_up.end, cosine.begin, cosine.end) == (0, 6000, 6000, 640000)
 
+    cfg.param_scheduler, cfg.default_hooks.checkpoint = cosine, None
+    assert plan.options_for(cfg, 4, 2)['param_scheduler.end'] == 1280000
+
     epochs = Config.fromfile(ROOT / 'configs/vil_t_imagenet.py')
     assert plan.options_for(epochs, 128, 8) == {
         'train_dataloader.batch_size': 128,

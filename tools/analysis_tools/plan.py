@@ -16,7 +16,7 @@ from torch._subclasses import fake_tensor
 
 from mmvil.apis import training_memory
 from mmvil.apis.training_memory import GIB, TrainingMemory
-from mmvil.cli.config import load_config
+from mmvil.cli.config import default_hook, load_config
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import add_config_arguments, at_least, make_parser, parse_args, run
 
@@ -83,14 +83,14 @@ def options_for(cfg, batch, steps):
     options['optim_wrapper.accumulative_counts'] = steps
     if not cfg.train_cfg.get('max_iters'):
         return options
-    nodes = {'train_cfg': cfg.train_cfg}
-    for index, scheduler in enumerate(cfg.get('param_scheduler') or []):
-        if not scheduler.get('by_epoch', True):
-            nodes[f'param_scheduler.{index}'] = scheduler
-    checkpoint = cfg.get('default_hooks', {}).get('checkpoint', {})
-    if not checkpoint.get('by_epoch', True):
-        nodes['default_hooks.checkpoint'] = checkpoint
-    for name, node in nodes.items():
+    nodes = {'default_hooks.checkpoint': default_hook(cfg, 'checkpoint')}
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        nodes['param_scheduler'] = schedulers
+    else:
+        nodes |= {f'param_scheduler.{i}': each for i, each in enumerate(schedulers)}
+    by_iter = {name: node for name, node in nodes.items() if not node.get('by_epoch', True)}
+    for name, node in {'train_cfg': cfg.train_cfg, **by_iter}.items():
         for key in ('max_iters', 'val_interval', 'begin', 'end', 'interval'):
             if node.get(key, 0) > 0:
                 options[f'{name}.{key}'] = steps * node[key]
