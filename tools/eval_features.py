@@ -29,7 +29,7 @@ def main():
     if args.data_root is None:
         raise UserError('specify the folder with train/CLASS and val/CLASS with --data-root')
     features = get_features(args)
-    if features is None:
+    if args.check:
         print('Config, data and checkpoint are in place.')
         return
     (train, train_labels), (val, val_labels) = (

@@ -64,6 +64,7 @@ def test_eval_features_on_a_folder_of_images(folder):
 
     again = call_tool(*command)  # from the file
     assert found == dict(re.findall(r'(weighted|plain|linear probe): ([\d.]+) %', again))
+    assert 'NN' not in call_tool(*command, '--check')
     said = call_tool(*command[:-1], folder / 'data/..', status=2)
     assert 'was made from' in said
     weights = torch.load(folder / 'weights.pth')
