@@ -44,7 +44,7 @@ def make_artist(
             texts = [f'{count} {classes[label]}' for label, count in zip(present, counts)]
         elif hasattr(model, 'decode_head'):
             labels = result.pred_sem_seg.data[0].cpu().numpy()
-            drawn = (frame * (1 - opacity) + colors[labels] * opacity).astype(np.uint8)
+            drawn = overlay(frame, labels, colors, opacity)
             present, counts = np.unique(labels, return_counts=True)
             order = np.argsort(-counts)[:12]
             present, shares = present[order], counts[order] / labels.size
@@ -58,6 +58,18 @@ def make_artist(
         return drawn, ', '.join(texts) or 'nothing'
 
     return draw
+
+
+def overlay(
+    image: np.ndarray, labels: np.ndarray, colors: np.ndarray, opacity: float
+) -> np.ndarray:
+    """Overlay class colors (classes, 3) on an image (H, W, 3) uint8, where its labels (H, W) are
+    those of classes.
+    """
+    known = labels < len(colors)
+    drawn = image.astype(np.float32)
+    drawn[known] = drawn[known] * (1 - opacity) + colors[labels[known]] * opacity
+    return drawn.astype(np.uint8)
 
 
 def _draw_instances(frame, instances, colors, opacity):

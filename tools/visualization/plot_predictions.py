@@ -11,26 +11,19 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from mmvil.cli.config import innermost_datasets, list_files, load_config
+from mmvil.cli.drawing import overlay
 from mmvil.cli.errors import UserError
 from mmvil.cli.inference import ImageReader, build_model, build_pipeline, loads, predict
 from mmvil.cli.main import at_least, device, figure_path, make_parser, parse_args, run
 
-IGNORED = 255
-
-
-def overlay(image, labels, palette, opacity=0.65):
-    """Overlay class colors (H, W) on an image (H, W, 3) uint8, except for ignored pixels."""
-    known = labels != IGNORED
-    out = image.astype(np.float32)
-    out[known] *= 1 - opacity
-    out[known] += opacity * np.array(palette, np.float32)[labels[known]]
-    return out.astype(np.uint8)
+OPACITY = 0.65
+"""Of the class colors."""
 
 
 def draw(cfg, model, datasets, number, out):
     """Write a figure with one column per sample: image, ground truth, prediction."""
     meta = model.dataset_meta if model.dataset_meta['palette'] else datasets[0].metainfo
-    classes, palette = meta['classes'], meta['palette']
+    classes, colors = meta['classes'], np.array(meta['palette'], np.float32)
     reader = ImageReader(cfg)
     steps = next(innermost_datasets(cfg.test_dataloader.dataset)).pipeline
     load_truth = build_pipeline([step for step in steps if loads(step, 'annotation')])
@@ -43,8 +36,9 @@ def draw(cfg, model, datasets, number, out):
         image = reader.picture(loaded['img'])
         truth = load_truth(sample)['gt_seg_map']
         prediction = predict(model, reader.prepare(loaded)).pred_sem_seg.data[0].cpu().numpy()
-        columns.append([image, overlay(image, truth, palette), overlay(image, prediction, palette)])
-        shown |= set(np.unique(truth)) | set(np.unique(prediction))
+        labels = truth, prediction
+        columns.append([image, *(overlay(image, each, colors, OPACITY) for each in labels)])
+        shown.update(*map(np.unique, labels))
 
     height, width = columns[0][0].shape[:2]
     size = (2.6 * len(columns), 3 * 2.6 * height / width + 0.5)
@@ -54,8 +48,8 @@ def draw(cfg, model, datasets, number, out):
         axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[:, 0], ('image', 'ground truth', 'prediction')):
         axis.set_ylabel(title)
-    colors = np.array(palette) / 255
-    keys = [Patch(color=colors[i], label=classes[i]) for i in sorted(shown - {IGNORED})]
+    present = sorted(label for label in shown if label < len(classes))  # others are ignored
+    keys = [Patch(color=colors[i] / 255, label=classes[i]) for i in present]
     figure.legend(handles=keys, loc='outside lower center', ncols=10, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
