@@ -40,18 +40,23 @@ def load_pretrained(backbone: nn.Module, filename: str, prefix: str | None = Non
     )
 
 
+def has_blocks(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict, without prefix, has ViL blocks."""
+    return any(name.startswith('layers.') for name in state_dict)
+
+
 def check_pretrained(
     backbone: nn.Module, state_dict: Mapping[str, Tensor], source: str, prefix: str = ''
 ) -> None:
     """Raise a ValueError unless a state dict, without prefix, has the embeddings and all blocks of
     a backbone in the right shapes. The message names the source, and the prefix in it.
     """
-    own = backbone.state_dict()
-    trunk = ('patch_embed.', 'pos_embed', 'layers.')
-    mismatch = f'it has no ViL blocks, but {summarize([*state_dict])}'
-    if any(name.startswith('layers.') for name in state_dict):
+    if has_blocks(state_dict):
+        own, trunk = backbone.state_dict(), ('patch_embed.', 'pos_embed', 'layers.')
         optional = [name for name in own if not name.startswith(trunk)]
         mismatch = describe_misfit(state_dict, own, optional)
+    else:
+        mismatch = f'it has no ViL blocks, but {summarize([*state_dict])}'
     if mismatch:
         source += f', {prefix}*,' if prefix else ''
         raise ValueError(

@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
 from ..checkpoints.keys import part_of, weights_of
-from ..checkpoints.pretrained import check_pretrained
+from ..checkpoints.pretrained import check_pretrained, has_blocks
 from .layer_decay import plain_name
 from .sampling import check_annotations, name_failures, seed_generators, seed_samples
 
@@ -49,11 +49,11 @@ class AdaptInputChannelsHook(Hook):
 def _check_backbones(
     backbones: dict[str, nn.Module], weights: dict[str, Tensor], source: str
 ) -> None:
-    """Raise a ValueError if ViL blocks do not fit the backbones, by prefix, whose names they have,
-    or there are none, and ``init_cfg`` has no weights either.
+    """Raise a ValueError if the weights of a backbone, given by its prefix, do not fit, or no
+    backbone has weights, neither here nor by its ``init_cfg``.
     """
     parts = {prefix: part_of(weights, prefix) for prefix in backbones}
-    given = [p for p, part in parts.items() if any(name.startswith('layers.') for name in part)]
+    given = [prefix for prefix, part in parts.items() if has_blocks(part)]
     for prefix in given:
         check_pretrained(backbones[prefix], parts[prefix], source, prefix)
     if not given and backbones and all(each.init_cfg is None for each in backbones.values()):
