@@ -132,35 +132,35 @@ def check_saving(runner: Runner) -> None:
     """
     if runner.val_loop is not None and getattr(runner.train_loop, 'val_interval', 1) < 1:
         raise UserError('train_cfg.val_interval must be at least 1.' + _no_validate_hint('val'))
-    evaluator = getattr(runner.val_loop, 'evaluator', None)
-    metrics = evaluator.metrics if evaluator else []
-    known, all_known = {'auto'}, bool(metrics)
-    for metric in metrics:
-        if type(metric).compute_metrics.__qualname__ == 'IoUMetric.compute_metrics':  # of mmseg
-            with _building():
-                names = metric.total_area_to_metrics(*4 * [torch.ones(1)], metric.metrics)
-            prefix = f'{metric.prefix}/' if metric.prefix else ''
-            known |= {prefix + (name if name == 'aAcc' else f'm{name}') for name in names}
-        else:
-            all_known = False
-    known = known if all_known else set()
+    metrics = _metric_names(getattr(runner.val_loop, 'evaluator', None))
     for hook in runner.hooks:
         if isinstance(hook, EarlyStoppingHook):
-            _check_metric('monitor of EarlyStoppingHook', hook.monitor, known)
-        if not isinstance(hook, CheckpointHook):
-            continue
-        options = inspect.signature(runner.save_checkpoint).parameters
-        known_options = [*inspect.signature(CheckpointHook).parameters][:-1]  # without kwargs
-        _reject_unknown('CheckpointHook', set(hook.args) - set(options), known_options)
-        for name in hook.save_best or ():
-            _check_metric('save_best', name, known)
+            _check_metric('monitor of EarlyStoppingHook', hook.monitor, metrics)
+        if isinstance(hook, CheckpointHook):
+            options = inspect.signature(runner.save_checkpoint).parameters
+            known = [*inspect.signature(CheckpointHook).parameters][:-1]  # without kwargs
+            _reject_unknown('CheckpointHook', set(hook.args) - set(options), known)
+            for name in hook.save_best or ():
+                _check_metric('save_best', name, metrics)
 
 
-def _check_metric(option, name, known):
+def _metric_names(evaluator):
+    """Names of all values that a validation computes; none unless all metrics are mmseg's."""
+    names = []
+    for metric in evaluator.metrics if evaluator else ():
+        if type(metric).compute_metrics.__qualname__ != 'IoUMetric.compute_metrics':
+            return []
+        with _building():
+            found = metric.total_area_to_metrics(*4 * [torch.ones(1)], metric.metrics)
+        prefix = f'{metric.prefix}/' if metric.prefix else ''
+        names += [prefix + (name if name == 'aAcc' else f'm{name}') for name in found]
+    return names
+
+
+def _check_metric(option, name, metrics):
     """Raise a UserError if an option names none of the metrics, unless these are not known."""
-    if known and name not in known:
-        computed = ', '.join(sorted(known - {'auto'}))
-        raise UserError(f'{option} is {name!r}, but the metrics are {computed}')
+    if metrics and name not in ('auto', *metrics):
+        raise UserError(f'{option} is {name!r}, but the metrics are {", ".join(sorted(metrics))}')
 
 
 def _building():
@@ -194,8 +194,8 @@ def check_backbone(cfg: Config) -> None:
 
 
 def _reject_unknown(owner: str, unknown: set[str], known: Sequence[str]) -> None:
-    """Raise a UserError for the first unknown option of a class."""
-    for key in unknown:
+    """Raise a UserError for the first unknown option of a class, if there is one."""
+    for key in sorted(unknown)[:1]:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f'Did you mean {close[0]}?' if close else f'It has: {", ".join(known)}.'
         raise UserError(f'{owner} has no option {key!r}. {hint}')
