@@ -88,10 +88,10 @@ def describe_architecture(
         sizes = infer_architecture(state_dict)
     except ValueError as error:
         raise ValueError(f'{path} is not a complete Vision-LSTM classifier. {error}') from error
-    found = stride, 'as given'
+    origin = 'as given'
     if stride is None:
-        found = find_stride(checkpoint, path, sizes['patch_size'])
-    return dict(sizes, stride=found[0], stride_from=found[1])
+        stride, origin = find_stride(checkpoint, path, sizes['patch_size'])
+    return dict(sizes, stride=stride, stride_from=origin)
 
 
 def find_stride(checkpoint: Mapping, path: str | Path, patch_size: int) -> tuple[int, str]:
