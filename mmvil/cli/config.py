@@ -45,32 +45,40 @@ def load_config(path: str, options: dict, backbone: str | None = None, **swap) -
         backbone (str, optional): ViL that first replaces the config's backbone.
         **swap: Options of :func:`mmvil.apis.swap.swap_backbone`.
     """
-    folder, prefix, name = CONFIGS.resolve(), '', path
-    if '::' in path:
-        library, inner = path.split('::', 1)
-        _require([library], path)
-        folder, prefix = config_dir(library), f'{library}::'
-        path = str(folder / inner)
-    if not os.path.isfile(path):
-        known = {each.name: each for each in folder.rglob('*.py') if '_base_' not in each.parts}
-        close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
-        start = folder if prefix else os.curdir
-        near = [f'Did you mean {prefix}{os.path.relpath(known[each], start)}?' for each in close]
-        raise UserError(f'config not found: {path}. {near[0] if near else f"See {folder}."}')
-    with as_user_error(f'cannot read {path}'):  # configs run Python code
-        cfg = read_config(name)
+    file = _find(path)
+    with as_user_error(f'cannot read {file}'):  # configs run Python code
+        cfg = read_config(path)
     if backbone is not None:
         cfg = swap_backbone(cfg, backbone, **swap)
     for option in options:
         _check_spelling(cfg, option)
     kinds = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-    with as_user_error(f'--cfg-options do not fit {path}', kinds):
+    with as_user_error(f'--cfg-options do not fit {file}', kinds):
         cfg.merge_from_dict(options)
 
     types = [node.get('type') for node in dicts(cfg)]
     scoped = {name.partition('.')[0] for name in types if isinstance(name, str) and '.' in name}
-    _require(sorted({cfg.default_scope, *scoped}), path)
+    _require(sorted({cfg.default_scope, *scoped}), file)
     return cfg
+
+
+def _find(path: str) -> str:
+    """File of a config, which may be given as ``LIBRARY::PATH``. Raises UserError if it is missing,
+    with the name of a similar one.
+    """
+    folder, prefix = CONFIGS.resolve(), ''
+    if '::' in path:
+        library, inner = path.split('::', 1)
+        _require([library], path)
+        folder, prefix = config_dir(library), f'{library}::'
+        path = str(folder / inner)
+    if os.path.isfile(path):
+        return path
+    known = {each.name: each for each in folder.rglob('*.py') if '_base_' not in each.parts}
+    close = difflib.get_close_matches(Path(path).stem + '.py', known, n=1)
+    start = folder if prefix else os.curdir
+    near = [f'Did you mean {prefix}{os.path.relpath(known[each], start)}?' for each in close]
+    raise UserError(f'config not found: {path}. {near[0] if near else f"See {folder}."}')
 
 
 def _check_spelling(cfg: Config, option: str) -> None:
