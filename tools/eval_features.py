@@ -73,17 +73,7 @@ def get_features(args):
         **identify(args.checkpoint),
     )
     if args.features and os.path.exists(args.features):
-        try:
-            features = torch.load(args.features, weights_only=True)
-            stored = features['source']
-        except Exception:  # torch raises anything
-            other = f'{args.features} was not written by --features. Name another file.'
-            raise UserError(other) from None
-        if stored != source:
-            raise UserError(
-                f'{args.features} was made from {stored}. Name another file, or remove it.'
-            )
-        return features
+        return read_features(args.features, source)
     cfg = load_config(args.config, args.cfg_options, args.backbone)
     if cfg.get('default_scope') != 'mmpretrain' or cfg.get('test_dataloader') is None:
         raise UserError(f'{args.config} is not of a classifier; its test pipeline prepares images')
@@ -109,6 +99,18 @@ def get_features(args):
     features['source'] = source
     if args.features:
         torch.save(features, args.features)
+    return features
+
+
+def read_features(path, source):
+    """Read the file of --features, and check that it was made from the same source."""
+    try:
+        features = torch.load(path, weights_only=True)
+        stored = features['source']
+    except Exception:  # torch raises anything
+        raise UserError(f'{path} was not written by --features. Name another file.') from None
+    if stored != source:
+        raise UserError(f'{path} was made from {stored}. Name another file, or remove it.')
     return features
 
 
