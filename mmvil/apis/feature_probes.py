@@ -36,10 +36,10 @@ def knn(
     predictions = []
     for part in F.normalize(test, dim=1).split(chunk):
         cosine, nearest = (part @ train.T).topk(k, dim=1)
-        # Relative to the nearest neighbour, so that no exponential overflows.
-        votes = 1 if temperature is None else ((cosine - cosine[:, :1]) / temperature).exp()
-        counts = part.new_zeros(len(part), classes)
-        counts.scatter_add_(1, train_labels[nearest], votes * torch.ones_like(cosine))
+        votes = torch.ones_like(cosine)
+        if temperature is not None:  # relative to the nearest, so that no exponential overflows
+            votes = ((cosine - cosine[:, :1]) / temperature).exp()
+        counts = part.new_zeros(len(part), classes).scatter_add(1, train_labels[nearest], votes)
         predictions.append(counts.argmax(1))
     return torch.cat(predictions)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader
 
@@ -123,7 +123,7 @@ def _load(model: BaseModel, address: str, keep_head: bool) -> None:
     meta = checkpoint.get('meta', {}).get('dataset_meta')
     head = {name: value for name, value in own.items() if name.startswith('head.')}
     if keep_head and describe_misfit(state, head, optional=head):
-        MMLogger.get_current_instance().info(f'{address} has other classes: head not loaded.')
+        print_log(f'{address} has other classes: head not loaded.', 'current')
         meta = None
         for name in head:
             del own[name]

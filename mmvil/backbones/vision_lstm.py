@@ -11,7 +11,7 @@ from numbers import Integral
 
 import torch
 import torch.fx
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
@@ -486,10 +486,8 @@ class VisionLSTM(BaseModule):
         loaded = state_dict.get(name, self.pos_embed)
         if loaded.shape == self.pos_embed.shape or not fits(name, loaded, self.pos_embed):
             return
-        grid = tuple(self.pos_embed.shape[1:3])
-        MMLogger.get_current_instance().info(
-            f'Resized the position embedding from {tuple(loaded.shape[1:3])} to {grid} tokens.'
-        )
+        before, grid = (tuple(x.shape[1:3]) for x in (loaded, self.pos_embed))
+        print_log(f'Resized the position embedding from {before} to {grid} tokens.', 'current')
         state_dict[name] = resize_pos_embed(loaded, grid)
 
 
