@@ -34,6 +34,9 @@ UNKNOWN_CLASS = 'out of bounds|smaller than num_classes|device-side assert'
 """Messages of torch, in losses, on labels beyond the outputs of a head."""
 
 
+# -- Runner ----------------------------------------------------------------------------------------
+
+
 def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     """Build the runner of a config for this machine.
 
@@ -125,6 +128,42 @@ def _resuming(runner):
         raise
 
 
+def _building():
+    failed = 'cannot build what the config describes (--traceback shows where)'
+    return as_user_error(failed, (AssertionError, ImportError, KeyError, TypeError, ValueError))
+
+
+# -- Before training and testing -------------------------------------------------------------------
+
+
+def check_training(cfg: Config) -> None:
+    """Check everything that training needs before it starts."""
+    check_backbone(cfg)
+    check_work_dir(cfg)
+    check_data(cfg, 'train_dataloader', 'val_dataloader')
+    check_config_checkpoints(cfg)
+
+
+def check_testing(cfg: Config) -> None:
+    """Check everything that testing ``load_from`` needs before it starts."""
+    check_backbone(cfg)
+    check_work_dir(cfg)
+    check_data(cfg, 'test_dataloader')
+    check_checkpoint(cfg.load_from)
+
+
+# -- Settings --------------------------------------------------------------------------------------
+
+
+def check_backbone(cfg: Config) -> None:
+    """Check that the ViL backbone supports the options in the config."""
+    known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
+    for node in dicts(cfg.get('model') or {}):
+        if type_name(node) not in ('VisionLSTM', 'MaskedVisionLSTM'):
+            continue
+        _reject_unknown('VisionLSTM', set(node) - set(known) - {'type', '_scope_'}, known)
+
+
 def check_saving(runner: Runner) -> None:
     """Check settings that mmengine reads late: the interval of validations after an iteration,
     options of CheckpointHook at the first checkpoint, and metrics of segmentation after the first
@@ -163,36 +202,6 @@ def _check_metric(option, name, metrics):
         raise UserError(f'{option} is {name!r}, but the metrics are {", ".join(sorted(metrics))}')
 
 
-def _building():
-    failed = 'cannot build what the config describes (--traceback shows where)'
-    return as_user_error(failed, (AssertionError, ImportError, KeyError, TypeError, ValueError))
-
-
-def check_training(cfg: Config) -> None:
-    """Check everything that training needs before it starts."""
-    check_backbone(cfg)
-    check_work_dir(cfg)
-    check_data(cfg, 'train_dataloader', 'val_dataloader')
-    check_config_checkpoints(cfg)
-
-
-def check_testing(cfg: Config) -> None:
-    """Check everything that testing ``load_from`` needs before it starts."""
-    check_backbone(cfg)
-    check_work_dir(cfg)
-    check_data(cfg, 'test_dataloader')
-    check_checkpoint(cfg.load_from)
-
-
-def check_backbone(cfg: Config) -> None:
-    """Check that the ViL backbone supports the options in the config."""
-    known = list(inspect.signature(MODELS.get('mmvil.VisionLSTM')).parameters)
-    for node in dicts(cfg.get('model') or {}):
-        if type_name(node) not in ('VisionLSTM', 'MaskedVisionLSTM'):
-            continue
-        _reject_unknown('VisionLSTM', set(node) - set(known) - {'type', '_scope_'}, known)
-
-
 def _reject_unknown(owner: str, unknown: set[str], known: Sequence[str]) -> None:
     """Raise a UserError for the first unknown option of a class, if there is one."""
     for key in sorted(unknown)[:1]:
@@ -201,24 +210,38 @@ def _reject_unknown(owner: str, unknown: set[str], known: Sequence[str]) -> None
         raise UserError(f'{owner} has no option {key!r}. {hint}')
 
 
-def check_channels(cfg: Config) -> None:
-    """Check, after training has failed, that the neck or the heads read as many channels as a ViL
-    backbone outputs, by running them on the meta device. Those that cannot run there are not
-    checked.
-    """
-    if type_name((cfg.get('model') or {}).get('backbone')) != 'VisionLSTM':
-        return
-    try:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            probe = BackboneProbe(cfg.model, training_size(cfg), None, None)
-    except (RuntimeError, TypeError, ValueError):  # unusual models
-        return
-    if re.search(MISFIT, probe.failure or ''):
-        part = probe.failure.partition(':')[0]
-        raise UserError(
-            f'the backbone outputs {probe.widths} channels, but in_channels (or in_index) of the '
-            f'{part} is for others'
-        )
+def class_mismatches(classes: Sequence[str], model) -> list[str]:
+    """Describe heads in a config whose number of classes differs from that of the dataset."""
+    found = []
+    for head in dicts(model) if classes else ():
+        kind, number = type_name(head), head.get('num_classes')
+        # RPN heads have a single class for all objects, STDC heads two for boundaries.
+        is_judged = kind.endswith('Head') and not kind.endswith(('RPNHead', 'STDCHead'))
+        if is_judged and number not in (None, len(classes)):
+            found.append(
+                f'num_classes={number} in {head.type}, but the dataset has {len(classes)} classes'
+            )
+    return found
+
+
+# -- Channels and sizes of images ------------------------------------------------------------------
+
+
+def expected_channels(cfg: Config) -> Iterator[tuple[str, int]]:
+    """Settings of the model that imply a number of channels, with that number."""
+    backbone = cfg.model.get('backbone') or {}
+    if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
+        channels = backbone.get('in_channels', 3)
+        yield f'the backbone has in_channels={channels}', channels
+    for name in ('mean', 'std'):
+        values = data_preprocessor(cfg).get(name)
+        if values is not None and len(values) != 1:  # a single value applies to all channels
+            yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
+
+
+def data_preprocessor(cfg: Config) -> dict:
+    """Config of the data preprocessor, which normalizes images, or an empty dict."""
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
 
 
 def check_images(dataset, cfg: Config, error: Exception) -> None:
@@ -244,49 +267,27 @@ def check_images(dataset, cfg: Config, error: Exception) -> None:
         ) from error
 
 
-def expected_channels(cfg: Config) -> Iterator[tuple[str, int]]:
-    """Settings of the model that imply a number of channels, with that number."""
-    backbone = cfg.model.get('backbone') or {}
-    if 'in_channels' in backbone or type_name(backbone).endswith('VisionLSTM'):
-        channels = backbone.get('in_channels', 3)
-        yield f'the backbone has in_channels={channels}', channels
-    for name in ('mean', 'std'):
-        values = data_preprocessor(cfg).get(name)
-        if values is not None and len(values) != 1:  # a single value applies to all channels
-            yield f'{name} of the data_preprocessor has {len(values)} values', len(values)
+def check_channels(cfg: Config) -> None:
+    """Check, after training has failed, that the neck or the heads read as many channels as a ViL
+    backbone outputs, by running them on the meta device. Those that cannot run there are not
+    checked.
+    """
+    if type_name((cfg.get('model') or {}).get('backbone')) != 'VisionLSTM':
+        return
+    try:
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            probe = BackboneProbe(cfg.model, training_size(cfg), None, None)
+    except (RuntimeError, TypeError, ValueError):  # unusual models
+        return
+    if re.search(MISFIT, probe.failure or ''):
+        part = probe.failure.partition(':')[0]
+        raise UserError(
+            f'the backbone outputs {probe.widths} channels, but in_channels (or in_index) of the '
+            f'{part} is for others'
+        )
 
 
-def data_preprocessor(cfg: Config) -> dict:
-    """Config of the data preprocessor, which normalizes images, or an empty dict."""
-    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-
-
-def class_mismatches(classes: Sequence[str], model) -> list[str]:
-    """Describe heads in a config whose number of classes differs from that of the dataset."""
-    found = []
-    for head in dicts(model) if classes else ():
-        kind, number = type_name(head), head.get('num_classes')
-        # RPN heads have a single class for all objects, STDC heads two for boundaries.
-        is_judged = kind.endswith('Head') and not kind.endswith(('RPNHead', 'STDCHead'))
-        if is_judged and number not in (None, len(classes)):
-            found.append(
-                f'num_classes={number} in {head.type}, but the dataset has {len(classes)} classes'
-            )
-    return found
-
-
-def check_work_dir(cfg: Config) -> None:
-    """Check that the work dir, or the folder in which it will be created, is writable."""
-    check_writable(cfg.work_dir, 'the work dir', '. Choose another with --work-dir.')
-
-
-def check_writable(folder: str | Path, name: str = 'the folder', hint: str = '') -> None:
-    """Check that a folder, or the one in which it will be created, is writable."""
-    folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = 'no permission to write' if existing.is_dir() else 'it is a file'
-        raise UserError(f'cannot use {name} {folder}: {existing}: {why}{hint}')
+# -- Files of data ---------------------------------------------------------------------------------
 
 
 def check_data(cfg: Config, *names: str) -> None:
@@ -322,11 +323,6 @@ def check_folders(cfg: Config, *names: str) -> list:
                 none = f'there is no *{", *".join(suffixes)} in {os.path.abspath(folder)}'
                 raise UserError(f'no images: {none}.{_no_validate_hint(name)}')
     return datasets
-
-
-def _no_validate_hint(loader: str) -> str:
-    """Hint for running without the data of a dataloader."""
-    return ' To train without validation: --no-validate.' if loader.startswith('val') else ''
 
 
 def _check_folder(folder: str | None, loader: str) -> None:
@@ -370,6 +366,31 @@ def _stems(folder: str, suffix: str | tuple[str, ...]) -> set[str]:
         for each in as_list(suffix)
         for name in scandir(folder, each, recursive=True)
     }
+
+
+def _no_validate_hint(loader: str) -> str:
+    """Hint for running without the data of a dataloader."""
+    return ' To train without validation: --no-validate.' if loader.startswith('val') else ''
+
+
+# -- Work dir --------------------------------------------------------------------------------------
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Check that the work dir, or the folder in which it will be created, is writable."""
+    check_writable(cfg.work_dir, 'the work dir', '. Choose another with --work-dir.')
+
+
+def check_writable(folder: str | Path, name: str = 'the folder', hint: str = '') -> None:
+    """Check that a folder, or the one in which it will be created, is writable."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = 'no permission to write' if existing.is_dir() else 'it is a file'
+        raise UserError(f'cannot use {name} {folder}: {existing}: {why}{hint}')
+
+
+# -- Checkpoints -----------------------------------------------------------------------------------
 
 
 def check_checkpoint(path: str) -> None:
