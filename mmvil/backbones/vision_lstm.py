@@ -142,34 +142,32 @@ class VisionLSTM(BaseModule):
             raise ValueError(
                 f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.'
             )
-        self.out_indices = self._parse_out_indices(out_indices, depth)
-        self.out_type = out_type
-        self.with_cp = with_cp
-
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, self.stride)
         sides = _integers('img_size', img_size)
         if len(sides) not in (1, 2) or min(sides) < patch_size:
             raise ValueError(
                 f'img_size must be one or two sides of at least one patch ({patch_size}), but is '
                 f'{img_size}.'
             )
-        # One embedding per non-overlapping patch, even if patches overlap: these models resize it.
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, sides[0] // patch_size, sides[-1] // patch_size, self.embed_dims)
-        )
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
+        self.out_indices = self._parse_out_indices(out_indices, depth)
         built = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= built:
             raise ValueError(
                 f'frozen_stages must be between -1 and the number of blocks {built}, '
                 f'but is {frozen_stages}.'
             )
-        rates = (
-            [drop_path_rate] * depth
-            if drop_path_mode == 'uniform'
-            else [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.out_type = out_type
+        self.with_cp = with_cp
+
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, self.stride)
+        # One embedding per non-overlapping patch, even if patches overlap: these models resize it.
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, sides[0] // patch_size, sides[-1] // patch_size, self.embed_dims)
         )
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+        rates = [drop_path_rate] * depth
+        if drop_path_mode == 'linear':
+            rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = BlockStack(
             ViLBlock(
                 self.embed_dims,
