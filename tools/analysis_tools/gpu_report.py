@@ -28,12 +28,11 @@ from mmengine.fileio import put
 
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import at_least, make_parser, parse_args, run
+from mmvil.cli.work_dir import ATOMIC
 
 STAGES = Path(__file__).resolve().parents[1] / '.dev_scripts/gpu_stages.py'
 STATUS = {'passed': 0, 'failed': 1, 'wrong': 3}
 """Exit statuses of parts and of the report, from best to worst."""
-ATOMIC = dict(backend='mmvil_atomic')
-"""mmengine's ``backend_args`` for atomic writes."""
 RUNNING = set()
 """Processes of parts, which end with this one."""
 

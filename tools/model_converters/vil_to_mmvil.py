@@ -14,6 +14,7 @@ from mmengine.runner import save_checkpoint
 from mmvil.apis import convert_checkpoint, fetch_checkpoint
 from mmvil.cli.errors import UserError
 from mmvil.cli.main import at_least, make_parser, parse_args, run
+from mmvil.cli.work_dir import ATOMIC
 
 
 def make_converter_parser():
@@ -65,8 +66,7 @@ def main():
 
     if args.check:
         print(check(checkpoint))
-    # Atomic, so that DST is never incomplete.
-    save_checkpoint(checkpoint, str(target), backend_args=dict(backend='mmvil_atomic'))
+    save_checkpoint(checkpoint, str(target), backend_args=ATOMIC)  # DST is never incomplete
     print(f'Wrote {target}.')
 
 
