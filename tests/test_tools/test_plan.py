@@ -75,6 +75,8 @@ def test_plan_prints_options_that_keep_the_batch(plan, tmp_path):
 
 
 def test_plan_reports_impossible_plans(plan):
+    with pytest.raises(plan.UserError, match='does not state the batch size'):
+        plan.recipe_batch(Config(dict(auto_scale_lr=None)))
     config = ROOT / 'configs/vil_t_imagenet.py'
     options = ('--cfg-options', *SMALL, 'model.head.in_channels=64')
     said = call_tool(SCRIPT, config, '--gpu-memory', '1', '--gpus', '3', *options, status=2)

@@ -55,7 +55,7 @@ def check(args):
 
 def recipe_batch(cfg):
     """Batch size that the learning rate of a config is set for."""
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UserError(
             'the config does not state the batch size of its learning rate; add --batch-size '
             'or, for example, --cfg-options auto_scale_lr.base_batch_size=16'
