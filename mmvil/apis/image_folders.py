@@ -25,7 +25,8 @@ class MixedSuffixDataset(BaseSegDataset):
     def load_data_list(self) -> list[dict]:
         """List the images, sorted by path, and their annotations."""
         suffixes, samples = self.img_suffix, []
-        for self.img_suffix in suffixes:
+        for suffix in suffixes:
+            self.img_suffix = suffix  # the base class lists the images of one
             samples += super().load_data_list()
         self.img_suffix = suffixes
         return sorted(samples, key=lambda sample: sample['img_path'])
