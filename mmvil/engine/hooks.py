@@ -106,13 +106,10 @@ class IterationSeedHook(Hook):
         """Seed the random numbers of the model."""
         torch.manual_seed(seed_generators(runner.seed, get_rank(), runner.iter))  # also on GPUs
 
-    def before_val(self, runner) -> None:
-        """Name the files of samples that cannot be loaded."""
-        name_failures(runner.val_dataloader.dataset)
-
-    def before_test(self, runner) -> None:
-        """Name the files of samples that cannot be loaded."""
-        name_failures(runner.test_dataloader.dataset)
+    def _before_epoch(self, runner, mode: str = 'train') -> None:
+        """Name the files of samples of a validation or test that cannot be loaded."""
+        if mode != 'train':
+            name_failures(getattr(runner, f'{mode}_dataloader').dataset)
 
     def _before_iter(self, runner, batch_idx: int, data_batch=None, mode: str = 'val') -> None:
         """Check the annotations of a validation or test."""
