@@ -20,13 +20,19 @@ from mmengine.runner import Runner
 from mmengine.utils import scandir
 
 from ..apis.swap.probe import HEADS, BackboneProbe, training_size
-from ..checkpoints import describe_misfit, find_official, weights_of
+from ..checkpoints import (
+    OFFICIAL_URL,
+    cached_path,
+    describe_misfit,
+    find_official,
+    weights_of,
+)
 from ..checkpoints.sharded import is_sharded
 from ..engine.config_nodes import as_list, dicts, innermost_datasets, loaders, type_name
 from ..engine.cpu import fit_to_cpu
 from ..engine.hooks import NamePicturesHook
 from .config import build_lazily, default_hook
-from .errors import UserError, as_user_error, one_line
+from .errors import UserError, as_user_error, is_first_process, one_line
 
 MISFIT = 'Invalid channel dimensions|expected input|same reduction dim|mat1 and mat2 shapes'
 """Messages of torch, on the meta device, on inputs whose channels do not fit a layer."""
@@ -394,11 +400,13 @@ def check_writable(folder: str | Path, name: str = 'the folder', hint: str = '')
 
 
 def check_checkpoint(path: str) -> None:
-    """Check that a path is a PyTorch checkpoint or the name of an official one. Other URLs are not
-    checked.
+    """Check that a path is a PyTorch checkpoint or an official one, and note if that is yet to be
+    downloaded. Other URLs are not checked.
     """
-    if path.startswith('mmvil://'):
-        find_official(path)
+    if path.startswith(('mmvil://', OFFICIAL_URL)):
+        cached = cached_path(find_official(path))
+        if not cached.is_file() and is_first_process():
+            print(f'note: {path} is not at {cached} yet and will be downloaded')
     if '://' in path or is_sharded(path):
         return
     if os.path.isdir(path):

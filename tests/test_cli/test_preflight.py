@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from torch.utils.data import default_collate
 
 import mmvil
+from mmvil.checkpoints import OFFICIAL_CHECKPOINTS
 from mmvil.cli import preflight
 from mmvil.cli.config import load_config
 from mmvil.cli.errors import UserError
@@ -88,6 +89,18 @@ def test_missing_or_foreign_checkpoint_is_rejected(tmp_path):
     with pytest.raises(UserError, match='is not a PyTorch checkpoint'):
         preflight.check_config_checkpoints(cfg)
     preflight.check_checkpoint(str(page.rename(tmp_path / 'page.safetensors')))  # PyTorch decides
+
+
+def test_official_checkpoint_that_is_not_downloaded_yet_is_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    cached = tmp_path / 'checkpoints' / 'vil2_tiny16_e800_in1k.th'
+    for address in ('mmvil://vil2_tiny16', OFFICIAL_CHECKPOINTS[0].url):
+        preflight.check_checkpoint(address)
+        assert f'{address} is not at {cached} yet and will be downloaded' in capsys.readouterr().out
+    cached.parent.mkdir()
+    cached.touch()
+    preflight.check_checkpoint('mmvil://vil2_tiny16')
+    assert not capsys.readouterr().out
 
 
 def test_checkpoint_of_another_model_is_rejected():
