@@ -1,6 +1,8 @@
 # Copyright (c) mmvil contributors. Licensed under the Apache License 2.0.
 """Parameters and multiply-adds of an OpenMMLab model, by part."""
 
+import logging
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,10 +57,13 @@ def count_multiply_adds(model, shape, needed=False):
     ]
     for name, part in parts:  # not hooks: segmentors call decode_head.forward
         part.forward = counted(name, part.forward)
+    log = logging.getLogger('mmvil')
+    log.disabled = True  # blocks would warn of the hooks of this count
     try:
         with torch.no_grad(), counter:
             model(torch.empty(shape, device='meta'), mode='tensor')
     finally:
+        log.disabled = False
         for _, part in parts:
             del part.forward
         for hook in hooks:
