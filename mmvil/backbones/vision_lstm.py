@@ -138,6 +138,8 @@ class VisionLSTM(BaseModule):
         for name in ('patch_size', 'stride', 'in_channels', 'frozen_stages'):
             if not isinstance(value := getattr(self, name), Integral):
                 raise ValueError(f'{name} must be one integer, but is {value!r}.')
+        if in_channels < 1:
+            raise ValueError(f'in_channels must be at least 1, but is {in_channels}.')
         if self.stride < 1 or self.stride > patch_size:
             raise ValueError(
                 f'stride must be between 1 and the patch size {patch_size}, but is {self.stride}.'
@@ -218,6 +220,8 @@ class VisionLSTM(BaseModule):
         embed_dims, depth = _integers('arch', (arch['embed_dims'], arch['depth']))
         if depth < 1:
             raise ValueError(f'depth must be at least 1 block, but is {depth}.')
+        if embed_dims < 1:
+            raise ValueError(f'embed_dims must be at least 1, but is {embed_dims}.')
         return embed_dims, depth
 
     @staticmethod
@@ -245,6 +249,8 @@ class VisionLSTM(BaseModule):
                 f'not {self.out_type!r}.'
             )
         strides = _integers('pyramid.strides', strides)
+        if min(strides) < 1:
+            raise ValueError(f'pyramid.strides must be at least 1 pixel, but are {strides}.')
         outputs, levels = len(self.out_indices), len(strides)
         if outputs not in (1, levels):
             raise ValueError(
