@@ -59,12 +59,7 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     for loader in loaders(cfg):
         if loader.get('num_workers', 0) == 0:  # torch then rejects persistent workers
             loader.persistent_workers = False
-    strategy = type_name(cfg.get('strategy'))
-    if cfg.get('compile') and strategy.startswith('DeepSpeed'):
-        raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
-    hooks = as_list(cfg.get('custom_hooks'))
-    if strategy == 'FSDPStrategy' and 'EMAHook' in map(type_name, hooks):
-        raise UserError('EMAHook cannot copy a sharded model; leave it out of custom_hooks')
+    strategy = _check_strategy(cfg)
     if cfg.get('compile') and not strategy:
         notes.append(
             'compile=True compiles the whole training step, again for new file names and for '
@@ -81,6 +76,29 @@ def build_runner(cfg: Config, notes: Sequence[str] = ()) -> Runner:
     for note in notes:
         runner.logger.warning(note)
     return runner
+
+
+def _check_strategy(cfg):
+    """Return the type of the strategy, after a check of the settings that it needs or does not
+    support, and that would fail late or with another message.
+    """
+    strategy = type_name(cfg.get('strategy'))
+    if strategy == 'DeepSpeedStrategy':
+        if cfg.get('compile'):
+            raise UserError('DeepSpeedStrategy does not support compile=True; leave it out')
+        if cfg.get('optim_wrapper') and type_name(cfg.optim_wrapper) != 'DeepSpeedOptimWrapper':
+            raise UserError(
+                'DeepSpeedStrategy needs an optim_wrapper of the type DeepSpeedOptimWrapper, as in '
+                'configs/upernet_vil_b_ade20k_zero2.py'
+            )
+    if strategy == 'FSDPStrategy':
+        if 'EMAHook' in map(type_name, as_list(cfg.get('custom_hooks'))):
+            raise UserError('EMAHook cannot copy a sharded model; leave it out of custom_hooks')
+        if cfg.get('launcher', 'none') == 'none':
+            raise UserError(
+                'FSDPStrategy needs a launcher, even for one process: tools/dist_train.sh CONFIG 1'
+            )
+    return strategy
 
 
 def build_loops(runner: Runner, *names: str) -> None:

@@ -245,11 +245,27 @@ def test_missing_package_of_the_visualizer_is_one_line(tmp_path, monkeypatch):
         )
 
 
-def test_average_of_a_sharded_model_is_rejected(tmp_path):
-    strategy = dict(type='mmvil.engine.fsdp.FSDPStrategy', model_wrapper=dict())
-    cfg = dict(strategy=strategy, custom_hooks=[dict(type='mmengine.EMAHook')], launcher='none')
-    with pytest.raises(UserError, match='EMAHook cannot copy a sharded model'):
-        preflight.build_runner(Config(dict(cfg, model=dict())))
+FSDP = dict(type='mmvil.engine.fsdp.FSDPStrategy', model_wrapper=dict())
+
+
+@pytest.mark.parametrize(
+    'settings, problem',
+    [
+        (
+            dict(strategy=FSDP, custom_hooks=[dict(type='mmengine.EMAHook')]),
+            'EMAHook cannot copy a sharded model',
+        ),
+        (dict(strategy=FSDP), 'FSDPStrategy needs a launcher'),
+        (
+            dict(strategy=dict(type='DeepSpeedStrategy'), optim_wrapper=dict(type='OptimWrapper')),
+            'DeepSpeedStrategy needs an optim_wrapper of the type DeepSpeedOptimWrapper',
+        ),
+        (dict(strategy=dict(type='DeepSpeedStrategy'), compile=True), 'does not support compile'),
+    ],
+)
+def test_settings_that_a_strategy_does_not_support_are_rejected(settings, problem):
+    with pytest.raises(UserError, match=problem):
+        preflight.build_runner(Config(dict(settings, launcher='none', model=dict())))
 
 
 def test_compiling_the_whole_training_step_is_advised_against(tmp_path, monkeypatch):
