@@ -3,10 +3,17 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
-from mmvil.checkpoints import DamagedCheckpointError, find_good_checkpoint, load_safely, verify
+from mmvil.checkpoints import (
+    DamagedCheckpointError,
+    UntrustedCheckpointError,
+    find_good_checkpoint,
+    load_safely,
+    verify,
+)
 from tests.test_checkpoints.test_safe_load import checkpoint
 
 
@@ -73,3 +80,23 @@ def test_find_good_checkpoint_looks_where_last_checkpoint_says(tmp_path):
     assert find_good_checkpoint(tmp_path / 'work')[0] == str(elsewhere / 'epoch_3.pth')
     (tmp_path / 'work/last_checkpoint').write_text('')  # killed while writing it
     assert find_good_checkpoint(tmp_path / 'work') == (None, [])
+
+
+@pytest.mark.parametrize(
+    'age, newest', [(-1, 'iter_20.pth'), (0, 'iter_20.pth'), (1, 'iter_3.pth')]
+)
+def test_find_good_checkpoint_takes_the_newest_file_and_then_the_highest_step(
+    tmp_path, age, newest
+):
+    """After another training in the same work dir, or on file systems with coarse times."""
+    for name, time in (('iter_20.pth', 1e9), ('iter_3.pth', 1e9 + age)):
+        torch.save(dict(state_dict={}), tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    assert find_good_checkpoint(tmp_path)[0] == str(tmp_path / newest)
+
+
+def test_find_good_checkpoint_allows_code_in_a_trusted_one(tmp_path):
+    torch.save(dict(state_dict={}, extra=np.poly1d([1, 2])), tmp_path / 'iter_1.pth')
+    with pytest.raises(UntrustedCheckpointError, match='poly1d'):
+        find_good_checkpoint(tmp_path)
+    assert find_good_checkpoint(tmp_path, trusted=True)[0] == str(tmp_path / 'iter_1.pth')

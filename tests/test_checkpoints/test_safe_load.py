@@ -11,9 +11,11 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.optim import LinearLR, MultiStepLR, OneCycleLR, PolyLR
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmvil.checkpoints import DamagedCheckpointError, UntrustedCheckpointError, load_safely
+from mmvil.checkpoints.loaders import register_safe_loaders
 from mmvil.checkpoints.sharded import require_shards
 
 
@@ -68,6 +70,8 @@ class Attack:
         (eval, ("open('{}', 'w')",)),
         (getattr, (dict, 'update')),
         (getattr, (OneCycleParamScheduler, 'build_iter_from_epoch')),
+        (getattr, (dict, 'min')),  # allowed of another class
+        (np.memmap, ('{}', 'uint8', 'w+', 0, 1)),
         (np.save, ('{}', 0)),
         (torch.load, ('{}',)),
         (torch.hub.load, ('{}', 'model')),
@@ -102,6 +106,20 @@ def test_index_of_shards_that_would_run_code_is_rejected(tmp_path):
     (tmp_path / '.metadata').write_bytes(b'')
     with pytest.raises(DamagedCheckpointError, match='is damaged'):
         load_safely(tmp_path)
+
+
+@pytest.mark.parametrize('scheme', ['', 'http://a.example/', 'https://a.example/'])
+def test_mmengine_runs_nothing(tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    register_safe_loaders()
+    (tmp_path / 'checkpoints').mkdir()  # the cache of files of the web
+    path, trace = tmp_path / 'checkpoints/evil.pth', tmp_path / 'was_here'
+    torch.save(dict(state_dict={}, extra=Attack(os.mkdir, str(trace))), path)
+    with pytest.raises(UntrustedCheckpointError, match='mkdir'):
+        CheckpointLoader.load_checkpoint(f'{scheme or "~/checkpoints/"}evil.pth')
+    assert not trace.exists()
 
 
 def test_torchscript_is_rejected(tmp_path):
