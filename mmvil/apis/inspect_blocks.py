@@ -54,8 +54,11 @@ def block_gates(backbone, images):
     (B, C, H, W).
     """
     x, grid = backbone.embed(images)
-    inputs = [x, *block_features(backbone, images)]
-    return [block.gates(x, grid) for block, x in zip(backbone.layers, inputs)]
+    gates = []
+    for block in backbone.layers:
+        gates.append(block.gates(x, grid))
+        x = block(x, grid)
+    return gates
 
 
 def decay_weights(igate, fgate, reverse, token):

@@ -38,7 +38,7 @@ def forward(
     up = F.linear(x_norm, up_weight, up_bias)
     x_m, z = up.chunk(2, dim=-1)
     taps = w.conv_weight.movedim(0, -1).contiguous()
-    weights = _before_cell_weights(w, taps)
+    weights = [*_before_cell_weights(w, taps)]
     a, q, k, v, gates = parts.before_cell(
         x_m, weights, settings.grid, settings.heads, settings.reverse, True
     )
@@ -58,7 +58,7 @@ def gradients(
     x, up_weight, down_weight, taps, x_m, z, h, igate, fgate, normalizer, *cell = saved
     parts = _parts(x)
     grid, heads, reverse = settings.grid, settings.heads, settings.reverse
-    weights = _before_cell_weights(w, taps)
+    weights = [*_before_cell_weights(w, taps)]
     if not cell:
         *cell, _ = parts.before_cell(x_m, weights, grid, heads, reverse, False)
     a, q, k, v = cell
@@ -107,8 +107,7 @@ def gradients(
     partial_sums += [] if w.down_bias is None else down_sums
     sums = parts.add_partial_sums(partial_sums[0], partial_sums[1:])
     before, after, norm, *down = sums.split([part.shape[1] for part in partial_sums])
-    before_cell_weights = BeforeCellWeights(*_before_cell_weights(w, w.conv_weight))
-    before_grads = split_gradients(before, before_cell_weights)
+    before_grads = split_gradients(before, _before_cell_weights(w, w.conv_weight))
     end, inner = before.shape[0], z.shape[2]
     up_bias_grad = sums[end - inner : end + inner]
     _, out_norm_weight_grad, out_norm_bias_grad, skip_grad = after.view(4, inner)
@@ -133,13 +132,15 @@ def _parts(x: Tensor):
     return torch.ops.mmvil if observed else _FUNCTIONS
 
 
-def _before_cell_weights(w: LayerWeights, taps: Tensor) -> list[Tensor | None]:
-    """Weights in the order of :class:`BeforeCellWeights`, with those of the convolution by tap.
+def _before_cell_weights(w: LayerWeights, conv_weight: Tensor) -> BeforeCellWeights:
+    """Weights of the part before the cell, with that of the convolution in either layout.
 
     Without ``_replace``, which compilers before torch 2.9 do not know.
     """
     names = BeforeCellWeights._fields
-    return [taps if name == 'conv_weight' else getattr(w, name) for name in names]
+    return BeforeCellWeights(
+        *(conv_weight if name == 'conv_weight' else getattr(w, name) for name in names)
+    )
 
 
 def _after_cell_parameters(w: LayerWeights, settings: LayerSettings) -> tuple[Any, ...]:
